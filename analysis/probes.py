@@ -1,0 +1,149 @@
+"""Probes that any run can switch on: recall, recovered attention mass, density, output error."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Generator
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvbench.analysis.context import ContextProbe
+from kvbench.attention import Attention, softmax_parts
+from kvbench.budget import LayerBudget
+from kvbench.extension import Options
+from kvbench.policy import Layer, Selection
+
+SINKS = 4
+"""First tokens that count as sinks where a metric leaves the sinks out, the same for every policy."""
+
+Wrapper = Generator[None, Any, Any]
+
+
+class _Means:
+    """Means of named quantities, over every row, head, layer and step they were added for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+
+    def add(self, name: str, values: Tensor) -> None:
+        self._sums[name] += float(values.sum(dtype=torch.float64))
+        self._counts[name] += values.numel()
+
+    def result(self) -> dict[str, float | None]:
+        return {name: self._sums[name] / self._counts[name] for name in self._sums}
+
+
+class Recall(ContextProbe):
+    """Recall@k of the policy's choice against the exact top-k by inner product, and the share of keys it scanned.
+
+    Over the tokens that the policy chooses from (neither sinks nor window), per query head; k is the smaller of the
+    option `k` and the number that the layer's budget lets it choose, so that exact search scores 1. Layers whose budget
+    leaves no choice are left out.
+    """
+
+    name = "recall"
+    summary = "Recall@k of the attended tokens against the exact top-k by q·k, and the scanned fraction."
+
+    class Options(Options):
+        """Options of the recall probe."""
+
+        k: int = Field(100, ge=1, description="size of the exact top-k")
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._means = _Means()
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Compare the selection with the exact top-k."""
+        selection: Selection = yield
+        step = self.step(layer, queries, selection)
+        k = min(self.options.k, step.wanted)
+        if k:
+            masked = step.logits.masked_fill(~step.candidates, -torch.inf)
+            best = masked.topk(k, dim=-1).indices
+            self._means.add("recall_at_k", step.attended.gather(2, best).float().mean(-1))
+        if selection.evaluations is not None:
+            scanned = torch.as_tensor(selection.evaluations, dtype=torch.float64) / max(int(step.candidates.sum()), 1)
+            self._means.add("scanned_fraction", scanned)
+        return selection
+
+    def result(self) -> dict[str, float | None]:
+        """`recall_at_k` and, for policies that search, `scanned_fraction`."""
+        return {"recall_at_k": None, **self._means.result()}
+
+
+class Recovery(ContextProbe):
+    """Share of exact attention's mass that falls on the tokens attended, with and without the first four tokens."""
+
+    name = "recovery"
+    summary = "Recovered attention mass: the exact softmax weight of the attended tokens, with and without sinks."
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._means = _Means()
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Sum the exact weights of the attended tokens."""
+        selection: Selection = yield
+        step = self.step(layer, queries, selection)
+        recovered = step.weights * step.attended
+        self._means.add("recovered_mass", recovered.sum(-1))
+        beyond = step.weights[..., SINKS:].sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        self._means.add("recovered_mass_without_sinks", recovered[..., SINKS:].sum(-1) / beyond)
+        return selection
+
+    def result(self) -> dict[str, float | None]:
+        """`recovered_mass` and `recovered_mass_without_sinks`."""
+        return self._means.result()
+
+
+class Density(ContextProbe):
+    """Tokens attended at a step, and their share of the context, as realised."""
+
+    name = "density"
+    summary = "Tokens attended at a step and their share of the context, as realised."
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._means = _Means()
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Count the attended tokens."""
+        selection: Selection = yield
+        attended = self.step(layer, queries, selection).attended.sum(-1)
+        self._means.add("attended_tokens", attended)
+        self._means.add("density", attended / layer.tokens)
+        return selection
+
+    def result(self) -> dict[str, float | None]:
+        """`attended_tokens` and `density`, averaged over steps, layers and heads."""
+        return self._means.result()
+
+
+class OutputError(ContextProbe):
+    """Relative L2 distance of the policy's attention output from exact attention's."""
+
+    name = "output_error"
+    summary = "Relative L2 distance between the policy's attention output and exact attention's."
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._means = _Means()
+
+    def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Wrapper:
+        """Compute the exact output beside the policy's."""
+        result: Attention = yield
+        step = self.step(layer, queries, selection)
+        exact = softmax_parts([(step.logits, self.context(layer).values)]).output
+        if result.output.shape == exact.shape:
+            error = (result.output.float() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
+            self._means.add("output_error", error)
+        return result
+
+    def result(self) -> dict[str, float | None]:
+        """`output_error`."""
+        return self._means.result()

@@ -1,0 +1,246 @@
+"""The contract of a vector index over the keys of one layer: build, search, insert, save and load."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from kvbench.errors import KVBenchError
+from kvbench.extension import Extension
+from kvbench.indexes.storage import KeyStore, Vectors, as_float32, from_bits
+
+FORMAT = "kvbench-index"
+VERSION = "1"
+State = dict[str, NDArray[Any]]
+
+
+class SearchResult(NamedTuple):
+    """What a search found: for each head and query the best keys first.
+
+    Attributes:
+        ids: int32 [H, q, k], -1 where fewer than k keys were found.
+        scores: float32 [H, q, k], inner products q·k (not divided by √d), -inf where the id is -1.
+        evaluations: int64 [H, q], vectors compared with the query: keys, centroids, entry points and re-ranked keys.
+    """
+
+    ids: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    evaluations: NDArray[np.int64]
+
+
+class Index(Extension, ABC):
+    """An inner-product index over the keys of one layer, one structure per key/value head or per query head.
+
+    Shapes: G key/value heads, H query heads (a multiple of G; head h reads the keys of group h // (H // G)),
+    n keys, m new keys or training queries, q queries, d dimensions. Fold batch rows into G and H.
+
+    Subclasses write `_build`, `_search`, `_insert`, `_state`, `_restore` and `nbytes`; this class checks what comes in.
+    They find the keys in `self.keys` and the number of query heads in `self.heads`.
+
+    Attributes:
+        search_parameter: the option that trades recall for scanned keys (empty if the search is exact).
+        uses_queries: whether `build` needs queries of the prompt.
+    """
+
+    search_parameter: ClassVar[str] = ""
+    uses_queries: ClassVar[bool] = False
+
+    def __init__(self, options: BaseModel | None = None, seed: int = 0) -> None:
+        """An empty index; KVBenchError if the options are another index's."""
+        if options is not None and not isinstance(options, self.Options):
+            raise KVBenchError(f"index {self.name} takes {self.name} options; it was given {type(options).__name__}.")
+        self.options: Any = self.Options() if options is None else options
+        self.seed = seed
+        self.keys: KeyStore
+        self.heads = 0
+        self._waiting: NDArray[np.float32] | None = None
+
+    def build(self, keys: Vectors, queries: Vectors | None = None, *, heads: int | None = None) -> None:
+        """Index keys [G, n, d] for `heads` query heads, learning from the prompt's queries [H, m, d] where it uses them.
+
+        Keys are float32, float16 or bfloat16 on the CPU and are read in place: do not overwrite them.
+        Raises KVBenchError for other dtypes or shapes, for NaN or infinity, and for missing queries.
+        """
+        self.keys = KeyStore(keys)
+        self.heads = heads or (self.keys.groups if queries is None else int(queries.shape[0]))
+        if self.heads % self.keys.groups:
+            raise KVBenchError(f"{self.heads} query heads are no multiple of {self.keys.groups} key/value heads.")
+        training = None
+        if self.uses_queries:
+            if queries is None or (self.keys.n and not queries.shape[1]):
+                raise KVBenchError(f"index {self.name} learns from the prompt's queries; pass queries [heads, m, d].")
+            training = self._checked_queries(queries)
+        if self.keys.n:
+            self._build(training)
+        else:
+            self._waiting = training
+
+    def search(self, queries: Vectors, k: int, *, effort: int | None = None) -> SearchResult:
+        """Find about the k largest inner products of each query in queries [H, q, d].
+
+        `effort` takes the place of the option named by `search_parameter`.
+        Raises KVBenchError for wrong shapes, NaN or infinity, k < 1 or effort < 1, and before `build`.
+        """
+        if not self.heads:
+            raise KVBenchError(f"index {self.name} is empty; call build before search.")
+        if k < 1 or (effort is not None and effort < 1):
+            raise KVBenchError(f"k is {k} and effort {effort}; both start at 1.")
+        wide = self._checked_queries(queries)
+        shape = (self.heads, wide.shape[1], k)
+        result = SearchResult(
+            np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32), np.zeros(shape[:2], np.int64)
+        )
+        if self.keys.n and wide.shape[1]:
+            self._search(wide, k, self._effort(effort), result)
+        return result
+
+    def insert(self, keys: Vectors, *, storage: Vectors | None = None) -> None:
+        """Append keys [G, m, d]; their ids continue from n.
+
+        With `storage`, a view [G, n + m, d] of all keys including the new ones (a growing buffer of the caller's), the
+        index reads that from now on; without it, it copies all keys to memory of its own once.
+        Raises KVBenchError for another dtype or shape than the index holds, and for NaN or infinity.
+        """
+        if not self.heads:
+            raise KVBenchError(f"index {self.name} is empty; call build before insert.")
+        first = self.keys.n
+        self.keys.append(keys, storage)
+        if self.keys.n == first:
+            return
+        if first:
+            self._insert(first)
+        else:
+            if self.uses_queries and (self._waiting is None or not self._waiting.shape[1]):
+                self._waiting = self._queries_from_keys()
+            self._build(self._waiting)
+            self._waiting = None
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the structure, besides the caller's keys."""
+
+    def save(self, path: str | Path, *, keys: bool = True) -> None:
+        """Write the index as safetensors; with `keys=False` without the keys, which `load` then needs."""
+        if not self.heads:
+            raise KVBenchError(f"index {self.name} is empty; call build before save.")
+        tensors = {"index." + name: np.ascontiguousarray(array) for name, array in self._state().items()}
+        if self.keys.n == 0:
+            tensors = {}
+            if self._waiting is not None:
+                tensors["waiting"] = self._waiting
+        if keys:
+            tensors["keys"] = np.ascontiguousarray(self.keys.array)
+        about = {
+            "name": self.name,
+            "options": self.options.model_dump(mode="json"),
+            "seed": self.seed,
+            "heads": self.heads,
+            "shape": [self.keys.groups, self.keys.n, self.keys.d],
+            "dtype": self.keys.dtype,
+        }
+        metadata = {"format": FORMAT, "version": VERSION, "index": json.dumps(about, sort_keys=True)}
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, *, keys: Vectors | None = None) -> Self:
+        """Read an index that this class saved; it searches exactly as the saved one did.
+
+        Raises KVBenchError if the file is truncated, foreign, of another index or inconsistent.
+        """
+        try:
+            with safe_open(str(path), framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+                    raise KVBenchError(f"{path} is no kvbench index of version {VERSION}.")
+                about = json.loads(metadata["index"])
+                if about["name"] != cls.name:
+                    raise KVBenchError(f"{path} holds an index of kind {str(about['name'])[:40]!r}, not {cls.name}.")
+                index = cls(cls.Options(**about["options"]), int(about["seed"]))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if keys is None:
+                if "keys" not in tensors:
+                    raise KVBenchError(f"{path} was saved without its keys; pass them as keys=.")
+                keys = from_bits(tensors["keys"], str(about["dtype"]))
+            index.keys = KeyStore(keys)
+            stored = index.keys
+            if [stored.groups, stored.n, stored.d] != about["shape"] or stored.dtype != about["dtype"]:
+                raise KVBenchError(f"{path} belongs to keys of shape {about['shape']}, not to these.")
+            index.heads = int(about["heads"])
+            if index.heads < 1 or index.heads % stored.groups:
+                raise ValueError("heads")
+            waiting = tensors.get("waiting")
+            if waiting is not None:
+                index._waiting = index._checked_queries(waiting)
+            if stored.n:
+                index._restore(
+                    {name[len("index.") :]: array for name, array in tensors.items() if name.startswith("index.")}
+                )
+        except KVBenchError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise KVBenchError(f"{path} cannot be read as a kvbench index: {error}.") from error
+        except (ValidationError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise KVBenchError(f"{path} is damaged: its parts do not fit together ({type(error).__name__}).") from error
+        return index
+
+    def _effort(self, effort: int | None) -> int:
+        if effort is not None:
+            return effort
+        return int(getattr(self.options, self.search_parameter)) if self.search_parameter else 1
+
+    def _checked_queries(self, queries: Vectors) -> NDArray[np.float32]:
+        wide = as_float32(queries, "queries")
+        if (wide.shape[0], wide.shape[2]) != (self.heads, self.keys.d):
+            raise KVBenchError(f"queries have shape {wide.shape}; give ({self.heads}, any number, {self.keys.d}).")
+        return wide
+
+    def _queries_from_keys(self) -> NDArray[np.float32]:
+        per_group = self.heads // self.keys.groups
+        return np.repeat(np.stack([self.keys.float32(g) for g in range(self.keys.groups)]), per_group, axis=0)
+
+    @abstractmethod
+    def _build(self, queries: NDArray[np.float32] | None) -> None:
+        """Build over `self.keys` (at least one key), replacing what was there."""
+
+    @abstractmethod
+    def _search(self, queries: NDArray[np.float32], k: int, effort: int, result: SearchResult) -> None:
+        """Fill the result, which comes with ids -1, scores -inf and evaluations 0."""
+
+    @abstractmethod
+    def _insert(self, first: int) -> None:
+        """Take up the keys from `first` (at least 1) on, already in `self.keys`."""
+
+    @abstractmethod
+    def _state(self) -> State:
+        """The structure as plain arrays, for `_restore`."""
+
+    @abstractmethod
+    def _restore(self, state: State) -> None:
+        """Rebuild from `_state`'s arrays, with `self.keys` in place; ValueError or KeyError if they do not fit."""
+
+
+def expect(state: State, name: str, dtype: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    """A state's array if it has this dtype and shape (None: any length); ValueError otherwise."""
+    array = state[name]
+    if array.dtype != dtype or array.ndim != len(shape):
+        raise ValueError(name)
+    if any(want is not None and have != want for have, want in zip(array.shape, shape, strict=True)):
+        raise ValueError(name)
+    return array
+
+
+def expect_ids(state: State, name: str, shape: tuple[int | None, ...], n: int, lowest: int = -1) -> NDArray[Any]:
+    """A state's int32 array of ids between `lowest` and n - 1; ValueError otherwise."""
+    array = expect(state, name, np.int32, shape)
+    if array.size and (array.min() < lowest or array.max() >= n):
+        raise ValueError(name)
+    return array

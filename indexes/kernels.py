@@ -1,0 +1,436 @@
+"""Compiled kernels over rows of vectors: inner products, beam search, pruning.
+
+Rows are float32, the bits of float16 (uint16) or of bfloat16 (int16), or SQ8 codes (uint8); `widen` reads one number.
+Every kernel gives the same result for any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic, overload
+from numpy.typing import NDArray
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Rows = NDArray[Any]
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+# Sums may be reordered and fused (SIMD needs it); infinities and NaN keep their meaning.
+_FAST = {"reassoc", "contract", "nsz"}
+
+
+def kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function that holds no lock and is cached on disk."""
+    compiled = numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")(function)
+    return cast(Callable[P, R], compiled)
+
+
+def parallel_kernel(function: Callable[P, R]) -> Callable[P, R]:
+    """Compile a function whose `prange` loops run on numba's threads."""
+    compiled = numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy", parallel=True)(function)
+    return cast(Callable[P, R], compiled)
+
+
+def widen(bits: Any) -> Any:
+    """One stored number as float32."""
+    raise NotImplementedError
+
+
+@overload(widen, inline="always")
+def _widen(bits: Any) -> Any:
+    # numba compares these signatures with the stub's, annotations included.
+    if bits == types.float32:
+
+        def read(bits: Any) -> Any:
+            return bits
+
+    elif bits == types.uint8:
+
+        def read(bits: Any) -> Any:
+            return np.float32(bits)
+
+    elif bits == types.int16:
+
+        def read(bits: Any) -> Any:
+            return np.uint32(np.uint32(np.uint16(bits)) << np.uint32(16)).view(np.float32)
+
+    elif bits == types.uint16:
+
+        def read(bits: Any) -> Any:
+            magnitude = np.uint32(np.uint32(bits & np.uint16(0x7FFF)) << np.uint32(13))
+            sign = np.uint32(np.uint32(bits & np.uint16(0x8000)) << np.uint32(16))
+            return np.uint32(magnitude | sign).view(np.float32) * np.float32(2.0**112)
+
+    else:
+        return None
+    return read
+
+
+@intrinsic
+def _prefetch_row(context: Any, rows: Any, row: Any) -> Any:
+    """Ask for the cache lines of a row before it is read."""
+    signature = types.void(rows, row)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from llvmlite import ir  # noqa: PLC0415
+
+        array_type, _ = signature.args
+        array = context.make_array(array_type)(context, builder, arguments[0])
+        word = ir.IntType(64)
+        byte = ir.IntType(8).as_pointer()
+        stride = builder.extract_value(array.strides, 0)
+        start = builder.add(builder.ptrtoint(array.data, word), builder.mul(builder.sext(arguments[1], word), stride))
+        void = ir.VoidType()
+        integer = ir.IntType(32)
+        prefetch = builder.module.declare_intrinsic(
+            "llvm.prefetch", [byte], ir.FunctionType(void, [byte, integer, integer, integer])
+        )
+        for line in range(4):
+            address = builder.inttoptr(builder.add(start, ir.Constant(word, 64 * line)), byte)
+            builder.call(prefetch, [address, integer(0), integer(3), integer(1)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@kernel
+def inner(rows: Rows, row: int, query: Float32) -> np.float32:
+    """Inner product of one row and a float32 query [d]."""
+    total = np.float32(0)
+    for j in range(query.shape[0]):
+        total += widen(rows[row, j]) * query[j]
+    return total
+
+
+@kernel
+def squared_distance(rows: Rows, first: int, second: int) -> np.float32:
+    """Squared Euclidean distance of two rows."""
+    total = np.float32(0)
+    for j in range(rows.shape[1]):
+        difference = widen(rows[first, j]) - widen(rows[second, j])
+        total += difference * difference
+    return total
+
+
+@kernel
+def decode(array: Rows) -> Float32:
+    """Rows [h, n, d] of any stored format as float32."""
+    out = np.empty(array.shape, np.float32)
+    source, target = array.reshape(-1), out.reshape(-1)
+    for i in range(source.shape[0]):
+        target[i] = widen(source[i])
+    return out
+
+
+@kernel
+def find_nonfinite(rows: Rows, stride: int, groups: int, first: int, n: int) -> int:
+    """Number (`group * n + key`) of the first key from `first` on that holds NaN or infinity, or -1."""
+    for group in range(groups):
+        for i in range(first, n):
+            total = np.float32(0)
+            for j in range(rows.shape[1]):
+                total += widen(rows[group * stride + i, j]) * np.float32(0)
+            if total != np.float32(0):
+                return group * n + i
+    return -1
+
+
+@kernel
+def all_finite(array: Float32) -> bool:
+    """Whether a contiguous array holds neither NaN nor infinity."""
+    flat = array.reshape(-1)
+    total = np.float32(0)
+    for i in range(flat.shape[0]):
+        total += flat[i] * np.float32(0)
+    return bool(total == np.float32(0))
+
+
+@kernel
+def read_row(rows: Rows, row: int, out: Float32) -> None:
+    """One row as float32 [d]."""
+    for j in range(out.shape[0]):
+        out[j] = widen(rows[row, j])
+
+
+# A scored id in one int64 that sorts by score, then by smaller id: sortable score bits << 32 | (~id, 31 bits) << 1 | done.
+@kernel
+def pack(score: np.float32, node: int) -> np.int64:
+    """Score and id as one integer that orders by score, then by smaller id."""
+    bits = np.int64(np.float32(score + np.float32(0)).view(np.int32))
+    ordered = bits ^ ((bits >> np.int64(63)) & np.int64(0x7FFFFFFF))
+    return np.int64((ordered << np.int64(32)) | ((np.int64(0x7FFFFFFF) - np.int64(node)) << np.int64(1)))
+
+
+@kernel
+def packed_id(entry: np.int64) -> int:
+    """The id in a packed entry."""
+    return int(np.int64(0x7FFFFFFF) - ((entry >> np.int64(1)) & np.int64(0x7FFFFFFF)))
+
+
+@kernel
+def packed_score(entry: np.int64) -> np.float32:
+    """The score in a packed entry."""
+    ordered = entry >> np.int64(32)
+    bits = ordered ^ ((ordered >> np.int64(63)) & np.int64(0x7FFFFFFF))
+    return np.int32(bits).view(np.float32)
+
+
+@kernel
+def insert_sorted(pool: Int64, size: int, entry: np.int64) -> tuple[int, int]:
+    """Insert into a pool sorted downwards; gives the position (or the pool's length if it does not fit) and the size."""
+    capacity = pool.shape[0]
+    if size == capacity and entry < pool[capacity - 1]:
+        return capacity, size
+    low, high = 0, size
+    while low < high:
+        middle = (low + high) >> 1
+        if pool[middle] > entry:
+            low = middle + 1
+        else:
+            high = middle
+    end = min(size, capacity - 1)
+    for i in range(end, low, -1):
+        pool[i] = pool[i - 1]
+    pool[low] = entry
+    return low, end + 1
+
+
+@kernel
+def beam_search(
+    rows: Rows,
+    base: int,
+    query: Float32,
+    neighbors: Int32,
+    pool: Int64,
+    size: int,
+    visited: NDArray[np.uint8],
+    stamp: int,
+    fresh: Int32,
+    half_norms: Float32 | None,
+) -> tuple[int, int]:
+    """Best-first search from the entries already in `pool` [ef]; gives pool size and evaluations.
+
+    By inner product, or with `half_norms` [n] (|key|² / 2) by Euclidean distance. `neighbors` [n, degree] is padded
+    with -1; `visited[i] == stamp` marks evaluated nodes; `fresh` [degree] is scratch.
+    """
+    evaluations = 0
+    capacity = pool.shape[0]
+    position = 0
+    while position < size:
+        entry = pool[position]
+        if entry & 1:
+            position += 1
+            continue
+        pool[position] = entry | 1
+        node = packed_id(entry)
+        count = 0
+        for j in range(neighbors.shape[1]):
+            other = neighbors[node, j]
+            if other < 0:
+                break
+            if visited[other] != stamp:
+                visited[other] = stamp
+                fresh[count] = other
+                count += 1
+                _prefetch_row(rows, base + other)
+        evaluations += count
+        lowest = capacity
+        for j in range(count):
+            other = fresh[j]
+            score = inner(rows, base + other, query)
+            if half_norms is not None:
+                score -= half_norms[other]
+            at, size = insert_sorted(pool, size, pack(score, other))
+            lowest = min(lowest, at)
+        position = min(position + 1, lowest)
+    return size, evaluations
+
+
+@kernel
+def prune(rows: Rows, base: int, order: Int64, count: int, degree: int, alpha: float, fill: bool, kept: Int32) -> int:
+    """Choose up to `degree` of the candidates in `order` into `kept` and give their number.
+
+    `order` [count] holds packed (squared distance to the node, id), nearest first. A candidate is passed over if a
+    kept one is nearer to it, `alpha` times, than the node is; `fill` then takes passed-over ones, nearest first.
+    """
+    number = 0
+    for i in range(count):
+        if number == degree:
+            break
+        candidate = packed_id(order[i])
+        distance = packed_score(order[i])
+        free = True
+        for j in range(number):
+            if alpha * squared_distance(rows, base + candidate, base + kept[j]) < distance:
+                free = False
+                break
+        if free:
+            kept[number] = candidate
+            number += 1
+            order[i] = -1
+    if fill:
+        for i in range(count):
+            if number == degree:
+                break
+            if order[i] >= 0:
+                kept[number] = packed_id(order[i])
+                number += 1
+    return number
+
+
+@kernel
+def link(
+    rows: Rows, base: int, graph: Int32, node: int, other: int, limit: int, alpha: float, fill: bool, order: Int64,
+    kept: Int32,
+) -> None:
+    """Add the link node → other to `graph` [n, degree]; a list of `limit` links is pruned anew.
+
+    `order` and `kept` are scratch of at least limit + 1.
+    """
+    count = 0
+    for j in range(limit):
+        present = graph[node, j]
+        if present < 0:
+            break
+        if present == other:
+            return
+        count += 1
+    if count < limit:
+        graph[node, count] = other
+        return
+    for j in range(count):
+        order[j] = pack(squared_distance(rows, base + node, base + graph[node, j]), graph[node, j])
+    order[count] = pack(squared_distance(rows, base + node, base + other), other)
+    order[: count + 1].sort()
+    number = prune(rows, base, order, count + 1, limit, alpha, fill, kept)
+    for j in range(limit):
+        graph[node, j] = kept[j] if j < number else -1
+
+
+@kernel
+def mark_reached(graph: Int32, entry: int, reached: NDArray[np.uint8]) -> int:
+    """Mark what links lead to from `entry`; gives the number of newly marked nodes."""
+    if reached[entry]:
+        return 0
+    stack = np.empty(graph.shape[0], np.int32)
+    stack[0] = entry
+    reached[entry] = 1
+    top = 1
+    number = 1
+    while top:
+        top -= 1
+        node = stack[top]
+        for j in range(graph.shape[1]):
+            other = graph[node, j]
+            if other < 0:
+                break
+            if not reached[other]:
+                reached[other] = 1
+                number += 1
+                stack[top] = other
+                top += 1
+    return number
+
+
+@parallel_kernel
+def search_graph(
+    rows: Rows,
+    stride: int,
+    queries: Float32,
+    groups: int,
+    neighbors: Int32,
+    centroids: Float32,
+    lists: Int32,
+    probes: int,
+    ef: int,
+    rerank: bool,
+    exact_rows: Rows,
+    exact_queries: Float32,
+    exact_stride: int,
+    ids: Int32,
+    scores: Float32,
+    evaluations: Int64,
+    workers: int,
+) -> None:
+    """Search every query of every head; fills ids and scores [H, q, k] and evaluations [H, q].
+
+    queries [H, q, d] are scored against `rows` (keys, or SQ8 codes: then `rerank` scores the pool again against
+    `exact_rows`). neighbors [S, n, degree] belong to S graphs shared by H // S heads each. Entries are the lists
+    [S, C, E] of the `probes` centroids [S, C, d] nearest to the query; with C = 1 the only list, unscored.
+    """
+    heads, count, k = ids.shape
+    graphs, n, degree = neighbors.shape
+    for worker in numba.prange(workers):
+        visited = np.zeros(n, np.uint8)
+        stamp = 0
+        pool = np.empty(ef, np.int64)
+        best = np.empty(max(probes, 1), np.int64)
+        fresh = np.empty(degree, np.int32)
+        for item in range(worker, heads * count, workers):
+            head, number = item // count, item % count
+            graph = head * graphs // heads
+            group = head * groups // heads
+            base = group * stride
+            query = queries[head, number]
+            exact = exact_queries[head, number]
+            stamp += 1
+            if stamp == 256:
+                visited[:] = 0
+                stamp = 1
+            total = 0
+            size = 0
+            probed = 0
+            if centroids.shape[1] == 1:
+                best[0] = pack(np.float32(0), 0)
+                probed = 1
+            else:
+                table = centroids[graph]
+                for c in range(table.shape[0]):
+                    _, probed = insert_sorted(best, probed, pack(inner(table, c, exact), c))
+                total += table.shape[0]
+            for p in range(probed):
+                entries = lists[graph, packed_id(best[p])]
+                for e in range(entries.shape[0]):
+                    node = entries[e]
+                    if node < 0:
+                        break
+                    if visited[node] != stamp:
+                        visited[node] = stamp
+                        total += 1
+                        _, size = insert_sorted(pool, size, pack(inner(rows, base + node, query), node))
+            size, extra = beam_search(rows, base, query, neighbors[graph], pool, size, visited, stamp, fresh, None)
+            total += extra
+            if rerank:
+                for i in range(size):
+                    node = packed_id(pool[i])
+                    pool[i] = pack(inner(exact_rows, group * exact_stride + node, exact), node)
+                total += size
+                pool[:size].sort()
+                for i in range(size // 2):
+                    pool[i], pool[size - 1 - i] = pool[size - 1 - i], pool[i]
+            found = min(size, k)
+            for i in range(found):
+                ids[head, number, i] = packed_id(pool[i])
+                scores[head, number, i] = packed_score(pool[i])
+            for i in range(found, k):
+                ids[head, number, i] = -1
+                scores[head, number, i] = -np.inf
+            evaluations[head, number] = total
+
+
+@kernel
+def quantize_rows(rows: Float32, low: Float32, scale: Float32) -> NDArray[np.uint8]:
+    """Rows [n, d] as 8-bit steps of `scale` [d] above `low` [d], clipped."""
+    codes = np.empty(rows.shape, np.uint8)
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            step = np.rint((rows[i, j] - low[j]) / scale[j])
+            codes[i, j] = np.uint8(min(max(step, 0.0), 255.0))
+    return codes

@@ -1,0 +1,133 @@
+"""Keys as the kernels read them: one row-major block of rows, never copied to another dtype."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvbench.errors import KVBenchError
+from kvbench.indexes.kernels import all_finite, decode, find_nonfinite
+
+Array = NDArray[Any]
+Vectors = Array | torch.Tensor
+
+# numba has no 16-bit floats on CPUs: the kernels tell the two formats apart by the signedness of their bits.
+_BITS = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
+
+
+def as_bits(vectors: Vectors, what: str) -> tuple[Array, str]:
+    """The same memory as float32, or as the bits of float16 (uint16) or bfloat16 (int16), and the dtype's name.
+
+    Raises KVBenchError for another dtype, number of dimensions or device.
+    """
+    if isinstance(vectors, torch.Tensor):
+        if vectors.device.type != "cpu":
+            raise KVBenchError(f"{what} are on {vectors.device}; indexes read CPU memory, so move them first.")
+        vectors = vectors.detach()
+        name = str(vectors.dtype).removeprefix("torch.")
+        array = vectors.view(torch.int16).numpy() if name in ("float16", "bfloat16") else vectors.numpy()
+    else:
+        array = np.asarray(vectors)
+        name = str(array.dtype)
+    if name not in _BITS:
+        raise KVBenchError(f"{what} have dtype {name}; give float32, float16 or bfloat16.")
+    if array.ndim != 3:
+        raise KVBenchError(f"{what} have {array.ndim} dimensions; give three (heads, vectors, d).")
+    return array.view(_BITS[name]), name
+
+
+def as_float32(vectors: Vectors, what: str) -> NDArray[np.float32]:
+    """The vectors as contiguous float32 [heads, vectors, d]; KVBenchError if any is NaN or infinite."""
+    array, name = as_bits(vectors, what)
+    wide = np.ascontiguousarray(array) if name == "float32" else decode(np.ascontiguousarray(array))
+    if not all_finite(wide):
+        raise KVBenchError(f"{what} hold NaN or infinite values; an index needs finite vectors.")
+    return wide
+
+
+class KeyStore:
+    """Keys [G, n, d] of G key/value heads: a view of the caller's memory, or the index's own growable copy.
+
+    `rows` is two-dimensional and contiguous; key `i` of group `g` is row `g * stride + i`.
+    """
+
+    def __init__(self, keys: Vectors) -> None:
+        self._attach(keys, checked=0)
+        self.owned = False
+
+    def _attach(self, keys: Vectors, checked: int) -> None:
+        array, self.dtype = as_bits(keys, "keys")
+        groups, n, d = array.shape
+        size = array.itemsize
+        if groups == 0 or d == 0:
+            raise KVBenchError(f"keys have shape {array.shape}; give at least one head and one dimension.")
+        row = d * size
+        viewable = (
+            (n < 2 or array.strides[1] == row)
+            and (d < 2 or array.strides[2] == size)
+            and (groups < 2 or (array.strides[0] % row == 0 and array.strides[0] >= n * row))
+        )
+        if not viewable:
+            array = np.ascontiguousarray(array)
+        self.array = array
+        self.stride = array.strides[0] // row if groups > 1 and n > 0 else n
+        total = (groups - 1) * self.stride + n
+        self.rows = np.lib.stride_tricks.as_strided(array, (total, d), (row, size), writeable=False)
+        self.groups, self.n, self.d = groups, n, d
+        bad = find_nonfinite(self.rows, self.stride, groups, checked, n)
+        if bad >= 0:
+            raise KVBenchError(f"key {bad % n} of head {bad // n} is NaN or infinite; an index needs finite vectors.")
+
+    def append(self, keys: Vectors, storage: Vectors | None) -> None:
+        """Append keys [G, m, d]: read from `storage` [G, n + m, d] where given, else copied to memory of our own."""
+        new, dtype = as_bits(keys, "keys")
+        groups, m, d = new.shape
+        if (groups, d, dtype) != (self.groups, self.d, self.dtype):
+            raise KVBenchError(
+                f"inserted keys are {dtype} with {groups} heads of dimension {d}; "
+                f"the index holds {self.dtype} with {self.groups} heads of dimension {self.d}."
+            )
+        first = self.n
+        if storage is not None:
+            whole, storage_dtype = as_bits(storage, "storage")
+            if whole.shape != (groups, first + m, d) or storage_dtype != dtype:
+                raise KVBenchError(
+                    f"storage is {storage_dtype} {whole.shape}; give {dtype} {(groups, first + m, d)}, all keys so far."
+                )
+            before = (self.array, self.rows, self.stride, self.n)
+            try:
+                self._attach(storage, checked=first)
+            except KVBenchError:
+                self.array, self.rows, self.stride, self.n = before
+                raise
+            self.owned = False
+            return
+        addition = KeyStore(keys)
+        if not self.owned or first + m > self._capacity.shape[1]:
+            capacity = max(16, 2 * first, first + m)
+            grown = np.empty((groups, capacity, d), dtype=self.array.dtype)
+            grown[:, :first] = self.array
+            self._capacity = grown
+            self.owned = True
+        self._capacity[:, first : first + m] = addition.array
+        self.array = self._capacity[:, : first + m]
+        self.stride = self._capacity.shape[1]
+        self.rows = self._capacity.reshape(-1, d)
+        self.n = first + m
+
+    def float32(self, group: int, first: int = 0, end: int | None = None) -> NDArray[np.float32]:
+        """Keys from `first` to `end` of one group as float32: a view where they are float32 already."""
+        part = self.array[group, first:end]
+        return np.ascontiguousarray(part) if self.dtype == "float32" else decode(np.ascontiguousarray(part))
+
+
+def from_bits(array: Array, dtype: str) -> Vectors:
+    """The inverse of `as_bits`; ValueError if the stored array does not fit the dtype's name."""
+    if dtype not in _BITS or array.dtype != _BITS[dtype]:
+        raise ValueError(dtype)
+    if dtype == "bfloat16":
+        return torch.from_numpy(array).view(torch.bfloat16)
+    return array.view(np.float16) if dtype == "float16" else array

@@ -1,0 +1,137 @@
+"""The contract of a KV-cache policy: what it is given, what it answers, and the class that authors subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from kvbench.budget import LayerBudget
+from kvbench.extension import Extension
+from kvbench.hookspecs import hookimpl
+from kvbench.storage import KVStore
+
+if TYPE_CHECKING:
+    from kvbench.attention import Attention
+
+POLICY_HOOKS = ("prefill", "select", "attend", "insert")
+
+
+@dataclass
+class Layer:
+    """One attention layer, for one group of equally long rows, as policies and probes see it.
+
+    `index` counts from 0 to `count` − 1 over the layers that the policy governs (sliding-window layers keep their own
+    cache and are left out); `number` is the layer's place in the model. `state` belongs to the policy: whatever
+    it keeps between steps lives here, never on the policy itself, since several groups of rows may be under way.
+    """
+
+    index: int
+    count: int
+    number: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    rows: int
+    store: KVStore
+    budget: LayerBudget
+    static: tuple[int, int]
+    """Sinks and recent window, in tokens, that the policy always attends to (`KVCachePolicy.static_tokens`)."""
+    prompt_tokens: int
+    module: nn.Module
+    state: dict[str, Any] = field(default_factory=dict)
+    exact_attention: Callable[[], Tensor] | None = None
+    """Set for policies that keep everything: the model's own attention of this step, output [B, H, m, d]."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the context so far, evicted ones included."""
+        return self.store.tokens
+
+
+@dataclass
+class Selection:
+    """The set-aside tokens that each head attends to beside the static set.
+
+    `ids` [B, H, k] or [B, G, k] (one set for the group's query heads), int64 token ids, −1 for none where `padded`; no
+    ids select nothing. `log_weights` [B, H, k] are added to the scaled scores (importance sampling). `summary`: logits,
+    float32 [B, H, s], and values [B, H, s, d] of rows that stand for many tokens (estimation zones). `evaluations`:
+    distance evaluations per query head that finding the tokens took, for the scanned fraction.
+    """
+
+    ids: Tensor | None = None
+    padded: bool = False
+    log_weights: Tensor | None = None
+    summary: tuple[Tensor, Tensor] | None = None
+    evaluations: Tensor | float | None = None
+
+
+class _Pluggable(Extension):
+    """Marks the policy hooks that a subclass defines, so that authors need no decorators."""
+
+    _wrapper: ClassVar[bool]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in POLICY_HOOKS:
+            method = cls.__dict__.get(name)
+            if method is not None and not hasattr(method, "kvbench_impl"):
+                hookimpl(method, wrapper=cls._wrapper)
+
+
+class KVCachePolicy(_Pluggable):
+    """Decides which past tokens a model attends to.
+
+    Subclasses define any of the hooks `prefill`, `select`, `attend` and `insert` (see `kvbench.hookspecs.PolicyHooks`
+    for arguments and shapes). The static set that stays attended is whatever they neither evict nor set aside.
+    """
+
+    _wrapper = False
+    exact: ClassVar[bool] = False
+    """True for a policy that keeps and attends everything: it takes no budget and uses the model's own attention."""
+    query_window: int | None = None
+    """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        self.options: Any = options if options is not None else self.Options()
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
+        return 0, 0
+
+
+class Probe(_Pluggable):
+    """Measures a run by wrapping the policy's hooks.
+
+    Subclasses define any of the four hooks as generators that yield once, at the point where the wrapped hook runs
+    (`selection = yield` in `select`), and return what the hook shall return (pluggy's `wrapper=True`).
+    """
+
+    _wrapper = True
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        self.options: Any = options if options is not None else self.Options()
+
+    def result(self) -> dict[str, Any]:
+        """What was measured since the probe was made, as plain numbers that JSON can hold."""
+        raise NotImplementedError
+
+
+class DefaultPolicy:
+    """Answers the hooks that the chosen policy leaves out."""
+
+    @hookimpl(trylast=True)
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
+        """Select nothing beside the static set."""
+        return Selection()
+
+    @hookimpl(trylast=True)
+    def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Attention:
+        """Merge the partial attentions over the static set and the selection."""
+        from kvbench.attention import attend  # noqa: PLC0415
+
+        return attend(layer, queries, selection)

@@ -1,0 +1,199 @@
+"""Runs policies on a task's examples, side by side with exact attention."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import gc
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from kvbench.budget import Budget
+from kvbench.errors import KVBenchError
+from kvbench.generation import Generation, generate
+from kvbench.memory import PeakMemory, method
+from kvbench.models import LoadedModel, check_context
+from kvbench.plugins import registry
+from kvbench.policy import Probe
+from kvbench.results import Run, RunConfig, environment
+from kvbench.session import attach
+from kvbench.tasks.base import Example, Prompt, Task, encode
+
+STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
+
+
+class Progress(Protocol):
+    """Is told of every finished generation."""
+
+    def __call__(self, policy: str, done: int, of: int, note: str) -> None:
+        """`done` of `of` examples of `policy` are finished."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run: everything of a run's configuration that does not follow from the model and the plugins."""
+
+    policy: str
+    policy_options: dict[str, Any]
+    budget: Budget | None
+    task: str
+    task_options: dict[str, Any]
+    context_length: int
+    examples: int
+    seed: int
+    question: Literal["aware", "agnostic"] = "aware"
+    prefill_chunk: int | None = None
+    recall_k: int = 100
+    probe_examples: int = 2
+
+
+def plan(request: Request, loaded: LoadedModel) -> RunConfig:
+    """Validate a request before anything runs, and complete it to a run's configuration."""
+    found = registry()
+    policy = found.find("policy", request.policy)
+    options = found.options("policy", request.policy, request.policy_options)
+    task_options = found.options("task", request.task, request.task_options)
+    budget = None if policy.exact else request.budget
+    if budget is not None:
+        allocator = found.options("budget", budget.allocator, budget.options)
+        budget = budget.model_copy(update={"options": allocator.model_dump(mode="json")})
+        budget.size(request.context_length)
+    check_context(loaded, request.context_length)
+    task: Task = found.find("task", request.task)(task_options)
+    return RunConfig(
+        model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
+        dtype=str(loaded.dtype).removeprefix("torch."), policy=request.policy,
+        policy_options=options.model_dump(mode="json"), budget=budget, task=request.task,
+        task_options=task_options.model_dump(mode="json"), task_data=task.data(),
+        context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
+        prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
+        probe_examples=min(request.probe_examples, request.examples),
+    )  # fmt: skip
+
+
+def execute(config: RunConfig, loaded: LoadedModel, output: Path, progress: Progress) -> Run:
+    """Run a configuration, or what is left of it, and return its completed folder."""
+    run = Run(output, config, environment_of(loaded))
+    if run.status == "complete" and len(run.rows) == config.examples:
+        progress(config.policy, config.examples, config.examples, "reused")
+        return run
+    task: Task = registry().make("task", config.task, config.task_options)
+    with run.writing():
+        done = {row["id"] for row in run.rows}
+        progress(config.policy, len(done), config.examples, "")
+        _warm_up(config, loaded)
+        for number, example in enumerate(_examples(task, config, loaded)):
+            if example.id in done:
+                continue
+            run.append(_measure(config, loaded, task, example, probed=number < config.probe_examples))
+            progress(config.policy, len(run.rows), config.examples, "")
+    return run
+
+
+def environment_of(loaded: LoadedModel) -> dict[str, Any]:
+    """What a run of this model is measured on."""
+    device = loaded.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return environment(str(device), name, torch.get_num_threads(), method(device))
+
+
+def _examples(task: Task, config: RunConfig, loaded: LoadedModel) -> Iterator[Example]:
+    return iter(
+        task.examples(loaded.tokenizer, context_length=config.context_length, count=config.examples, seed=config.seed)
+    )
+
+
+def _measure(config: RunConfig, loaded: LoadedModel, task: Task, example: Example, *, probed: bool) -> dict[str, Any]:
+    """Generate an answer undisturbed, timed; then, for a probed example, once more with probes."""
+    prompt = encode(loaded.tokenizer, example)
+    check_context(loaded, len(prompt.input_ids) + example.max_new_tokens)
+    _release_memory()
+    with PeakMemory(loaded.device) as peak:
+        result = _generate(config, loaded, prompt, example.max_new_tokens, [])
+    prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
+    row: dict[str, Any] = {
+        "id": example.id,
+        "score": task.score(prediction, example),
+        "prediction": prediction,
+        "references": list(example.references),
+        "prompt_tokens": len(prompt.input_ids),
+        "generated_tokens": len(result.tokens),
+        "prefill_s": result.prefill_s,
+        "index_s": result.index_s,
+        "step_s": result.step_s,
+        "bytes": result.bytes,
+        "peak_memory_bytes": peak.bytes,
+        "info": dict(example.info),
+    }
+    if probed:
+        probes = [
+            registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
+            for name in STANDARD_PROBES
+        ]
+        again = _generate(config, loaded, prompt, example.max_new_tokens, probes)
+        if again.tokens != result.tokens:
+            raise KVBenchError(
+                f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
+                "its results cannot be trusted. A policy must keep its state on the layer and be deterministic."
+            )
+        row["probes"] = {name: value for probe in probes for name, value in probe.result().items()}
+    return row
+
+
+def _generate(
+    config: RunConfig, loaded: LoadedModel, prompt: Prompt, max_new_tokens: int, probes: list[Probe]
+) -> Generation:
+    session = attach(
+        loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes
+    )
+    prompt_tokens = len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
+    with session:
+        return generate(
+            session, prompt.input_ids, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
+            stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk,
+        )  # fmt: skip
+
+
+def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
+    """Compile and load what a first use compiles and loads, so that no example's time includes it."""
+    policy = registry().make("policy", config.policy, config.policy_options)
+    length = min(config.context_length, max(256, 2 * sum(policy.static_tokens(config.context_length))))
+    budget = None if config.budget is None else config.budget.model_copy(update={"tokens": None, "ratio": 1.0})
+    ids = [3 + i % 50 for i in range(length)]
+    with attach(loaded.model, policy=policy, budget=budget) as session:
+        generate(session, ids, prompt_tokens=length, max_new_tokens=3)
+
+
+def stop_tokens(loaded: LoadedModel) -> set[int]:
+    """Token ids that end an answer."""
+    ends = loaded.model.generation_config.eos_token_id
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    if loaded.tokenizer.eos_token_id is not None:
+        found.add(int(loaded.tokenizer.eos_token_id))
+    return found
+
+
+def _release_memory() -> None:
+    """Give freed memory back to the system, so that one example's peak does not include another's leftovers."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    libc = ctypes.util.find_library("c")
+    if platform.system() == "Linux" and libc:
+        trim = getattr(ctypes.CDLL(libc), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

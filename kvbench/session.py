@@ -1,0 +1,459 @@
+"""Runs a policy inside an unchanged transformers model, through its `Cache` and `AttentionInterface`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn
+
+import pluggy
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvbench.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate
+from kvbench.errors import KVBenchError
+from kvbench.hookspecs import PROJECT, PolicyHooks
+from kvbench.plugins import registry
+from kvbench.policy import DefaultPolicy, KVCachePolicy, Layer, Probe
+from kvbench.storage import KVStore, TokenBuffer
+
+_SESSIONS: dict[int, Session] = {}
+"""The attached sessions, by the identity of the text configuration that their attention modules share."""
+
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Arguments of an attention function that change the softmax in ways that only the model's own attention knows."""
+
+
+def attach(
+    model: Any,
+    *,
+    policy: str | KVCachePolicy = "full",
+    budget: Budget | int | float | None = None,
+    options: Mapping[str, Any] | None = None,
+    probes: Sequence[str | Probe] = (),
+    prompt_tokens: int | None = None,
+) -> Session:
+    """Make `model` use a policy inside a `with` block; leaving the block restores the model.
+
+    `policy` is a plugin's name, with its `options`, or an instance. `budget` is a `Budget`, a number of tokens (int) or
+    a ratio of the context (float); policies that keep everything take none. The first forward call is the whole
+    prompt unless `prompt_tokens` says how many tokens belong to it: then it may come in chunks, and
+    tokens beyond it go through the policy one by one, however many a call brings.
+    """
+    if options and not isinstance(policy, str):
+        raise KVBenchError("Options go with a policy's name; an instance of a policy has its own already.")
+    chosen: KVCachePolicy = registry().make("policy", policy, options) if isinstance(policy, str) else policy
+    if isinstance(budget, bool) or not isinstance(budget, Budget | int | float | None):
+        raise KVBenchError(f"The budget {budget!r} is not a Budget, a number of tokens (int) or a ratio (float).")
+    if isinstance(budget, int):
+        if budget < 1:
+            raise KVBenchError(f"The budget of {budget} tokens is not a positive number of tokens.")
+        budget = Budget(tokens=budget)
+    elif isinstance(budget, float):
+        if not 0 < budget <= 1:
+            raise KVBenchError(f"The budget ratio {budget} is not between 0 and 1.")
+        budget = Budget(ratio=budget)
+    made = [registry().make("probe", probe) if isinstance(probe, str) else probe for probe in probes]
+    return Session(model, chosen, budget, made, prompt_tokens)
+
+
+@dataclass(frozen=True)
+class _Lane:
+    """Rows of a batch that have the same left padding, and so the same length."""
+
+    rows: Tensor | None
+    padding: int
+
+    def take(self, tensor: Tensor, *, padded: bool = False) -> Tensor:
+        part = tensor if self.rows is None else tensor[self.rows]
+        return part[:, :, self.padding :] if padded and self.padding else part
+
+
+class PolicyCache(Cache):
+    """The cache of one batch: transformers' own layers, but for those of full attention, which a policy governs."""
+
+    def __init__(self, session: Session, padding: Tensor | None) -> None:
+        self.session = session
+        layers = DynamicCache(config=session.config).layers
+        governed = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        if not governed and not session.policy.exact:
+            raise KVBenchError(
+                f"{type(session.model).__name__} has no full-attention layer for policy '{session.policy.name}' to "
+                "govern (its layers are sliding-window or linear): choose another model, or policy 'full'."
+            )
+        self.governed = [PolicyCacheLayer(session, self, index, number) for index, number in enumerate(governed)]
+        for layer in self.governed:
+            layers[layer.number] = layer
+        super().__init__(layers=layers)
+        self.lanes = self._lanes(padding)
+        self.budgets: dict[int, list[LayerBudget]] = {}
+        self.index_s = 0.0
+
+    def _lanes(self, padding: Tensor | None) -> list[_Lane]:
+        if padding is None or self.session.policy.exact or not bool(padding.any()):
+            return [_Lane(None, 0)]
+        return [_Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
+
+    def stores(self) -> list[KVStore]:
+        """The stores of all governed layers and groups of rows."""
+        return [layer.store for cached in self.governed for layer in cached.groups]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held now: `resident` on the device, `offloaded` on the host, `index` in the policy's structures."""
+        stores = self.stores()
+        own = sum(_tensor_bytes(layer) for layer in self.layers if not isinstance(layer, PolicyCacheLayer))
+        return {
+            "resident": own + sum(store.resident_bytes for store in stores),
+            "offloaded": sum(store.offloaded_bytes for store in stores),
+            "index": sum(store.index_bytes for store in stores),
+        }
+
+    def budget_of(self, index: int, tokens: int) -> LayerBudget:
+        """The budget of governed layer `index` for rows of `tokens` prompt tokens."""
+        if tokens not in self.budgets:
+            self.budgets[tokens] = self.session.allocate(len(self.governed), tokens)
+        return self.budgets[tokens][index]
+
+
+class PolicyCacheLayer(CacheLayerMixin):
+    """One governed layer of the cache: collects the prompt, then hands it to the policy's stores."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, session: Session, cache: PolicyCache, index: int, number: int) -> None:
+        super().__init__()
+        self.session, self.cache, self.index, self.number = session, cache, index, number
+        self.seen = 0
+        self.prompt: TokenBuffer | None = None
+        self.prompt_queries: list[Tensor] = []
+        self.groups: list[Layer] = []
+        self.attended = 0
+        """Tokens that came through the attention function, to notice a model that goes around it."""
+        self.new: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare before the first tokens come."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, G, m, d]; return those that the model's own attention would attend to."""
+        self.is_initialized = True
+        if self.seen == 0 and self.session.prompt_tokens is None:
+            self.cache_prompt_tokens = key_states.shape[2]
+        elif self.seen == 0:
+            assert self.session.prompt_tokens is not None
+            self.cache_prompt_tokens = self.session.prompt_tokens
+        self.seen += key_states.shape[2]
+        if self.groups:
+            self.new = key_states, value_states
+            if not self.session.policy.exact:
+                return key_states, value_states
+            store = self.groups[0].store
+            store.append(key_states, value_states)
+            keys, values, _ = store.static_parts()[0]
+            return keys, values
+        if self.seen > self.cache_prompt_tokens:
+            raise KVBenchError(
+                f"A forward call took the prompt to {self.seen} tokens, past the {self.cache_prompt_tokens} that "
+                "prompt_tokens announced: split the call where the prompt ends."
+            )
+        if self.prompt is None:
+            self.prompt = TokenBuffer(key_states, value_states)
+        else:
+            self.prompt.append(key_states, value_states)
+        return self.prompt.keys, self.prompt.values
+
+    def finish_prompt(self, module: nn.Module, scaling: float, heads: int) -> None:
+        """Split the prompt into groups of equally long rows and let the policy take them over."""
+        assert self.prompt is not None
+        session, window = self.session, self.session.policy.query_window
+        keys, values = self.prompt.keys, self.prompt.values
+        if not session.policy.exact and not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
+            raise KVBenchError(
+                f"Layer {self.number} of {type(session.model).__name__} gave keys or values that are NaN or infinite: "
+                "load the model in another dtype (--dtype float32), or check its weights."
+            )
+        queries = torch.cat(self.prompt_queries, dim=2) if len(self.prompt_queries) > 1 else self.prompt_queries[0]
+        self.prompt, self.prompt_queries = None, []
+        for lane in self.cache.lanes:
+            lane_keys, lane_values = lane.take(keys, padded=True), lane.take(values, padded=True)
+            lane_queries = (
+                lane.take(queries, padded=True)
+                if window is None
+                else lane.take(queries)[:, :, max(queries.shape[2] - window, 0) :]
+            )
+            tokens = lane_keys.shape[2]
+            layer = Layer(
+                index=self.index, count=len(self.cache.governed), number=self.number, heads=heads,
+                kv_heads=keys.shape[1], head_dim=keys.shape[3], scaling=scaling, rows=lane_keys.shape[0],
+                store=KVStore(lane_keys, lane_values), budget=self.cache.budget_of(self.index, tokens),
+                static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
+            )  # fmt: skip
+            self.groups.append(layer)
+            start = session.now()
+            session.call("prefill", layer=layer, queries=lane_queries, keys=lane_keys, values=lane_values)
+            self.cache.index_s += session.now() - start
+        del keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover the whole context, evicted tokens included."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of the context so far, evicted ones included: positions count on from here."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise KVBenchError(
+            "A KV-cache policy cannot follow beam search, assisted decoding or cropping, which rewrite the cache: "
+            "generate greedily or by sampling, with num_beams=1."
+        )
+
+    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _unsupported
+
+
+class Session:
+    """A model with a policy attached; see `attach`. `cache` is the latest sequence batch's cache."""
+
+    def __init__(
+        self,
+        model: Any,
+        policy: KVCachePolicy,
+        budget: Budget | None,
+        probes: Sequence[Probe] = (),
+        prompt_tokens: int | None = None,
+    ) -> None:
+        self.model = model
+        self.policy, self.budget, self.probes = policy, budget, list(probes)
+        self.prompt_tokens = prompt_tokens
+        self.cache: PolicyCache | None = None
+        if not policy.exact and budget is None:
+            raise KVBenchError(f"Policy '{policy.name}' needs a budget: give a number of tokens or a ratio.")
+        self.allocator: BudgetAllocator | None = (
+            None if policy.exact or budget is None else registry().make("budget", budget.allocator, budget.options)
+        )
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(PolicyHooks)
+        for plugin in (DefaultPolicy(), policy, *probes):
+            manager.register(plugin)
+        self.hook: Any = manager.hook
+        if not (hasattr(model, "set_attn_implementation") and self.model._can_set_attn_implementation()):
+            raise KVBenchError(
+                f"{type(model).__name__} does not go through transformers' attention interface, so no policy can "
+                "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
+            )
+        self.config: Any = self.model.config.get_text_config(decoder=True)
+        self.implementation: str = self.config._attn_implementation
+        self._handles: list[Any] = []
+        self._cuda = next(model.parameters()).device.type == "cuda"
+
+    # -- attaching -------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Session:
+        if id(self.config) in _SESSIONS:
+            raise KVBenchError("The model has a policy attached already: leave that `with` block first.")
+        self._before = {
+            "": self.model.config._attn_implementation,
+            **{
+                key: getattr(self.model.config, key)._attn_implementation
+                for key in self.model.config.sub_configs
+                if getattr(self.model.config, key) is not None
+            },
+        }
+        name = f"kvbench_{self.implementation}"
+        AttentionInterface.register(name, _attention)
+        if self.implementation in ALL_MASK_ATTENTION_FUNCTIONS:
+            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self.implementation])
+        self.model.set_attn_implementation(
+            {key: name if self._is_text(key) else value for key, value in self._before.items()}
+        )
+        _SESSIONS[id(self.config)] = self
+        self._handles = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+        ]
+        return self
+
+    def _is_text(self, key: str) -> bool:
+        config = self.model.config if key == "" else getattr(self.model.config, key)
+        return config is self.config
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        _SESSIONS.pop(id(self.config), None)
+        self.model.set_attn_implementation(self._before)
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        past = kwargs.get("past_key_values")
+        if isinstance(past, PolicyCache) and past is self.cache:
+            return args, kwargs
+        if past is not None and past.get_seq_length() > 0:
+            raise KVBenchError("The cache passed to the model was filled without the policy: start from the prompt.")
+        if kwargs.get("use_cache") is False:
+            raise KVBenchError("A KV-cache policy needs use_cache=True.")
+        self.cache = PolicyCache(self, _left_padding(kwargs.get("attention_mask")))
+        return args, {**kwargs, "past_key_values": self.cache, "use_cache": True}
+
+    def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
+        if self.cache is not None and any(layer.seen != layer.attended for layer in self.cache.governed):
+            raise KVBenchError(
+                f"{type(model).__name__} does not pass its attention through transformers' attention interface in "
+                "every layer, so no policy can govern it: use another architecture."
+            )
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def now(self) -> float:
+        """Seconds on a clock that waits for the device's work."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def allocate(self, layers: int, tokens: int) -> list[LayerBudget]:
+        """Share the budget over `layers` layers for a prompt of `tokens` tokens."""
+        if self.allocator is None or self.budget is None:
+            return [LayerBudget(tokens, covers_all=True)] * layers
+        sinks, window = self.policy.static_tokens(tokens)
+        request = BudgetRequest(
+            layers=layers,
+            tokens=self.budget.size(tokens),
+            context=tokens,
+            minimum=max(sinks + window, 1),
+            window=window,
+        )
+        return allocate(self.allocator, request)
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """Call a policy hook; an error in a plugin is reported with the plugin's name."""
+        try:
+            return getattr(self.hook, hook)(**arguments)
+        except (KVBenchError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            plugin = self._culprit(error)
+            kind = "Probe" if isinstance(plugin, Probe) else "Policy"
+            raise KVBenchError(
+                f"{kind} '{plugin.name}' ({type(plugin).__module__}) failed in {hook} at layer "
+                f"{arguments['layer'].number}: {type(error).__name__}: {error}"
+            ) from error
+
+    def _culprit(self, error: Exception) -> KVCachePolicy | Probe:
+        trace = error.__traceback__
+        culprit: KVCachePolicy | Probe = self.policy
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            culprit = next((plugin for plugin in (self.policy, *self.probes) if plugin is owner), culprit)
+            trace = trace.tb_next
+        return culprit
+
+    def attention(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention of one layer: the model's own for the prompt, the policy's afterwards."""
+        if self.cache is None:
+            raise KVBenchError(f"Call {type(self.model).__name__} itself while a policy is attached, not a part of it.")
+        cached = self.cache.layers[module.layer_idx]
+        own = self._own_attention(module)
+        if not isinstance(cached, PolicyCacheLayer):
+            return own(module, query, key, value, mask, **kwargs)
+        cached.attended += query.shape[2]
+        scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
+        if not cached.groups:
+            output, weights = own(module, query, key, value, mask, **kwargs)
+            window = self.policy.query_window
+            if window is None:
+                cached.prompt_queries.append(query)
+            else:
+                last = torch.cat([*cached.prompt_queries, query], dim=2)
+                cached.prompt_queries = [last[:, :, max(last.shape[2] - window, 0) :].clone()]
+            if cached.seen == cached.cache_prompt_tokens:
+                cached.finish_prompt(module, scaling, query.shape[1])
+            return output, weights
+        if self.policy.exact:
+            return self._exact_step(cached, query, lambda: own(module, query, key, value, mask, **kwargs)[0]), None
+        for name in _UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise KVBenchError(
+                    f"{type(self.model).__name__} uses '{name}' in its attention, which policies do not support yet: "
+                    "choose another model, or policy 'full'."
+                )
+        return self._policy_steps(cached, query), None
+
+    def _exact_step(self, cached: PolicyCacheLayer, query: Tensor, own: Callable[[], Tensor]) -> Tensor:
+        layer = cached.groups[0]
+        assert cached.new is not None
+        keys, values = cached.new
+        layer.exact_attention = lambda: own().transpose(1, 2)
+        self.call("insert", layer=layer, keys=keys, values=values)
+        selection = self.call("select", layer=layer, queries=query, budget=layer.budget)
+        output: Tensor = self.call("attend", layer=layer, queries=query, selection=selection).output
+        return output.transpose(1, 2)
+
+    def _policy_steps(self, cached: PolicyCacheLayer, query: Tensor) -> Tensor:
+        assert cached.new is not None
+        keys, values = cached.new
+        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[3])
+        for lane, layer in zip(self.cache.lanes, cached.groups, strict=True):  # type: ignore[union-attr]
+            lane_queries, lane_keys, lane_values = lane.take(query), lane.take(keys), lane.take(values)
+            for step in range(query.shape[2]):
+                now = slice(step, step + 1)
+                new_keys, new_values, queries = lane_keys[:, :, now], lane_values[:, :, now], lane_queries[:, :, now]
+                layer.store.append(new_keys, new_values)
+                self.call("insert", layer=layer, keys=new_keys, values=new_values)
+                selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
+                result = self.call("attend", layer=layer, queries=queries, selection=selection).output
+                part = result.squeeze(2).to(output.dtype)
+                if lane.rows is None:
+                    output[:, step] = part
+                else:
+                    output[lane.rows, step] = part
+        return output
+
+    def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.implementation, eager
+        )
+        return function
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    session = _SESSIONS.get(id(getattr(module, "config", None)))
+    if session is None:
+        raise KVBenchError(
+            f"{type(module).__name__} has its own configuration object, so its attention cannot be matched to the "
+            "attached model: use an architecture whose layers share the model's configuration."
+        )
+    return session.attention(module, query, key, value, attention_mask, **kwargs)
+
+
+def _left_padding(mask: Tensor | None) -> Tensor | None:
+    """Padding tokens at the start of each row [B], from a mask [B, n] of ones and zeros."""
+    if mask is None or mask.dim() != 2:
+        return None
+    padding = (mask == 0).sum(-1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    if not bool(((columns >= padding[:, None]) == (mask != 0)).all()):
+        raise KVBenchError("The attention mask pads elsewhere than on the left: set tokenizer.padding_side='left'.")
+    return padding.cpu()
+
+
+def _tensor_bytes(layer: Any) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values) if isinstance(tensor, Tensor))

@@ -1,0 +1,37 @@
+"""Tasks: where examples come from and how answers are scored."""
+
+import pluggy
+
+from kvbench.tasks import infinitebench, jsonl, ruler, ruler_more
+from kvbench.tasks.base import Example, Prompt, Task, encode, fill, prompt_length
+
+__all__ = ["Example", "Prompt", "Task", "encode", "fill", "kvbench_tasks", "prompt_length"]
+
+hookimpl = pluggy.HookimplMarker("kvbench")
+
+
+@hookimpl
+def kvbench_tasks() -> list[type[Task]]:
+    """Register the built-in tasks."""
+    return [
+        ruler.NiahSingle1,
+        ruler.NiahSingle2,
+        ruler.NiahSingle3,
+        ruler.NiahMultikey1,
+        ruler.NiahMultikey2,
+        ruler.NiahMultikey3,
+        ruler.NiahMultivalue,
+        ruler.NiahMultiquery,
+        ruler_more.VariableTracking,
+        ruler_more.CommonWords,
+        ruler_more.FrequentWords,
+        ruler_more.Squad,
+        ruler_more.HotpotQA,
+        ruler.NeedleGrid,
+        infinitebench.Passkey,
+        infinitebench.NumberString,
+        infinitebench.KVRetrieval,
+        infinitebench.MathFind,
+        infinitebench.CodeRun,
+        jsonl.JsonLines,
+    ]

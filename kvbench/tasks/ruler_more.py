@@ -1,0 +1,315 @@
+"""RULER's tracing, aggregation and question tasks (Hsieh et al. 2024, arXiv:2404.06654)."""
+
+import hashlib
+import itertools
+import json
+import math
+import random
+import string
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from kvbench.errors import KVBenchError
+from kvbench.tasks.base import Example, Task, fill
+from kvbench.tasks.metrics import string_match_all, string_match_part
+from kvbench.tasks.texts import NOISE, data_file, words
+
+
+class VariableTracking(Task):
+    """A chain of five variables, «VAR B = VAR A», in lines of noise, after one solved example of ten lines."""
+
+    name = "vt"
+    summary = "RULER: follow a chain of five variable assignments through noise"
+    reference = "RULER, arXiv:2404.06654"
+    hops = 4
+
+    def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
+        """Yield examples with as many lines of noise as fit."""
+        for index in range(count):
+
+            def build(lines: int, index: int = index) -> Example:
+                rng = random.Random(f"{seed} {self.name} {index}")
+                solved = self._problem(rng, 10, letters=3)
+                context, question, answer_prefix, names = self._problem(rng, lines, letters=5)
+                demonstration = f"{solved[0]}{solved[1]} {solved[2]} {' '.join(solved[3])}\n\n\n\n"
+                return Example(
+                    id=f"{self.name}/{context_length}/{seed}/{index}",
+                    context=demonstration + context,
+                    question=question,
+                    answer_prefix=answer_prefix,
+                    references=tuple(names),
+                    max_new_tokens=30,
+                    info={"haystack": "noise", "haystack_units": lines},
+                )
+
+            yield fill(tokenizer, build, context_length=context_length, smallest=self.hops + 1)
+
+    def score(self, prediction: str, example: Example) -> float:
+        """Share of the five names that occur in the prediction."""
+        return string_match_all(prediction, example.references)
+
+    def _problem(self, rng: random.Random, lines: int, letters: int) -> tuple[str, str, str, list[str]]:
+        names: list[str] = []
+        while len(names) <= self.hops:
+            name = "".join(rng.choices(string.ascii_uppercase, k=letters))
+            if name not in names:
+                names.append(name)
+        value = rng.randrange(10_000, 99_999)
+        chain = [f"VAR {names[0]} = {value}"]
+        chain += [f"VAR {name} = VAR {before} " for before, name in itertools.pairwise(names)]
+        parts = [NOISE + "\n"] * lines
+        for shift, position in enumerate(sorted(rng.sample(range(lines), len(chain)))):
+            parts.insert(position + shift, chain[shift])
+        text = " ".join(parts)
+        return (
+            f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}\n",
+            f"Question: Find all variables that are assigned the value {value} in the text above.",
+            # "assgined" is how it was published.
+            "Answer: According to the chain(s) of variable assignment in the text above, "
+            f"{len(names)} variables are assgined the value {value}, they are:",
+            names,
+        )
+
+
+class CommonWords(Task):
+    """A numbered list in which ten words occur more often than all others, after one solved example."""
+
+    name = "cwe"
+    summary = "RULER: name the ten most common words of a list"
+    reference = "RULER, arXiv:2404.06654"
+
+    def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
+        """Yield examples with as many different words as fit."""
+        pool = words("noun", "adjective", "verb")
+        # Repeats of the common and the other words, in the example and in the solved one.
+        repeats, solved_words, solved_repeats = (
+            ((30, 3), 40, (10, 3)) if context_length >= 4096 else ((6, 1), 20, (3, 1))
+        )
+        for index in range(count):
+
+            def build(size: int, index: int = index) -> Example:
+                rng = random.Random(f"{seed} {self.name} {index}")
+                solved, solved_answer = self._list(rng, rng.sample(pool, solved_words), *solved_repeats)
+                drawn = rng.sample(pool, len(pool))
+                listed, answer = self._list(rng, drawn[:size], *repeats)
+                numbered = " ".join(f"{place}. {word}" for place, word in enumerate(solved_answer, 1))
+                return Example(
+                    id=f"{self.name}/{context_length}/{seed}/{index}",
+                    context=f"{self._context(solved)}{self.QUESTION} {self.PREFIX}{numbered}\n{self._context(listed)}",
+                    question=self.QUESTION,
+                    answer_prefix=self.PREFIX,
+                    references=tuple(answer),
+                    max_new_tokens=120,
+                    info={"haystack": "words of wonderwords 3.0.1", "haystack_units": size},
+                )
+
+            yield fill(tokenizer, build, context_length=context_length, smallest=20, largest=len(pool))
+
+    def score(self, prediction: str, example: Example) -> float:
+        """Share of the ten words that occur in the prediction."""
+        return string_match_all(prediction, example.references)
+
+    QUESTION = "Question: What are the 10 most common words in the above list?"
+    PREFIX = "Answer: The top 10 words that appear most often in the list are:"
+
+    @staticmethod
+    def _list(rng: random.Random, drawn: Sequence[str], common: int, other: int) -> tuple[str, Sequence[str]]:
+        listed = [*drawn[:10]] * common + [*drawn[10:]] * other
+        rng.shuffle(listed)
+        return " ".join(f"{place}. {word}" for place, word in enumerate(listed, 1)), drawn[:10]
+
+    @staticmethod
+    def _context(listed: str) -> str:
+        return (
+            "Below is a numbered list of words. In these words, some appear more often than others. "
+            f"Memorize the ones that appear most often.\n{listed}\n"
+        )
+
+
+class FrequentWords(Task):
+    """Coded words whose frequencies follow a zeta distribution with α = 2; the most frequent one is noise."""
+
+    name = "fwe"
+    summary = "RULER: name the three most frequent of coded words"
+    reference = "RULER, arXiv:2404.06654"
+    max_new_tokens: ClassVar[int] = 50
+
+    def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
+        """Yield examples with as many words as fit."""
+        size = max((context_length - self.max_new_tokens) // 50, 4)
+        for index in range(count):
+            rng = random.Random(f"{seed} {self.name} {index}")
+            vocabulary = ["..."]
+            while len(vocabulary) < size:
+                word = "".join(rng.choices(string.ascii_lowercase, k=6))
+                if word not in vocabulary:
+                    vocabulary.append(word)
+
+            def build(steps: int, index: int = index, vocabulary: list[str] = vocabulary) -> Example:
+                total = steps * 10
+                coded = []
+                for rank, word in enumerate(vocabulary, 1):
+                    coded += [word] * int(total * rank**-2 / (math.pi**2 / 6))
+                random.Random(f"{seed} {self.name} {index} order").shuffle(coded)
+                return Example(
+                    id=f"{self.name}/{context_length}/{seed}/{index}",
+                    context=(
+                        "Read the following coded text and track the frequency of each coded word. Find the three most "
+                        f"frequently appeared coded words. {' '.join(coded)}\n"
+                    ),
+                    question=(
+                        "Question: Do not provide any explanation. Please ignore the dots '....'. "
+                        "What are the three most frequently appeared words in the above coded text?"
+                    ),
+                    answer_prefix=(
+                        "Answer: According to the coded text above, the three most frequently appeared words are:"
+                    ),
+                    references=tuple(vocabulary[1:4]),
+                    max_new_tokens=self.max_new_tokens,
+                    info={"haystack": "coded words", "haystack_units": len(coded)},
+                )
+
+            # From 60 words on the counts of ranks 2 to 5 differ.
+            yield fill(tokenizer, build, context_length=context_length, smallest=6)
+
+    def score(self, prediction: str, example: Example) -> float:
+        """Share of the three words that occur in the prediction."""
+        return string_match_all(prediction, example.references)
+
+
+@dataclass(frozen=True)
+class _Question:
+    question: str
+    answers: tuple[str, ...]
+    needed: tuple[int, ...]
+    related: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Questions:
+    documents: tuple[str, ...]
+    questions: tuple[_Question, ...]
+    sha256: str
+
+
+class QuestionTask(Task):
+    """A question with the documents that answer it among others; subclasses read a published file."""
+
+    reference = "RULER, arXiv:2404.06654"
+    file: ClassVar[str]
+    published: ClassVar[str]
+
+    @staticmethod
+    @abstractmethod
+    def read(content: Any) -> tuple[Sequence[str], Sequence[_Question]]:
+        """Give the documents and the questions of the file's JSON content."""
+
+    def data(self) -> dict[str, str]:
+        """Name the published file and its hash."""
+        return {"haystack": self.file, "haystack_sha256": self._load().sha256}
+
+    def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
+        """Yield examples with as many documents as fit, the questions in an order drawn by the seed."""
+        content = self._load()
+        order = random.Random(f"{seed} {self.name}").sample(range(len(content.questions)), len(content.questions))
+        for index, number in enumerate(order[:count]):
+            asked = content.questions[number]
+            rng = random.Random(f"{seed} {self.name} {index}")
+            related = rng.sample(asked.related, len(asked.related))
+            known = {*asked.needed, *related}
+            others = [document for document in range(len(content.documents)) if document not in known]
+            chosen = [*asked.needed, *related, *rng.sample(others, len(others))]
+
+            def build(size: int, index: int = index, asked: _Question = asked, chosen: list[int] = chosen) -> Example:
+                shown = chosen[:size]
+                random.Random(f"{seed} {self.name} {index} order").shuffle(shown)
+                listed = "\n\n".join(f"Document {place}:\n{content.documents[d]}" for place, d in enumerate(shown, 1))
+                return Example(
+                    id=f"{self.name}/{context_length}/{seed}/{index}",
+                    context=f"{_QA_INSTRUCTION}\n\nThe following are given documents.\n\n{listed}\n\n",
+                    question=f"{_QA_INSTRUCTION}\n\nQuestion: {asked.question}",
+                    answer_prefix="Answer:",
+                    references=asked.answers,
+                    max_new_tokens=32,
+                    info={"haystack": self.file, "haystack_sha256": content.sha256, "haystack_units": len(shown)},
+                )
+
+            yield fill(tokenizer, build, context_length=context_length, smallest=len(asked.needed), largest=len(chosen))
+
+    def score(self, prediction: str, example: Example) -> float:
+        """1 if any of the answers occurs in the prediction, else 0."""
+        return string_match_part(prediction, example.references)
+
+    def _load(self) -> _Questions:
+        file = data_file(self.file, self.published)
+        return _load_questions(type(self), file, file.stat().st_mtime_ns)
+
+
+_QA_INSTRUCTION = (
+    "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+)
+
+
+@cache
+def _load_questions(task: type[QuestionTask], file: Path, _mtime: int) -> _Questions:
+    content = file.read_bytes()
+    try:
+        documents, questions = task.read(json.loads(content))
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise KVBenchError(f"{file} is not {task.published}: put the published file there.") from None
+    return _Questions(tuple(documents), tuple(questions), hashlib.sha256(content).hexdigest())
+
+
+class Squad(QuestionTask):
+    """SQuAD 2.0: one paragraph answers; paragraphs of the same article come before others as distractors."""
+
+    name = "qa_1"
+    summary = "RULER: answer a question of SQuAD 2.0 among paragraphs (needs KVBENCH_DATA)"
+    file = "dev-v2.0.json"
+    published = "SQuAD 2.0's development set (https://rajpurkar.github.io/SQuAD-explorer)"
+
+    @staticmethod
+    def read(content: Any) -> tuple[Sequence[str], Sequence[_Question]]:
+        """Read SQuAD's articles, leaving out the questions without an answer."""
+        articles = [[paragraph["context"] for paragraph in article["paragraphs"]] for article in content["data"]]
+        documents = sorted({text for article in articles for text in article})
+        numbers = {text: number for number, text in enumerate(documents)}
+        questions = []
+        for article, texts in zip(content["data"], articles, strict=True):
+            for paragraph in article["paragraphs"]:
+                own = numbers[paragraph["context"]]
+                related = tuple(dict.fromkeys(numbers[text] for text in texts if numbers[text] != own))
+                for asked in paragraph["qas"]:
+                    if not asked["is_impossible"]:
+                        answers = tuple(answer["text"] for answer in asked["answers"])
+                        questions.append(_Question(asked["question"], answers, (own,), related))
+        return documents, questions
+
+
+class HotpotQA(QuestionTask):
+    """HotpotQA with distractors: the question's own ten paragraphs, then others."""
+
+    name = "qa_2"
+    summary = "RULER: answer a question of HotpotQA among paragraphs (needs KVBENCH_DATA)"
+    file = "hotpot_dev_distractor_v1.json"
+    published = "HotpotQA's development set with distractors (https://hotpotqa.github.io)"
+
+    @staticmethod
+    def read(content: Any) -> tuple[Sequence[str], Sequence[_Question]]:
+        """Read HotpotQA's questions with their paragraphs."""
+
+        def texts(asked: Any) -> list[str]:
+            return [f"{title}\n{''.join(sentences)}" for title, sentences in asked["context"]]
+
+        documents = sorted({text for asked in content for text in texts(asked)})
+        numbers = {text: number for number, text in enumerate(documents)}
+        return documents, [
+            _Question(
+                asked["question"], (asked["answer"],), tuple(dict.fromkeys(numbers[text] for text in texts(asked)))
+            )
+            for asked in content
+        ]

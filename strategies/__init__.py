@@ -1,0 +1,25 @@
+"""The built-in policies, one file each, and the built-in budget allocators."""
+
+from kvbench.budget import BudgetAllocator
+from kvbench.hookspecs import hookimpl
+from kvbench.policy import KVCachePolicy
+from kvbench.strategies.flat import Flat
+from kvbench.strategies.full import Full
+from kvbench.strategies.pyramid import Pyramid
+from kvbench.strategies.quest import Quest
+from kvbench.strategies.retrieval import Retrieval
+from kvbench.strategies.snapkv import SnapKV
+from kvbench.strategies.streaming_llm import StreamingLLM
+from kvbench.strategies.uniform import Uniform
+
+
+@hookimpl
+def kvbench_policies() -> list[type[KVCachePolicy]]:
+    """Register the built-in policies."""
+    return [Full, StreamingLLM, SnapKV, Quest, Flat, Retrieval]
+
+
+@hookimpl
+def kvbench_budgets() -> list[type[BudgetAllocator]]:
+    """Register the built-in budget allocators."""
+    return [Uniform, Pyramid]

@@ -1,0 +1,55 @@
+"""Tiny random models of several architectures, made in the test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "tie_word_embeddings": False, "initializer_range": 0.4,
+}  # fmt: skip
+
+ARCHITECTURES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 24}),
+    "phi3": (Phi3Config, Phi3ForCausalLM, {}),
+    "gemma3": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+         "query_pre_attn_scalar": 8},
+    ),
+}  # fmt: skip
+
+
+def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
+    """A random model whose attention is peaked enough for tokens to differ when attention does."""
+    config_class, model_class, extra = ARCHITECTURES[architecture]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**COMMON, **extra, **changes})).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids [batch, length] without the special ones."""
+    return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
