@@ -32,8 +32,8 @@ class Step:
 
     @property
     def weights(self) -> Tensor:
-        """Softmax weights over the whole context, float32 [B, H, n]."""
-        return self.logits.softmax(-1)
+        """Softmax weights over the whole context, float64 [B, H, n]."""
+        return self.logits.double().softmax(-1)
 
 
 class ContextProbe(Probe):

@@ -65,7 +65,7 @@ class Recall(ContextProbe):
         if k:
             masked = step.logits.masked_fill(~step.candidates, -torch.inf)
             best = masked.topk(k, dim=-1).indices
-            self._means.add("recall_at_k", step.attended.gather(2, best).float().mean(-1))
+            self._means.add("recall_at_k", step.attended.gather(2, best).double().mean(-1))
         if selection.evaluations is not None:
             scanned = torch.as_tensor(selection.evaluations, dtype=torch.float64) / max(int(step.candidates.sum()), 1)
             self._means.add("scanned_fraction", scanned)
@@ -116,7 +116,7 @@ class Density(ContextProbe):
         selection: Selection = yield
         attended = self.step(layer, queries, selection).attended.sum(-1)
         self._means.add("attended_tokens", attended)
-        self._means.add("density", attended / layer.tokens)
+        self._means.add("density", attended.double() / layer.tokens)
         return selection
 
     def result(self) -> dict[str, float | None]:

@@ -115,8 +115,7 @@ def fit(shares: list[float], request: BudgetRequest) -> list[int]:
     """
     low, high = request.minimum, request.context
     # The shift that makes the clipped wishes sum to the total is monotone, so bisection finds it.
-    span = high - low + max(shares) - min(shares) + 1
-    below, above = -float(span), float(span)
+    below, above = low - max(shares) - 1.0, high - min(shares) + 1.0
     for _ in range(100):
         shift = (below + above) / 2
         if sum(min(max(share + shift, low), high) for share in shares) < request.total:

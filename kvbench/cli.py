@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ app = typer.Typer(
 )  # fmt: skip
 out, err = Console(soft_wrap=False), Console(stderr=True)
 
+P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Name = Annotated[str | None, typer.Argument(help="Describe this one.")]
 
@@ -35,9 +37,6 @@ def main() -> None:
         app()
     except KVBenchError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
-        err.print("Interrupted. Finished examples are kept; the same command continues after them.", style="red")
-        sys.exit(130)
     except MemoryError:
         _fail("Out of memory: use a shorter --context-length, a smaller --model, or --prefill-chunk 1024.")
     except RuntimeError as error:
@@ -46,6 +45,20 @@ def main() -> None:
                 f"Out of memory ({error}): use a shorter --context-length, a smaller --model, or --prefill-chunk 1024."
             )
         raise
+
+
+def _interruptible(command: Callable[P, None]) -> Callable[P, None]:
+    """Make Ctrl-C end a command with one sentence and exit code 130."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            err.print("Interrupted. What is finished is kept; the same command continues after it.", style="red")
+            raise typer.Exit(130) from None
+
+    return wrapper
 
 
 def _fail(message: str) -> None:
@@ -57,6 +70,7 @@ def _fail(message: str) -> None:
 
 
 @app.command()
+@_interruptible
 def run(  # noqa: PLR0917
     policy: Annotated[str, typer.Option(help="Policy, or several separated by commas; `kvbench policies` lists them.")],
     budget: Annotated[str, typer.Option(help="Allocator that shares the budget over the layers.")] = "uniform",

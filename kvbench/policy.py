@@ -44,6 +44,8 @@ class Layer:
     prompt_tokens: int
     module: nn.Module
     state: dict[str, Any] = field(default_factory=dict)
+    prompt_queries: Tensor | None = None
+    """During `prefill` only: the queries [B, H, m, d] that probes asked for (`Probe.query_window`), none if none did."""
     exact_attention: Callable[[], Tensor] | None = None
     """Set for policies that keep everything: the model's own attention of this step, output [B, H, m, d]."""
 
@@ -115,6 +117,13 @@ class Probe(_Pluggable):
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
+
+    def query_window(self, number: int) -> int | None:
+        """How many of the prompt's last queries it needs in layer `number` of the model; None for all of them.
+
+        They come as `layer.prompt_queries` during `prefill`, whatever the policy itself is given.
+        """
+        return 0
 
     def result(self) -> dict[str, Any]:
         """What was measured since the probe was made, as plain numbers that JSON can hold."""

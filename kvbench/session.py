@@ -174,7 +174,7 @@ class PolicyCacheLayer(CacheLayerMixin):
     def finish_prompt(self, module: nn.Module, scaling: float, heads: int) -> None:
         """Split the prompt into groups of equally long rows and let the policy take them over."""
         assert self.prompt is not None
-        session, window = self.session, self.session.policy.query_window
+        session, window = self.session, self.session.query_window(self.number)
         keys, values = self.prompt.keys, self.prompt.values
         if not session.policy.exact and not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
             raise KVBenchError(
@@ -185,12 +185,8 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.prompt, self.prompt_queries = None, []
         for lane in self.cache.lanes:
             lane_keys, lane_values = lane.take(keys, padded=True), lane.take(values, padded=True)
-            lane_queries = (
-                lane.take(queries, padded=True)
-                if window is None
-                else lane.take(queries)[:, :, max(queries.shape[2] - window, 0) :]
-            )
             tokens = lane_keys.shape[2]
+            lane_queries = _last(lane.take(queries), tokens if window is None else min(window, tokens))
             layer = Layer(
                 index=self.index, count=len(self.cache.governed), number=self.number, heads=heads,
                 kv_heads=keys.shape[1], head_dim=keys.shape[3], scaling=scaling, rows=lane_keys.shape[0],
@@ -198,9 +194,14 @@ class PolicyCacheLayer(CacheLayerMixin):
                 static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
             )  # fmt: skip
             self.groups.append(layer)
+            if session.query_window(self.number, policy=False) != 0:
+                layer.prompt_queries = lane_queries
+            asked = session.policy.query_window
+            policy_queries = lane_queries if asked is None else _last(lane_queries, min(asked, tokens))
             start = session.now()
-            session.call("prefill", layer=layer, queries=lane_queries, keys=lane_keys, values=lane_values)
+            session.call("prefill", layer=layer, queries=policy_queries, keys=lane_keys, values=lane_values)
             self.cache.index_s += session.now() - start
+            layer.prompt_queries = None
         del keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -324,6 +325,13 @@ class Session:
             torch.cuda.synchronize()
         return time.perf_counter()
 
+    def query_window(self, number: int, *, policy: bool = True) -> int | None:
+        """How many of the prompt's last queries the policy and the probes need in layer `number`; None for all."""
+        windows = [probe.query_window(number) for probe in self.probes]
+        if policy:
+            windows.append(self.policy.query_window)
+        return None if None in windows else max((window for window in windows if window is not None), default=0)
+
     def allocate(self, layers: int, tokens: int) -> list[LayerBudget]:
         """Share the budget over `layers` layers for a prompt of `tokens` tokens."""
         if self.allocator is None or self.budget is None:
@@ -375,7 +383,7 @@ class Session:
         scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         if not cached.groups:
             output, weights = own(module, query, key, value, mask, **kwargs)
-            window = self.policy.query_window
+            window = self.query_window(cached.number)
             if window is None:
                 cached.prompt_queries.append(query)
             else:
@@ -453,6 +461,10 @@ def _left_padding(mask: Tensor | None) -> Tensor | None:
     if not bool(((columns >= padding[:, None]) == (mask != 0)).all()):
         raise KVBenchError("The attention mask pads elsewhere than on the left: set tokenizer.padding_side='left'.")
     return padding.cpu()
+
+
+def _last(queries: Tensor, count: int) -> Tensor:
+    return queries[:, :, queries.shape[2] - count :]
 
 
 def _tensor_bytes(layer: Any) -> int:

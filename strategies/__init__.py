@@ -5,18 +5,23 @@ from kvbench.hookspecs import hookimpl
 from kvbench.policy import KVCachePolicy
 from kvbench.strategies.flat import Flat
 from kvbench.strategies.full import Full
+from kvbench.strategies.hnsw import HNSW
+from kvbench.strategies.ivf import IVF
+from kvbench.strategies.ivfpq import IVFPQ
 from kvbench.strategies.pyramid import Pyramid
 from kvbench.strategies.quest import Quest
 from kvbench.strategies.retrieval import Retrieval
+from kvbench.strategies.robust_vamana import RobustVamana
 from kvbench.strategies.snapkv import SnapKV
 from kvbench.strategies.streaming_llm import StreamingLLM
 from kvbench.strategies.uniform import Uniform
+from kvbench.strategies.vamana import Vamana
 
 
 @hookimpl
 def kvbench_policies() -> list[type[KVCachePolicy]]:
     """Register the built-in policies."""
-    return [Full, StreamingLLM, SnapKV, Quest, Flat, Retrieval]
+    return [Full, StreamingLLM, SnapKV, Quest, Flat, Retrieval, RobustVamana, Vamana, IVF, HNSW, IVFPQ]
 
 
 @hookimpl

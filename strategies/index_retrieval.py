@@ -26,7 +26,8 @@ class IndexRetrieval(KVCachePolicy):
     """Offloads all but the static set and attends, per query head, to the tokens that an index finds.
 
     Subclasses name their `index` and merge its options into their `Options`. With `insert_every` tokens beyond the
-    window, the oldest of it are offloaded and inserted into the index, so that the tokens attended stay at the budget.
+    window (fewer where the budget is tight), the oldest are offloaded and inserted into the index, so that the tokens
+    attended stay at the budget.
     """
 
     index: ClassVar[type[Index]]
@@ -78,7 +79,8 @@ class IndexRetrieval(KVCachePolicy):
         if not every or "index" not in layer.state:
             return
         beyond = layer.store.static_tokens - sum(self.options.sizes())
-        if beyond >= every:
+        over_budget = layer.store.static_tokens > layer.budget.tokens and not layer.budget.covers_all
+        if beyond >= every or over_budget:
             new, _ = layer.store.advance(beyond)
             layer.state["index"].insert(new.flatten(0, 1).cpu(), storage=layer.store.aside_keys.flatten(0, 1))
             layer.store.index_bytes = layer.state["index"].nbytes

@@ -8,8 +8,11 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -73,6 +76,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer(chat_template=None)
+
+
 @pytest.fixture(autouse=True)
 def no_data_folder(monkeypatch):
     monkeypatch.delenv("KVBENCH_DATA", raising=False)
@@ -125,6 +133,31 @@ def test_text_that_the_template_trims_is_still_split_rightly(tokenizer):
 def test_text_beyond_ascii_is_split_rightly(tokenizer):
     prompt = encode(tokenizer, Example("x/1", "Ünïcödé 😀 文字\n", "Où?", "", ("7",), 8))
     assert tokenizer.decode(prompt.input_ids[: prompt.context_tokens]) == "<bos><|turn|>user\nÜnïcödé 😀 文字\n"
+
+
+@given(context=st.text(max_size=60), question=st.text(max_size=30), prefix=st.text(max_size=10), chat=st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_both_parts_are_exactly_the_whole_prompt(tokenizer, plain_tokenizer, *, context, question, prefix, chat):
+    assume(context.strip() and question.strip())
+    used = tokenizer if chat else plain_tokenizer
+    prompt = encode(used, Example("x/1", context, question, prefix, ("7",), 8))
+    before = used.decode(prompt.input_ids[: prompt.context_tokens])
+    after = used.decode(prompt.input_ids[prompt.context_tokens :])
+    if chat:
+        message = (context + question).strip()
+        assert before + after == f"<bos><|turn|>user\n{message}<|end|>\n<|turn|>assistant\n{prefix}"
+        whole = used(before + after, add_special_tokens=False)["input_ids"]
+        assert f"<bos><|turn|>user\n{context.lstrip()}".startswith(before)
+    else:
+        assert before + after == f"<bos>{context}{question}" + (f" {prefix}" if prefix else "")
+        whole = [0, *used((before + after).removeprefix("<bos>"), add_special_tokens=False)["input_ids"]]
+        assert f"<bos>{context}".startswith(before)
+    assert prompt.input_ids == whole
+
+
+def test_an_example_without_text_is_refused(tokenizer):
+    with pytest.raises(KVBenchError, match="Example x/1 has neither context nor question"):
+        encode(tokenizer, Example("x/1", " \n", "", "", ("7",), 8))
 
 
 def test_a_template_that_changes_the_text_is_refused():
@@ -456,6 +489,24 @@ def test_a_third_party_needle_task_is_a_few_lines(tokenizer):
 
     example = one(EightKeys, tokenizer)
     assert len(re.findall("One of the special magic numbers for", example.context)) == 8
+
+
+def test_the_task_of_the_documentation_works(tokenizer):
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text("utf-8")
+    code = re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1)
+    names = {}
+    exec(code, names)
+    (task,) = names["kvbench_tasks"]()
+    example = one(task, tokenizer, index=1)
+    assert 0.9 * 1024 <= prompt_length(tokenizer, example) + example.max_new_tokens <= 1024
+    box = re.search(r"box (\d+)\?", example.question).group(1)
+    assert f"Box {box} is {example.references[0]}.\n" in example.context
+    assert task().score(f" {example.references[0]}.", example) == 1.0
+
+
+def test_the_documentation_names_every_task():
+    page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text("utf-8")
+    assert [task.name for task in kvbench_tasks() if f"`{task.name}`" not in page] == []
 
 
 # The embedded model

@@ -214,7 +214,11 @@ def test_the_grid_visits_the_depths_in_turn(tokenizer):
         assert position == pytest.approx(example.info["depth"], abs=10)  # depths count sentences
 
 
-@pytest.mark.parametrize("depths", [(), (101,), (-1,)])
+def test_depths_can_be_given_as_text():
+    assert NeedleGrid.Options(depths="0,12.5,100").depths == (0, 12.5, 100)
+
+
+@pytest.mark.parametrize("depths", [(), (101,), (-1,), "", "0,x", "50,101"])
 def test_depths_outside_the_context_are_refused(depths):
     with pytest.raises(ValueError, match="depths"):
         NeedleGrid.Options(depths=depths)
@@ -393,7 +397,7 @@ def test_empty_missing_and_foreign_files_are_named(tokenizer, file, tmp_path):
         made(tokenizer, file("", "  "))
     with pytest.raises(KVBenchError, match=r"There is no file .*absent\.jsonl"):
         made(tokenizer, tmp_path / "absent.jsonl")
-    with pytest.raises(KVBenchError, match="The task jsonl needs a file: give its option path"):
+    with pytest.raises(KVBenchError, match="The task jsonl needs a file: give it with --task-option path="):
         JsonLines().data()
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(KVBenchError, match=r"binary\.jsonl is not UTF-8"):

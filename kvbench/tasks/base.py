@@ -95,6 +95,8 @@ def prompt_length(tokenizer: Any, example: Example) -> int:
 def _render(tokenizer: Any, example: Example) -> tuple[str, int, list[int]]:
     """Give the prompt's text, the position where the question begins, and the ids to put before it."""
     content = example.context + example.question
+    if not content.strip():
+        raise KVBenchError(f"Example {example.id} has neither context nor question: give it some text.")
     if not getattr(tokenizer, "chat_template", None):
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("", verbose=False)["input_ids"][:1] == [bos]
@@ -159,6 +161,7 @@ def fill(
         tries += 1
         if tries < 8 or high is None:
             n = low + int(((1 + FULLEST) / 2 * context_length - size) / tokens_per_unit)
+            n = min(n, 64 * (low + 16))  # should the first units be much shorter than the others
         else:
             n = (low + high) // 2
     if size < FULL_ENOUGH * context_length:

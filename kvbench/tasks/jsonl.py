@@ -41,14 +41,14 @@ class JsonLines(Task):
     """
 
     name = "jsonl"
-    summary = "Examples from your own JSONL file with input and outputs (-o path=FILE)"
+    summary = "Examples from your own JSONL file with input and outputs (--task-option path=FILE)"
 
     class Options(kvbench.extension.Options):
         """The file, and what its lines leave open: the metric and the most tokens to generate."""
 
-        path: str = ""
-        metric: Metric = "string_match_all"
-        max_new_tokens: int = Field(128, ge=1)
+        path: str = Field("", description="The file.")
+        metric: Metric = Field("string_match_all", description="Metric of the lines that name none.")
+        max_new_tokens: int = Field(128, ge=1, description="Most tokens to generate, for lines that do not say.")
 
     @property
     def _options(self) -> "JsonLines.Options":
@@ -85,7 +85,7 @@ class JsonLines(Task):
 
     def _file(self) -> Path:
         if not self._options.path:
-            raise KVBenchError("The task jsonl needs a file: give its option path=FILE.jsonl.")
+            raise KVBenchError("The task jsonl needs a file: give it with --task-option path=FILE.jsonl.")
         file = Path(self._options.path).expanduser()
         if not file.is_file():
             raise KVBenchError(f"There is no file {file}: give the task jsonl an existing file as path.")

@@ -7,7 +7,7 @@ from collections.abc import Container, Iterator
 from itertools import cycle, islice
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 import kvbench.extension
 from kvbench.tasks.base import Example, Task, fill
@@ -152,9 +152,16 @@ class NeedleGrid(NeedleTask):
     reference = "RULER, arXiv:2404.06654; github.com/gkamradt/LLMTest_NeedleInAHaystack"
 
     class Options(kvbench.extension.Options):
-        """Depths in percent of the context; example i is at depth i modulo their number."""
+        """Where the needles are."""
 
-        depths: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field((0, 25, 50, 75, 100), min_length=1)
+        depths: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
+            (0, 25, 50, 75, 100), min_length=1, description="Depths in percent, separated by commas, taken in turn."
+        )
+
+        @field_validator("depths", mode="before")
+        @classmethod
+        def _split(cls, value: object) -> object:
+            return value.split(",") if isinstance(value, str) else value
 
     def _depths(self, rng: random.Random, index: int, count: int) -> list[float]:
         depths = cast("NeedleGrid.Options", self.options).depths

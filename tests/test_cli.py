@@ -1,0 +1,193 @@
+"""The `kvbench` command as its users meet it, on a tiny random model in a local folder."""
+
+import json
+import re
+import sys
+
+import pytest
+from test_tasks import make_tokenizer
+from tiny import tiny_model
+
+from kvbench import cli, runner
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = make_tokenizer()
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def kvbench(monkeypatch, capfd):
+    """Run the command; give its exit code, stdout and stderr."""
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["kvbench", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        captured = capfd.readouterr()
+        return code, captured.out, captured.err
+
+    return command
+
+
+@pytest.fixture
+def run(kvbench, model_folder, tmp_path):
+    """`kvbench run` on the tiny model, three short examples."""
+
+    def command(*arguments):
+        small = ("--model", model_folder, "--context-length", 512, "--examples", 3, "--output", tmp_path / "out")
+        return kvbench("run", *small, *arguments)
+
+    return command
+
+
+def test_run_prints_one_json_document_with_the_policy_first_and_the_baseline_after_it(run):
+    code, out, _ = run("--policy", "snapkv", "--ratio", "0.3", "--json")
+    document = json.loads(out)
+    assert (code, document["schema"]) == (0, 1)
+    assert [entry["policy"] for entry in document["runs"]] == ["snapkv", "full"]
+    ours, full = (entry["metrics"] for entry in document["runs"])
+    assert set(document["runs"][0]) >= {"policy", "budget", "config", "environment", "status", "metrics"}
+    assert set(ours["accuracy"]) == {"mean", "ci95", "n"}
+    assert ours["accuracy"]["n"] == 3
+    assert set(ours["bytes"]) == {"resident", "offloaded", "index"}
+    assert ours["ttft_s"]["total"] == pytest.approx(ours["ttft_s"]["prefill"] + ours["ttft_s"]["index"])
+    assert 0.25 < ours["density"] < 0.45 < full["density"] == 1
+    assert (full["recall_at_k"], full["recovered_mass"]) == pytest.approx((1, 1))
+    assert 0 < ours["recall_at_k"] < 1
+    assert ours["tpot_s"]["p50"] <= ours["tpot_s"]["p95"]
+    assert ours["peak_memory_bytes"] > 10_000_000
+    assert document["runs"][0]["status"] == "complete"
+
+
+def test_run_prints_a_table_and_names_its_folders(run, tmp_path):
+    code, out, _ = run("--policy", "quest,streaming_llm", "--ratio", "0.3", "-o", "page_size=8")
+    assert code == 0
+    for text in ("quest", "streaming_llm", "full", "95% interval", "recall@k", "recovered attention mass", "TPOT p95"):
+        assert text in out
+    folders = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(folders) == 3
+    assert all(re.fullmatch(r"(quest|streaming_llm|full)-niah_single_1-512-[0-9a-f]{12}", name) for name in folders)
+    assert json.loads((tmp_path / "out" / folders[1] / "run.json").read_text())["config"]["policy_options"]["page_size"] == 8
+
+
+def test_a_finished_baseline_is_reused_and_another_configuration_gets_another_folder(run, tmp_path):
+    assert run("--policy", "quest", "--ratio", "0.3")[0] == 0
+    baseline = next((tmp_path / "out").glob("full-*")) / "examples.jsonl"
+    before = baseline.read_bytes(), baseline.stat().st_mtime_ns
+    assert run("--policy", "quest", "--ratio", "0.4")[0] == 0
+    assert (baseline.read_bytes(), baseline.stat().st_mtime_ns) == before
+    assert len(list((tmp_path / "out").glob("quest-*"))) == 2
+
+
+def test_an_interrupted_run_exits_130_and_continues_without_repeating(run, tmp_path, monkeypatch):
+    measure = runner._measure
+    seen = []
+
+    def interrupted(config, loaded, task, example, *, probed):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(example.id)
+        return measure(config, loaded, task, example, probed=probed)
+
+    monkeypatch.setattr(runner, "_measure", interrupted)
+    code, _, err = run("--policy", "quest", "--ratio", "0.3", "--no-baseline")
+    assert code == 130
+    assert "Interrupted" in err
+    folder = next((tmp_path / "out").glob("quest-*"))
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    kept = (folder / "examples.jsonl").read_bytes()
+    assert kept.count(b"\n") == 2
+    with (folder / "examples.jsonl").open("ab") as file:  # what a killed writer leaves behind
+        file.write(b'{"id": "half a li')
+
+    monkeypatch.setattr(runner, "_measure", measure)
+    assert run("--policy", "quest", "--ratio", "0.3", "--no-baseline")[0] == 0
+    finished = (folder / "examples.jsonl").read_bytes()
+    assert finished.startswith(kept)
+    ids = [json.loads(line)["id"] for line in finished.splitlines()]
+    assert len(ids) == len(set(ids)) == 3
+    assert json.loads((folder / "run.json").read_text())["status"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "run.json").write_text("{"), "no readable run"),
+        (lambda f: (f / "run.json").write_text('{"schema": 99}'), "schema version 99"),
+        (lambda f: (f / "run.json").write_text('{"schema": 1, "config": {}}'), "no complete run"),
+        (lambda f: (f / "examples.jsonl").write_text("nonsense\n{}\n"), "line 1 is corrupt"),
+    ],
+)
+def test_a_corrupt_or_foreign_run_folder_is_refused_untouched(run, tmp_path, damage, message):
+    assert run("--policy", "full")[0] == 0
+    folder = next((tmp_path / "out").glob("full-*"))
+    damage(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code, _, err = run("--policy", "full")
+    assert (code, message in " ".join(err.split())) == (2, True), err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(run, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvbench.results.os.fsync", full)
+    code, _, err = run("--policy", "full")
+    assert code == 2
+    assert "No space left on device" in err
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policy", "qest"), "did you mean quest?"),
+        (("--policy", "quest", "--budget", "pyramids"), "did you mean pyramid?"),
+        (("--policy", "quest", "--task", "niah_singel_1"), "did you mean niah_single_1"),
+        (("--policy", "quest", "-o", "page_size=large"), "page_size='large' of policy 'quest' is not valid"),
+        (("--policy", "quest", "-o", "pagesize=3"), "its options are: page_size"),
+        (("--policy", "quest", "-o", "page_size"), "not of the form name=value"),
+        (("--policy", "quest", "--tokens", "600"), "larger than the context of 512"),
+        (("--policy", "quest", "--tokens", "5"), "smaller than the policy's static set"),
+        (("--policy", "quest", "--tokens", "50", "--ratio", "0.5"), "one size"),
+        (("--policy", "quest", "--ratio", "1.5"), "not between 0 and 1"),
+        (("--policy", "quest", "--context-length", "5000"), "1024"),
+        (("--policy", "quest", "--question", "maybe"), "neither 'aware' nor 'agnostic'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(run, tmp_path, arguments, message):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+def test_the_question_can_go_through_the_policy_after_the_prompt(run):
+    code, out, _ = run("--policy", "snapkv", "--ratio", "0.3", "--question", "agnostic", "--json")
+    assert code == 0
+    assert json.loads(out)["runs"][0]["config"]["question"] == "agnostic"
+
+
+@pytest.mark.parametrize("command", ["policies", "budgets", "indexes", "tasks", "probes", "models"])
+def test_lists_name_summarise_and_describe(kvbench, command):
+    code, out, _ = kvbench(command, "--json")
+    rows = json.loads(out)
+    assert code == 0
+    assert rows
+    assert all({"name", "summary", "options"} <= row.keys() for row in rows)
+    name = rows[0]["name"]
+    assert name in kvbench(command)[1]
+    assert kvbench(command, name)[0] == 0
+    code, _, err = kvbench(command, "nonesuch")
+    assert code == 2
+    assert "nonesuch" in err

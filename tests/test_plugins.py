@@ -1,0 +1,87 @@
+"""A third party's package, installed beside kvbench, is found and run like a built-in; a broken one is only named."""
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from test_tasks import make_tokenizer
+from tiny import tiny_model
+
+PACKAGE = Path(__file__).parent / "plugin_package"
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A virtual environment that sees this one's packages, with the plugin built and installed into it."""
+    place = tmp_path_factory.mktemp("environment")
+    source = shutil.copytree(PACKAGE, place / "source")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / "venv"], check=True)
+    python = place / "venv" / "bin" / "python"
+    packages = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()
+    )  # fmt: skip
+    (packages / "parent.pth").write_text(f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n")
+    install = [sys.executable, "-m", "pip", "--quiet", "install", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*install, "--target", packages, source], check=True)
+    return python, packages
+
+
+def kvbench(python, *arguments):
+    return subprocess.run(
+        [python, "-m", "kvbench.cli", *map(str, arguments)], check=False, capture_output=True, text=True, cwd="/"
+    )
+
+
+def test_the_policy_of_another_package_is_listed_and_runs(environment, tmp_path):
+    python, _ = environment
+    listed = kvbench(python, "policies", "keynorm", "--json")
+    assert json.loads(listed.stdout)[0]["options"][0]["name"] == "window"
+
+    tokenizer = make_tokenizer()
+    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    done = kvbench(
+        python, "run", "--policy", "keynorm", "--ratio", "0.2", "-o", "window=24", "--model", tmp_path / "model",
+        "--context-length", 512, "--examples", 1, "--output", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(done.stdout)["runs"][0]
+    assert ours["policy"] == "keynorm"
+    assert 0 < ours["metrics"]["density"] < 0.4
+
+
+def test_a_plugin_that_fails_to_import_is_named_and_leaves_the_others(environment):
+    python, packages = environment
+    broken = packages / "broken-1.0.dist-info"
+    broken.mkdir()
+    (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
+    (broken / "entry_points.txt").write_text("[kvbench]\nbroken = broken_plugin\n")
+    (packages / "broken_plugin.py").write_text("raise RuntimeError('no such device')\n")
+    try:
+        listed = kvbench(python, "policies")
+        assert listed.returncode == 0
+        assert "keynorm" in listed.stdout
+        assert "quest" in listed.stdout
+        warning = " ".join(listed.stderr.split())
+        assert "plugin 'broken' (broken_plugin): RuntimeError: no such device" in warning
+        asked = kvbench(python, "run", "--policy", "brokenpolicy")
+        assert asked.returncode == 2
+        assert "Unknown policy 'brokenpolicy'" in asked.stderr
+        assert "no such device" in asked.stderr
+    finally:
+        shutil.rmtree(broken)
+
+
+def test_the_plugin_is_about_thirty_lines_of_policy():
+    code = [
+        line for line in (PACKAGE / "kvbench_keynorm.py").read_text().splitlines()
+        if line.strip() and not line.strip().startswith(('"""', "#"))
+    ]  # fmt: skip
+    assert len(code) <= 35
