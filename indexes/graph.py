@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvbench.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
-from kvbench.indexes.kernels import quantize_rows, search_graph
+from kvbench.indexes.kernels import count_reached, quantize_rows, search_graph
 
 
 class GraphOptions(Options):
@@ -20,49 +20,72 @@ class GraphOptions(Options):
 
 
 class GraphIndex(Index):
-    """A graph index: `graph` [S, capacity, degree] holds S graphs, each shared by H // S query heads.
+    """An index of S graphs, each shared by H // S query heads.
 
-    Searches enter at the keys listed with the query's nearest centroids: `centroids` [S, C, d], `entries` [S, C, E].
+    In graph s, key i links to `links[start[s, i]:start[s, i + 1]]`, padded with -1. Rows of keys that are not yet
+    inserted may follow. Searches enter at `entries` [S, E], padded with -1.
     """
 
     search_parameter = "ef"
-    graph: NDArray[np.int32]
-    centroids: NDArray[np.float32]
+    links: NDArray[np.int32]
+    start: NDArray[np.int64]
     entries: NDArray[np.int32]
-    probes = 1
+    codes: NDArray[np.uint8]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of links, entry points and codes."""
+        """Bytes of links, entry points, codes and whatever else `save` writes besides the keys."""
         if not self.keys.n:
             return 0
-        return sum(array.nbytes for array in self._state().values())
+        state = self._state()
+        spare = self.links.nbytes + self.start.nbytes - state["links"].nbytes - state["start"].nbytes
+        return spare + sum(array.nbytes for array in state.values())
 
     @property
     def graphs(self) -> int:
         """Number of graphs: one per query head if they learn from its queries, else one per key/value head."""
         return self.heads if self.uses_queries else self.keys.groups
 
+    @property
+    def unreached(self) -> NDArray[np.float64]:
+        """Share of keys of each graph [S] that no chain of links reaches from the entry points."""
+        n = self.keys.n
+        reached = [count_reached(self.links, self.start[s], self.entries[s], n) for s in range(self.graphs if n else 0)]
+        return 1 - np.array(reached, np.float64) / max(n, 1)
+
+    @property
+    def _degree(self) -> int:
+        """Most links of a key."""
+        return int(self.options.degree)
+
+    @property
+    def _eager(self) -> int:
+        """Links of a key that are evaluated at once."""
+        return self._degree
+
     def _search(self, queries: NDArray[np.float32], k: int, effort: int, result: SearchResult) -> None:
         keys = self.keys
         coded = bool(self.options.sq8)
         scanned = queries
         if coded:
+            # q·key is q·low, the same for every key, plus (q·scale)·code.
             scanned = queries * np.repeat(self.scale, self.heads // keys.groups, axis=0)[:, None, :]
         search_graph(
             self.codes.reshape(-1, keys.d) if coded else keys.rows,
             self.codes.shape[1] if coded else keys.stride,
             scanned,
             keys.groups,
-            self.graph,
-            self.centroids,
+            keys.n,
+            self.links,
+            self.start,
             self.entries,
-            self.probes,
-            max(effort, k),
+            min(max(effort, k), keys.n),
+            self._eager,
+            self._degree,
             coded,
             keys.rows,
-            queries,
             keys.stride,
+            queries,
             *result,
             numba.get_num_threads(),
         )
@@ -73,33 +96,61 @@ class GraphIndex(Index):
             return
         keys = self.keys
         if first == 0:
-            low = np.stack([keys.float32(g).min(0) for g in range(keys.groups)])
+            self.low = np.stack([keys.float32(g).min(0) for g in range(keys.groups)])
             high = np.stack([keys.float32(g).max(0) for g in range(keys.groups)])
-            self.low, self.scale = low, np.maximum((high - low) / np.float32(255), np.float32(1e-30))
+            self.scale = np.maximum((high - self.low) / np.float32(255), np.float32(1e-30))
             self.codes = np.empty((keys.groups, 0, keys.d), np.uint8)
         added = [quantize_rows(keys.float32(g, first), self.low[g], self.scale[g]) for g in range(keys.groups)]
         self.codes = np.concatenate([self.codes[:, :first], np.stack(added)], axis=1)
 
+    def _reserve(self) -> None:
+        """Make rows of `_degree` links for the keys that have none, with room for some more."""
+        n, known = self.keys.n, self.start.shape[1] - 1
+        if n <= known:
+            return
+        room = n + max(64, n // 16)
+        added = (room - known) * self._degree
+        sizes = self.start[:, known] - self.start[:, 0]
+        begins = np.concatenate([[0], np.cumsum(sizes + added)])
+        links = np.full(begins[-1], -1, np.int32)
+        start = np.empty((len(sizes), room + 1), np.int64)
+        for s, (begin, size) in enumerate(zip(begins[:-1], sizes, strict=True)):
+            links[begin : begin + size] = self.links[self.start[s, 0] : self.start[s, known]]
+            start[s, : known + 1] = self.start[s] - self.start[s, 0] + begin
+            start[s, known + 1 :] = begin + size + np.arange(1, room - known + 1) * self._degree
+        self.links, self.start = links, start
+
     def _state(self) -> State:
-        state: State = {"graph": self.graph[:, : self.keys.n], "centroids": self.centroids, "entries": self.entries}
+        n = self.keys.n
+        sizes = self.start[:, n] - self.start[:, 0]
+        begins = np.concatenate([[0], np.cumsum(sizes)])[:-1]
+        state: State = {
+            "links": np.concatenate([self.links[row[0] : row[n]] for row in self.start]),
+            "start": self.start[:, : n + 1] - self.start[:, :1] + begins[:, None],
+            "entries": self.entries,
+        }
         if self.options.sq8:
             state |= {"codes": self.codes, "low": self.low, "scale": self.scale}
         return state
 
     def _restore(self, state: State) -> None:
-        n, d, graphs = self.keys.n, self.keys.d, self.graphs
-        self.graph = expect_ids(state, "graph", (graphs, n, None), n)
-        self.centroids = expect(state, "centroids", np.float32, (graphs, None, d))
-        self.entries = expect_ids(state, "entries", (graphs, self.centroids.shape[1], None), n)
+        n, d, groups, graphs = self.keys.n, self.keys.d, self.keys.groups, self.graphs
+        self.links = expect_ids(state, "links", (None,), n)
+        self.start = expect(state, "start", np.int64, (graphs, n + 1))
+        widths = np.diff(self.start, axis=1)
+        begins = self.start[:, 0]
+        ends = self.start[:, -1]
+        if begins[0] != 0 or ends[-1] != len(self.links) or np.any(begins[1:] != ends[:-1]):
+            raise ValueError("start")
+        if widths.min() < 0 or widths.max() > self._degree:
+            raise ValueError("start")
+        self.entries = expect_ids(state, "entries", (graphs, None), n)
         if self.options.sq8:
-            self.codes = expect(state, "codes", np.uint8, (self.keys.groups, n, d))
-            self.low = expect(state, "low", np.float32, (self.keys.groups, d))
-            self.scale = expect(state, "scale", np.float32, (self.keys.groups, d))
+            self.codes = expect(state, "codes", np.uint8, (groups, n, d))
+            self.low = expect(state, "low", np.float32, (groups, d))
+            self.scale = expect(state, "scale", np.float32, (groups, d))
 
-    def _reserve(self) -> None:
-        """Room in `graph` for every key in `self.keys`, doubling."""
-        n = self.keys.n
-        if n > self.graph.shape[1]:
-            grown = np.full((self.graph.shape[0], max(n, 2 * self.graph.shape[1]), self.graph.shape[2]), -1, np.int32)
-            grown[:, : self.graph.shape[1]] = self.graph
-            self.graph = grown
+
+def rows_of(graphs: int, n: int, degree: int) -> NDArray[np.int64]:
+    """`start` [S, n + 1] of graphs that give every key `degree` places."""
+    return (np.arange(graphs)[:, None] * n + np.arange(n + 1)) * np.int64(degree)

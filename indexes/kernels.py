@@ -207,18 +207,20 @@ def beam_search(
     rows: Rows,
     base: int,
     query: Float32,
-    neighbors: Int32,
+    links: Int32,
+    start: Int64,
+    eager: int,
     pool: Int64,
     size: int,
-    visited: NDArray[np.uint8],
-    stamp: int,
+    seen: NDArray[np.uint8],
     fresh: Int32,
     half_norms: Float32 | None,
 ) -> tuple[int, int]:
     """Best-first search from the entries already in `pool` [ef]; gives pool size and evaluations.
 
-    By inner product, or with `half_norms` [n] (|key|² / 2) by Euclidean distance. `neighbors` [n, degree] is padded
-    with -1; `visited[i] == stamp` marks evaluated nodes; `fresh` [degree] is scratch.
+    By inner product, or with `half_norms` [n] (|key|² / 2) by Euclidean distance. Node i links to
+    `links[start[i]:start[i + 1]]`, padded with -1. Its first `eager` links are evaluated at once, the others when a
+    second expanded node links to them. `seen` [n] is 0, 1 (linked once) or 2 (evaluated); `fresh` is scratch.
     """
     evaluations = 0
     capacity = pool.shape[0]
@@ -230,16 +232,22 @@ def beam_search(
             continue
         pool[position] = entry | 1
         node = packed_id(entry)
+        first = start[node]
         count = 0
-        for j in range(neighbors.shape[1]):
-            other = neighbors[node, j]
+        for j in range(first, start[node + 1]):
+            other = links[j]
             if other < 0:
                 break
-            if visited[other] != stamp:
-                visited[other] = stamp
-                fresh[count] = other
-                count += 1
-                _prefetch_row(rows, base + other)
+            state = seen[other]
+            if state == 2:
+                continue
+            if state == 0 and j - first >= eager:
+                seen[other] = 1
+                continue
+            seen[other] = 2
+            fresh[count] = other
+            count += 1
+            _prefetch_row(rows, base + other)
         evaluations += count
         lowest = capacity
         for j in range(count):
@@ -254,18 +262,53 @@ def beam_search(
 
 
 @kernel
-def prune(rows: Rows, base: int, order: Int64, count: int, degree: int, alpha: float, fill: bool, kept: Int32) -> int:
-    """Choose up to `degree` of the candidates in `order` into `kept` and give their number.
+def enter(
+    rows: Rows, base: int, query: Float32, entries: Int32, pool: Int64, seen: NDArray[np.uint8],
+    half_norms: Float32 | None,
+) -> tuple[int, int]:
+    """Empty the pool and evaluate the entry points [E], ended by -1; gives pool size and evaluations."""
+    size = 0
+    evaluations = 0
+    for e in range(entries.shape[0]):
+        node = entries[e]
+        if node < 0:
+            break
+        if seen[node] == 2:
+            continue
+        seen[node] = 2
+        evaluations += 1
+        score = inner(rows, base + node, query)
+        if half_norms is not None:
+            score -= half_norms[node]
+        _, size = insert_sorted(pool, size, pack(score, node))
+    return size, evaluations
 
-    `order` [count] holds packed (squared distance to the node, id), nearest first. A candidate is passed over if a
-    kept one is nearer to it, `alpha` times, than the node is; `fill` then takes passed-over ones, nearest first.
+
+@kernel
+def sort_by_distance(rows: Rows, base: int, node: int, ids: Int32, count: int, order: Int64) -> None:
+    """Sort the first `count` ids by Euclidean distance to the node; `order` is scratch."""
+    for i in range(count):
+        order[i] = pack(squared_distance(rows, base + node, base + ids[i]), ids[i])
+    order[:count].sort()
+    for i in range(count):
+        ids[i] = packed_id(order[i])
+
+
+@kernel
+def prune(
+    rows: Rows, base: int, node: int, candidates: Int32, count: int, degree: int, alpha: float, fill: bool, kept: Int32
+) -> int:
+    """Choose up to `degree` of the first `count` candidates, the preferred first, into `kept`; gives their number.
+
+    A candidate is passed over if a kept one is nearer to it, `alpha` times, than the node is (squared Euclidean
+    distances); `fill` then takes passed-over ones in their order.
     """
     number = 0
     for i in range(count):
         if number == degree:
             break
-        candidate = packed_id(order[i])
-        distance = packed_score(order[i])
+        candidate = candidates[i]
+        distance = squared_distance(rows, base + candidate, base + node)
         free = True
         for j in range(number):
             if alpha * squared_distance(rows, base + candidate, base + kept[j]) < distance:
@@ -274,13 +317,18 @@ def prune(rows: Rows, base: int, order: Int64, count: int, degree: int, alpha: f
         if free:
             kept[number] = candidate
             number += 1
-            order[i] = -1
-    if fill:
+    if fill and number < min(degree, count):
+        chosen = number
         for i in range(count):
             if number == degree:
                 break
-            if order[i] >= 0:
-                kept[number] = packed_id(order[i])
+            new = True
+            for j in range(chosen):
+                if kept[j] == candidates[i]:
+                    new = False
+                    break
+            if new:
+                kept[number] = candidates[i]
                 number += 1
     return number
 
@@ -288,11 +336,11 @@ def prune(rows: Rows, base: int, order: Int64, count: int, degree: int, alpha: f
 @kernel
 def link(
     rows: Rows, base: int, graph: Int32, node: int, other: int, limit: int, alpha: float, fill: bool, order: Int64,
-    kept: Int32,
+    candidates: Int32, kept: Int32,
 ) -> None:
-    """Add the link node → other to `graph` [n, degree]; a list of `limit` links is pruned anew.
+    """Add the link node → other to `graph` [n, degree]; a list of `limit` links is pruned anew, nearest first.
 
-    `order` and `kept` are scratch of at least limit + 1.
+    `order`, `candidates` and `kept` are scratch of at least limit + 1.
     """
     count = 0
     for j in range(limit):
@@ -301,34 +349,35 @@ def link(
             break
         if present == other:
             return
+        candidates[count] = present
         count += 1
     if count < limit:
         graph[node, count] = other
         return
-    for j in range(count):
-        order[j] = pack(squared_distance(rows, base + node, base + graph[node, j]), graph[node, j])
-    order[count] = pack(squared_distance(rows, base + node, base + other), other)
-    order[: count + 1].sort()
-    number = prune(rows, base, order, count + 1, limit, alpha, fill, kept)
+    candidates[count] = other
+    sort_by_distance(rows, base, node, candidates, count + 1, order)
+    number = prune(rows, base, node, candidates, count + 1, limit, alpha, fill, kept)
     for j in range(limit):
         graph[node, j] = kept[j] if j < number else -1
 
 
 @kernel
-def mark_reached(graph: Int32, entry: int, reached: NDArray[np.uint8]) -> int:
-    """Mark what links lead to from `entry`; gives the number of newly marked nodes."""
-    if reached[entry]:
-        return 0
-    stack = np.empty(graph.shape[0], np.int32)
-    stack[0] = entry
-    reached[entry] = 1
-    top = 1
-    number = 1
+def count_reached(links: Int32, start: Int64, entries: Int32, n: int) -> int:
+    """Number of nodes that links lead to from the entries [E], ended by -1, including them."""
+    reached = np.zeros(n, np.uint8)
+    stack = np.empty(n, np.int32)
+    top = 0
+    for entry in entries:
+        if entry >= 0 and not reached[entry]:
+            reached[entry] = 1
+            stack[top] = entry
+            top += 1
+    number = top
     while top:
         top -= 1
         node = stack[top]
-        for j in range(graph.shape[1]):
-            other = graph[node, j]
+        for j in range(start[node], start[node + 1]):
+            other = links[j]
             if other < 0:
                 break
             if not reached[other]:
@@ -345,15 +394,17 @@ def search_graph(
     stride: int,
     queries: Float32,
     groups: int,
-    neighbors: Int32,
-    centroids: Float32,
-    lists: Int32,
-    probes: int,
+    n: int,
+    links: Int32,
+    start: Int64,
+    entries: Int32,
     ef: int,
+    eager: int,
+    degree: int,
     rerank: bool,
     exact_rows: Rows,
-    exact_queries: Float32,
     exact_stride: int,
+    exact_queries: Float32,
     ids: Int32,
     scores: Float32,
     evaluations: Int64,
@@ -361,17 +412,15 @@ def search_graph(
 ) -> None:
     """Search every query of every head; fills ids and scores [H, q, k] and evaluations [H, q].
 
-    queries [H, q, d] are scored against `rows` (keys, or SQ8 codes: then `rerank` scores the pool again against
-    `exact_rows`). neighbors [S, n, degree] belong to S graphs shared by H // S heads each. Entries are the lists
-    [S, C, E] of the `probes` centroids [S, C, d] nearest to the query; with C = 1 the only list, unscored.
+    queries [H, q, d] are scored against `rows`: keys, or SQ8 codes, and then `rerank` scores the pool again with
+    `exact_queries` against `exact_rows`. start [S, ≥ n + 1] and entries [S, E] belong to S graphs of at most
+    `degree` links a node, each shared by H // S heads.
     """
     heads, count, k = ids.shape
-    graphs, n, degree = neighbors.shape
+    graphs = start.shape[0]
     for worker in numba.prange(workers):
-        visited = np.zeros(n, np.uint8)
-        stamp = 0
+        seen = np.empty(n, np.uint8)
         pool = np.empty(ef, np.int64)
-        best = np.empty(max(probes, 1), np.int64)
         fresh = np.empty(degree, np.int32)
         for item in range(worker, heads * count, workers):
             head, number = item // count, item % count
@@ -379,49 +428,23 @@ def search_graph(
             group = head * groups // heads
             base = group * stride
             query = queries[head, number]
-            exact = exact_queries[head, number]
-            stamp += 1
-            if stamp == 256:
-                visited[:] = 0
-                stamp = 1
-            total = 0
-            size = 0
-            probed = 0
-            if centroids.shape[1] == 1:
-                best[0] = pack(np.float32(0), 0)
-                probed = 1
-            else:
-                table = centroids[graph]
-                for c in range(table.shape[0]):
-                    _, probed = insert_sorted(best, probed, pack(inner(table, c, exact), c))
-                total += table.shape[0]
-            for p in range(probed):
-                entries = lists[graph, packed_id(best[p])]
-                for e in range(entries.shape[0]):
-                    node = entries[e]
-                    if node < 0:
-                        break
-                    if visited[node] != stamp:
-                        visited[node] = stamp
-                        total += 1
-                        _, size = insert_sorted(pool, size, pack(inner(rows, base + node, query), node))
-            size, extra = beam_search(rows, base, query, neighbors[graph], pool, size, visited, stamp, fresh, None)
-            total += extra
+            seen[:] = 0
+            size, total = enter(rows, base, query, entries[graph], pool, seen, None)
+            size, more = beam_search(rows, base, query, links, start[graph], eager, pool, size, seen, fresh, None)
+            total += more
             if rerank:
+                exact = exact_queries[head, number]
                 for i in range(size):
                     node = packed_id(pool[i])
-                    pool[i] = pack(inner(exact_rows, group * exact_stride + node, exact), node)
+                    pool[i] = -pack(inner(exact_rows, group * exact_stride + node, exact), node)
                 total += size
                 pool[:size].sort()
-                for i in range(size // 2):
-                    pool[i], pool[size - 1 - i] = pool[size - 1 - i], pool[i]
+                for i in range(size):
+                    pool[i] = -pool[i]
             found = min(size, k)
             for i in range(found):
                 ids[head, number, i] = packed_id(pool[i])
                 scores[head, number, i] = packed_score(pool[i])
-            for i in range(found, k):
-                ids[head, number, i] = -1
-                scores[head, number, i] = -np.inf
             evaluations[head, number] = total
 
 

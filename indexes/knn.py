@@ -26,10 +26,21 @@ def nearest_keys(keys: KeyStore, queries: NDArray[np.float32], neighbors: int) -
     return knn
 
 
-def draw(queries: NDArray[np.float32], sample: int, seed: int) -> NDArray[np.float32]:
-    """At most `sample` queries of each head [H, m, d], the same positions for all heads, in their order."""
+def draw(queries: NDArray[np.float32], sample: int, recent: float, seed: int) -> NDArray[np.float32]:
+    """At most `sample` queries of each head [H, m, d], the same positions for all heads, in their order.
+
+    The share `recent` comes from the last quarter of the positions, and half of that share from the very last ones.
+    """
     m = queries.shape[1]
     if m <= sample:
         return queries
-    chosen = np.sort(np.random.default_rng(seed).choice(m, sample, replace=False))
+    generator = np.random.default_rng(seed)
+    last = min(round(sample * recent / 2), m // 4)
+    late = min(round(sample * recent) - last, m // 4 - last)
+    quarter = m - m // 4
+    chosen = np.zeros(m, bool)
+    chosen[m - last :] = True
+    chosen[quarter + generator.choice(m // 4 - last, late, replace=False)] = True
+    free = np.flatnonzero(~chosen)
+    chosen[generator.choice(free, sample - last - late, replace=False)] = True
     return np.ascontiguousarray(queries[:, chosen])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numba
 import numpy as np
@@ -17,71 +17,99 @@ from kvbench.indexes.kernels import (
     Int64,
     Rows,
     beam_search,
+    enter,
     inner,
+    insert_sorted,
     kernel,
     link,
-    mark_reached,
     pack,
     packed_id,
     parallel_kernel,
     prune,
     read_row,
-    squared_distance,
+    sort_by_distance,
 )
 from kvbench.indexes.knn import draw, nearest_keys
 
+# Places kept free at the end of each key's links, for keys inserted later.
+_SPARE = 4
+
 
 class RoarGraph(GraphIndex):
-    """Graph whose links join keys that the same queries attend to.
+    """Graph whose links join keys that the same queries attend to, one per query head.
 
-    Per query head: the nearest keys of training queries (bipartite graph) are projected onto the keys, then every key
-    is linked to keys found from it by search (connectivity enhancement). A new key is linked to the nearest keys of
-    the training query closest to it.
+    1. Bipartite graph: the exact nearest keys of training queries drawn from the prompt, half of them from its last
+       quarter, which decoding queries resemble most.
+    2. Projection onto the keys. `cooccurrence` (ours) links each key with the keys that are most often nearest to the
+       same queries, unless a kept one is nearer to them (Euclidean). `pivot` (the paper's) links each query's nearest
+       key with its others.
+    3. Connectivity enhancement: keys without links (with `pivot`, all) are linked with keys that a search finds.
+
+    A search evaluates a key's first `eager` links at once and the others when a second expanded key links to them.
+    A new key is linked with the nearest keys of the training query that is closest to it, both ways.
     """
 
     name: ClassVar[str] = "roargraph"
     summary: ClassVar[str] = "graph over keys projected from the prompt's queries"
-    reference: ClassVar[str] = "Chen et al., RoarGraph, VLDB 2024 (arXiv:2408.08933); Liu et al., RetrievalAttention, 2024"
+    reference: ClassVar[str] = (
+        "Chen et al., RoarGraph, VLDB 2024 (arXiv:2408.08933); Liu et al., RetrievalAttention, 2024 (arXiv:2409.10516)"
+    )
     uses_queries: ClassVar[bool] = True
 
     class Options(GraphOptions):
         """Options of `roargraph`."""
 
-        degree: int = Field(35, ge=1, description="links kept per key in each phase (M)")
-        neighbors: int = Field(100, ge=2, description="nearest keys of each training query (N_q)")
-        construction_ef: int = Field(48, ge=1, description="candidate list of the connectivity enhancement (L)")
-        sample: int = Field(3072, ge=1, description="training queries drawn from the prompt's, per head")
         ef: int = Field(256, ge=1, description="length of the candidate list in search; at least k is used")
+        degree: int = Field(48, ge=2, le=4096, description="most links of a key (2M)")
+        eager: int = Field(8, ge=1, description="links of a key evaluated at once; the others need a second one")
+        neighbors: int = Field(128, ge=2, description="nearest keys of each training query (N_q)")
+        sample: int = Field(4096, ge=1, description="training queries of each head")
+        recent: float = Field(0.5, ge=0, le=1, description="share of them drawn from the prompt's last quarter")
+        projection: Literal["cooccurrence", "pivot"] = Field("cooccurrence", description="how links are chosen")
+        construction_ef: int = Field(32, ge=1, description="candidate list of the connectivity enhancement (L)")
+        entries: int = Field(16, ge=1, description="keys where a search enters: those nearest to most queries")
 
-    knn: NDArray[np.int32]
     queries: NDArray[np.float32]
+    knn: NDArray[np.int32]
+
+    @property
+    def _eager(self) -> int:
+        return int(self.options.eager) if self.options.projection == "cooccurrence" else self._degree
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         assert queries is not None  # noqa: S101
-        self.queries = draw(queries, self.options.sample, self.seed)
-        self.build_from_neighbors(nearest_keys(self.keys, self.queries, self.options.neighbors))
+        options = self.options
+        training = draw(queries, options.sample, options.recent, self.seed)
+        self.build_from_neighbors(training, nearest_keys(self.keys, training, options.neighbors))
 
-    def build_from_neighbors(self, knn: NDArray[np.int32]) -> None:
-        """Build from the ids [H, m, N_q] of the training queries' nearest keys, best first."""
-        self.knn = knn
+    def build_from_neighbors(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
+        """Build over the present keys from training queries [H, m, d] and the ids [H, m, N_q] of their nearest keys."""
+        self.queries, self.knn = queries, knn
         self._encode()
-        degree = self.options.degree
-        self.graph = np.full((self.heads, self.keys.n, 2 * degree), -1, np.int32)
-        self.centroids = np.zeros((self.heads, 1, self.keys.d), np.float32)
-        self.entries = np.full((self.heads, 1, 1), -1, np.int32)
-        unreached = np.zeros(self.heads, np.int64)
+        keys, options, heads = self.keys, self.options, self.heads
+        n, degree = keys.n, self._degree
+        graph = np.empty((heads, n, degree), np.int32)
+        self.entries = np.full((heads, min(options.entries, n)), -1, np.int32)
+        lengths = np.empty((heads, n), np.int64)
         build_heads(
-            self.keys.rows, self.keys.stride, self.keys.groups, knn, degree, self.options.construction_ef,
-            self.graph, self.entries, unreached,
+            keys.rows, keys.stride, keys.groups, knn, options.projection == "pivot", self._eager,
+            options.construction_ef, graph, self.entries, lengths,
         )
+        places = np.minimum(lengths + _SPARE, degree)
+        places[lengths == 0] = 0
+        self.start = np.zeros((heads, n + 1), np.int64)
+        np.cumsum(places, axis=1, out=self.start[:, 1:])
+        self.start[1:] += np.cumsum(self.start[:-1, -1])[:, None]
+        self.links = np.empty(int(self.start[-1, -1]), np.int32)
+        compact(graph, self.start, self.links)
 
     def _insert(self, first: int) -> None:
-        """Link each new key with the nearest keys of the training query that is closest to it."""
         self._encode(first)
         self._reserve()
         keys = self.keys
         insert_heads(
-            keys.rows, keys.stride, keys.groups, keys.n, first, self.queries, self.knn, self.options.degree, self.graph
+            keys.rows, keys.stride, keys.groups, first, keys.n, self.queries, self.knn, self._degree, self.links,
+            self.start,
         )
 
     def _state(self) -> State:
@@ -90,17 +118,76 @@ class RoarGraph(GraphIndex):
     def _restore(self, state: State) -> None:
         super()._restore(state)
         self.queries = expect(state, "queries", np.float32, (self.heads, None, self.keys.d))
-        self.knn = expect_ids(state, "knn", (self.heads, self.queries.shape[1], None), self.keys.n)
+        self.knn = expect_ids(state, "knn", (self.heads, self.queries.shape[1], None), self.keys.n, lowest=0)
 
 
 @kernel
-def project(rows: Rows, base: int, knn: Int32, degree: int, graph: Int32) -> None:
-    """Link each query's nearest key (the pivot) with its other nearest keys: `graph` [n, ≥ degree] from knn [m, N_q]."""
+def lists_of(knn: Int32, n: int) -> tuple[Int32, Int64]:
+    """For each key the queries [m] that have it among their nearest keys [m, N_q]: `queries[begin[i]:begin[i + 1]]`."""
+    begin = np.zeros(n + 1, np.int64)
+    for key in knn.flat:
+        begin[key + 1] += 1
+    for i in range(n):
+        begin[i + 1] += begin[i]
+    queries = np.empty(begin[n], np.int32)
+    place = begin[:n].copy()
+    for query in range(knn.shape[0]):
+        for key in knn[query]:
+            queries[place[key]] = query
+            place[key] += 1
+    return queries, begin
+
+
+@kernel
+def project_cooccurrence(rows: Rows, base: int, knn: Int32, graph: Int32, lengths: Int64) -> None:
+    """Link each key with those most often nearest to the same queries; fills graph [n, degree] and lengths [n].
+
+    Frequent keys weigh less: the count is divided by the fourth root of the number of queries a key is nearest to.
+    Of a frequent key, 64 queries are looked at. The kept links stand by falling count.
+    """
+    n, degree = graph.shape
+    queries, begin = lists_of(knn, n)
+    counts = np.zeros(n, np.int32)
+    touched = np.empty(n, np.int32)
+    weights = np.empty(n, np.float32)
+    for i in range(n):
+        weights[i] = np.float32(max(1, begin[i + 1] - begin[i]) ** -0.25)
+    best = np.empty(4 * degree, np.int64)
+    candidates = np.empty(4 * degree, np.int32)
+    for node in range(n):
+        total = 0
+        step = max(1, (begin[node + 1] - begin[node]) // 64)
+        for place in range(begin[node], begin[node + 1], step):
+            for other in knn[queries[place]]:
+                if counts[other] == 0:
+                    touched[total] = other
+                    total += 1
+                counts[other] += 1
+        counts[node] = 0
+        size = 0
+        for i in range(total):
+            other = touched[i]
+            if other != node:
+                _, size = insert_sorted(best, size, pack(counts[other] * weights[other], other))
+                counts[other] = 0
+        for i in range(size):
+            candidates[i] = packed_id(best[i])
+        lengths[node] = prune(rows, base, node, candidates, size, degree, 1.0, False, graph[node])
+
+
+@kernel
+def project_pivots(rows: Rows, base: int, knn: Int32, graph: Int32, lengths: Int64) -> None:
+    """Link each query's nearest key, its pivot, with its other nearest keys, and back; fills graph and lengths.
+
+    Lists of queries with the same pivot are merged, so that the graph does not depend on the queries' order.
+    """
     m, width = knn.shape
-    n = graph.shape[0]
+    n, degree = graph.shape[0], graph.shape[1] // 2
+    graph[:] = -1
     by_pivot = np.argsort(knn[:, 0], kind="mergesort")
     order = np.empty(n + 1, np.int64)
-    kept = np.empty(max(degree, graph.shape[1]) + 1, np.int32)
+    candidates = np.empty(n + 1, np.int32)
+    kept = np.empty(graph.shape[1] + 1, np.int32)
     listed = np.full(n, -1, np.int32)
     pivots = np.empty(m, np.int32)
     number = 0
@@ -116,103 +203,155 @@ def project(rows: Rows, base: int, knn: Int32, degree: int, graph: Int32) -> Non
                 other = knn[by_pivot[i], j]
                 if listed[other] != pivot:
                     listed[other] = pivot
-                    order[count] = pack(squared_distance(rows, base + pivot, base + other), other)
+                    candidates[count] = other
                     count += 1
             i += 1
-        order[:count].sort()
-        kept_number = prune(rows, base, order, count, degree, 1.0, True, kept)
-        for j in range(kept_number):
+        sort_by_distance(rows, base, pivot, candidates, count, order)
+        chosen = prune(rows, base, pivot, candidates, count, degree, 1.0, True, kept)
+        for j in range(chosen):
             graph[pivot, j] = kept[j]
     forward = graph[pivots[:number], :degree].copy()
     for p in range(number):
         for j in range(degree):
-            other = forward[p, j]
-            if other < 0:
+            if forward[p, j] < 0:
                 break
-            link(rows, base, graph, other, pivots[p], degree, 1.0, True, order, kept)
+            link(rows, base, graph, forward[p, j], pivots[p], degree, 1.0, True, order, candidates, kept)
+    count_links(graph, lengths)
 
 
 @kernel
-def connect(rows: Rows, base: int, degree: int, ef: int, entry: int, graph: Int32) -> int:
-    """Link every key of `graph` [n, 2·degree] with keys that a search from `entry` finds; gives the keys out of reach."""
-    n, width = graph.shape
-    pool = np.empty(ef, np.int64)
-    order = np.empty(max(ef, width) + 1, np.int64)
-    kept = np.empty(width + 1, np.int32)
-    visited = np.zeros(n, np.uint8)
-    fresh = np.empty(width, np.int32)
-    query = np.empty(rows.shape[1], np.float32)
-    stamp = 0
+def count_links(graph: Int32, lengths: Int64) -> None:
+    """Lengths [n] of the lists in graph [n, degree], padded with -1."""
+    for node in range(graph.shape[0]):
+        lengths[node] = 0
+        while lengths[node] < graph.shape[1] and graph[node, lengths[node]] >= 0:
+            lengths[node] += 1
+
+
+@kernel
+def connect(
+    rows: Rows, base: int, entries: Int32, every: bool, eager: int, ef: int, graph: Int32, lengths: Int64
+) -> None:
+    """Link every key (or those without links) with keys that a search by Euclidean distance finds, both ways."""
+    n, degree = graph.shape
+    links = graph.reshape(-1)
+    start = np.arange(0, links.shape[0] + 1, degree)
     for node in range(n):
-        stamp += 1
-        if stamp == 256:
-            visited[:] = 0
-            stamp = 1
+        graph[node, lengths[node] :] = -1
+    half_norms = np.empty(n, np.float32)
+    query = np.empty(rows.shape[1], np.float32)
+    for node in range(n):
         read_row(rows, base + node, query)
-        visited[entry] = stamp
-        pool[0] = pack(inner(rows, base + entry, query), entry)
-        size, _ = beam_search(rows, base, query, graph, pool, 1, visited, stamp, fresh, None)
+        norm = np.float32(0)
+        for j in range(query.shape[0]):
+            norm += query[j] * query[j]
+        half_norms[node] = norm / np.float32(2)
+    pool = np.empty(ef, np.int64)
+    order = np.empty(max(ef, degree) + 1, np.int64)
+    candidates = np.empty(max(ef, degree) + 1, np.int32)
+    kept = np.empty(degree + 1, np.int32)
+    seen = np.empty(n, np.uint8)
+    fresh = np.empty(degree, np.int32)
+    for node in range(n):
+        if not every and lengths[node] > 0:
+            continue
+        read_row(rows, base + node, query)
+        seen[:] = 0
+        size, _ = enter(rows, base, query, entries, pool, seen, half_norms)
+        size, _ = beam_search(rows, base, query, links, start, eager, pool, size, seen, fresh, half_norms)
         count = 0
         for i in range(size):
             other = packed_id(pool[i])
             if other != node:
-                order[count] = pack(squared_distance(rows, base + node, base + other), other)
+                candidates[count] = other
                 count += 1
-        order[:count].sort()
-        number = prune(rows, base, order, count, degree, 1.0, False, kept)
+        wanted = degree // 2 if every else min(4, degree)
+        number = prune(rows, base, node, candidates, count, wanted, 1.0, False, kept)
         chosen = kept[:number].copy()
         for i in range(number):
-            link(rows, base, graph, node, chosen[i], width, 1.0, True, order, kept)
-            link(rows, base, graph, chosen[i], node, width, 1.0, True, order, kept)
-    reached = np.zeros(n, np.uint8)
-    return n - mark_reached(graph, entry, reached)
+            if every:
+                link(rows, base, graph, node, chosen[i], degree, 1.0, True, order, candidates, kept)
+                link(rows, base, graph, chosen[i], node, degree, 1.0, True, order, candidates, kept)
+            else:
+                append(links, start, node, chosen[i])
+                append(links, start, chosen[i], node)
+    count_links(graph, lengths)
+
+
+@kernel
+def append(links: Int32, start: Int64, node: int, other: int) -> None:
+    """Put the link node → other at the end of the node's places; in the last one if they are full."""
+    first, end = start[node], start[node + 1]
+    if first == end:
+        return
+    for j in range(first, end):
+        if links[j] == other:
+            return
+        if links[j] < 0:
+            links[j] = other
+            return
+    links[end - 1] = other
 
 
 @parallel_kernel
 def build_heads(
-    rows: Rows, stride: int, groups: int, knn: Int32, degree: int, ef: int, graph: Int32, entries: Int32,
-    unreached: Int64,
+    rows: Rows, stride: int, groups: int, knn: Int32, pivots: bool, eager: int, ef: int, graph: Int32, entries: Int32,
+    lengths: Int64,
 ) -> None:
-    """Build the graph of every head."""
-    heads = knn.shape[0]
+    """Build the graph [n, degree] of every head from knn [H, m, N_q]; fills graph, entries and lengths."""
+    heads, n, _ = graph.shape
     for head in numba.prange(heads):
         base = (head * groups // heads) * stride
-        project(rows, base, knn[head], degree, graph[head])
-        counts = np.zeros(graph.shape[1], np.int64)
-        for i in range(knn.shape[1]):
-            counts[knn[head, i, 0]] += 1
-        entry = np.argmax(counts)
-        entries[head, 0, 0] = entry
-        unreached[head] = connect(rows, base, degree, ef, entry, graph[head])
+        counts = np.zeros(n, np.int64)
+        for key in knn[head].flat:
+            counts[key] += 1
+        size = 0
+        best = np.empty(entries.shape[1], np.int64)
+        for node in range(n):
+            if counts[node]:
+                _, size = insert_sorted(best, size, pack(np.float32(counts[node]), node))
+        for i in range(size):
+            entries[head, i] = packed_id(best[i])
+        if pivots:
+            project_pivots(rows, base, knn[head], graph[head], lengths[head])
+        else:
+            project_cooccurrence(rows, base, knn[head], graph[head], lengths[head])
+        connect(rows, base, entries[head], pivots, eager, ef, graph[head], lengths[head])
+
+
+@parallel_kernel
+def compact(graph: Int32, start: Int64, links: Int32) -> None:
+    """Copy graph [H, n, degree] to the places that start [H, n + 1] gives each key."""
+    heads, n, _ = graph.shape
+    for head in numba.prange(heads):
+        for node in range(n):
+            for j in range(start[head, node + 1] - start[head, node]):
+                links[start[head, node] + j] = graph[head, node, j]
 
 
 @parallel_kernel
 def insert_heads(
-    rows: Rows, stride: int, groups: int, n: int, first: int, queries: Float32, knn: Int32, degree: int, graph: Int32
+    rows: Rows, stride: int, groups: int, first: int, n: int, queries: Float32, knn: Int32, degree: int, links: Int32,
+    start: Int64,
 ) -> None:
     """Insert the keys from `first` to n into the graph of every head."""
-    heads, width = graph.shape[0], graph.shape[2]
+    heads, _, width = knn.shape
     for head in numba.prange(heads):
         base = (head * groups // heads) * stride
-        order = np.empty(max(width, knn.shape[2]) + 1, np.int64)
-        kept = np.empty(width + 1, np.int32)
+        order = np.empty(width, np.int64)
+        candidates = np.empty(width, np.int32)
+        kept = np.empty(degree, np.int32)
+        mine = start[head]
         for node in range(first, n):
-            closest = 0
-            best = np.float32(-np.inf)
+            best = np.int64(0)
             for i in range(queries.shape[1]):
-                score = inner(rows, base + node, queries[head, i])
-                if score > best:
+                score = pack(inner(rows, base + node, queries[head, i]), i)
+                if i == 0 or score > best:
                     best = score
-                    closest = i
-            count = 0
-            for j in range(knn.shape[2]):
-                other = knn[head, closest, j]
-                order[count] = pack(squared_distance(rows, base + node, base + other), other)
-                count += 1
-            order[:count].sort()
-            number = prune(rows, base, order, count, degree, 1.0, True, kept)
-            chosen = kept[:number].copy()
+            nearest = knn[head, packed_id(best)]
+            candidates[:] = nearest
+            sort_by_distance(rows, base, node, candidates, width, order)
+            number = prune(rows, base, node, candidates, width, degree, 1.0, False, kept)
             for i in range(number):
-                graph[head, node, i] = chosen[i]
-            for i in range(number):
-                link(rows, base, graph[head], chosen[i], node, width, 1.0, True, order, kept)
+                append(links, mine, node, kept[i])
+                append(links, mine, kept[i], node)

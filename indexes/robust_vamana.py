@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from kvbench.indexes.graph import rows_of
 from kvbench.indexes.kernels import Int32, Rows, kernel, pack, packed_id, parallel_kernel, squared_distance
 from kvbench.indexes.knn import nearest_keys
 from kvbench.indexes.vamana import Vamana, VamanaOptions, build_vamana
@@ -53,11 +54,12 @@ class RobustVamana(Vamana):
         graph = np.full((keys.groups, total, options.degree), -1, np.int32)
         order = generator.permutation(total).astype(np.int32)
         build_vamana(
-            rows.reshape(-1, keys.d), total, keys.groups, order, keys.n, graph, self.entries[:, 0],
-            options.construction_ef, np.array([1.0, options.alpha]), nearest,
+            rows.reshape(-1, keys.d), total, total, keys.n, order, graph, self.entries, options.construction_ef,
+            np.array([1.0, options.alpha]), nearest,
         )
         stitch(rows.reshape(-1, keys.d), total, keys.n, graph)
-        self.graph = np.ascontiguousarray(graph[:, : keys.n])
+        self.links = np.ascontiguousarray(graph[:, : keys.n]).reshape(-1)
+        self.start = rows_of(keys.groups, keys.n, options.degree)
 
 
 @kernel

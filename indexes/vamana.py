@@ -9,29 +9,28 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.indexes.graph import GraphIndex, GraphOptions
+from kvbench.indexes.base import State
+from kvbench.indexes.graph import GraphIndex, GraphOptions, rows_of
 from kvbench.indexes.kernels import (
     Int32,
     Int64,
     Rows,
     beam_search,
-    inner,
-    insert_sorted,
+    enter,
     kernel,
     link,
-    pack,
     packed_id,
     parallel_kernel,
     prune,
     read_row,
-    squared_distance,
+    sort_by_distance,
 )
 
 
 class VamanaOptions(GraphOptions):
     """Options of the Vamana graphs."""
 
-    degree: int = Field(64, ge=1, description="links per key (R)")
+    degree: int = Field(64, ge=1, le=4096, description="links per key (R)")
     construction_ef: int = Field(100, ge=1, description="candidate list while building (L)")
     alpha: float = Field(1.2, ge=1, description="how much nearer a kept key must be to occlude another (second pass)")
     starts: int = Field(8, ge=1, description="keys where a search enters: the medoid and random ones")
@@ -48,43 +47,49 @@ class Vamana(GraphIndex):
         """Options of `vamana`."""
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
-        keys, options = self.keys, self.options
+        keys = self.keys
         self._encode()
         self._enter()
-        self.graph = np.full((keys.groups, keys.n, options.degree), -1, np.int32)
+        self.links = np.full(keys.groups * keys.n * self._degree, -1, np.int32)
+        self.start = rows_of(keys.groups, keys.n, self._degree)
         order = np.random.default_rng(self.seed).permutation(keys.n).astype(np.int32)
+        self._take(order, np.array([1.0, self.options.alpha]))
+
+    def _take(self, order: NDArray[np.int32], alphas: NDArray[np.float64]) -> None:
+        keys = self.keys
+        graph = self.links.reshape(keys.groups, -1, self._degree)
+        nobody = np.empty((keys.groups, 0, 1), np.int32)
         build_vamana(
-            keys.rows, keys.stride, keys.groups, order, 0, self.graph, self.entries[:, 0], options.construction_ef,
-            np.array([1.0, options.alpha]), np.empty((keys.groups, 0, 1), np.int32),
+            keys.rows, keys.stride, keys.n, keys.n, order, graph, self.entries, self.options.construction_ef, alphas,
+            nobody,
         )
+
+    def _restore(self, state: State) -> None:
+        super()._restore(state)
+        if np.any(np.diff(self.start, axis=1) != self._degree):
+            raise ValueError("start")
 
     def _enter(self) -> None:
         """Entry points of every graph: the key nearest to the mean, and random others."""
         keys = self.keys
         generator = np.random.default_rng(self.seed)
-        self.centroids = np.zeros((keys.groups, 1, keys.d), np.float32)
-        self.entries = np.empty((keys.groups, 1, min(self.options.starts, keys.n)), np.int32)
+        self.entries = np.empty((keys.groups, min(self.options.starts, keys.n)), np.int32)
         for group in range(keys.groups):
             block = keys.float32(group)
             medoid = int(np.argmin(((block - block.mean(0)) ** 2).sum(1)))
             others = generator.permutation(keys.n)
-            self.entries[group, 0] = np.concatenate([[medoid], others[others != medoid]])[: self.entries.shape[2]]
+            self.entries[group] = np.concatenate([[medoid], others[others != medoid]])[: self.entries.shape[1]]
 
     def _insert(self, first: int) -> None:
         self._encode(first)
         self._reserve()
-        keys, options = self.keys, self.options
-        order = np.arange(first, keys.n, dtype=np.int32)
-        build_vamana(
-            keys.rows, keys.stride, keys.groups, order, 0, self.graph, self.entries[:, 0], options.construction_ef,
-            np.array([options.alpha]), np.empty((keys.groups, 0, 1), np.int32),
-        )
+        self._take(np.arange(first, self.keys.n, dtype=np.int32), np.array([self.options.alpha]))
 
 
 @kernel
-def insert_point(
-    rows: Rows, base: int, node: int, graph: Int32, pool: Int64, size: int, alpha: float,
-    order: Int64, kept: Int32,
+def take_up(
+    rows: Rows, base: int, node: int, graph: Int32, pool: Int64, size: int, alpha: float, order: Int64,
+    candidates: Int32, kept: Int32,
 ) -> None:
     """Link a node with the pruned best of `pool` [size] and its present neighbours, both ways."""
     degree = graph.shape[1]
@@ -92,81 +97,71 @@ def insert_point(
     for i in range(size):
         other = packed_id(pool[i])
         if other != node:
-            order[count] = pack(squared_distance(rows, base + node, base + other), other)
+            candidates[count] = other
             count += 1
     for j in range(degree):
         other = graph[node, j]
         if other < 0:
             break
-        order[count] = pack(squared_distance(rows, base + node, base + other), other)
+        candidates[count] = other
         count += 1
-    order[:count].sort()
+    sort_by_distance(rows, base, node, candidates, count, order)
     unique = 0
     for i in range(count):
         if i == 0 or order[i] != order[i - 1]:
-            order[unique] = order[i]
+            candidates[unique] = candidates[i]
             unique += 1
-    number = prune(rows, base, order, unique, degree, alpha, False, kept)
+    number = prune(rows, base, node, candidates, unique, degree, alpha, False, kept)
     for j in range(degree):
         graph[node, j] = kept[j] if j < number else -1
-    chosen = kept[:number].copy()
-    for i in range(number):
-        link(rows, base, graph, chosen[i], node, degree, alpha, False, order, kept)
+    for j in range(number):
+        link(rows, base, graph, graph[node, j], node, degree, alpha, False, order, candidates, kept)
 
 
 @parallel_kernel
 def build_vamana(
-    rows: Rows, stride: int, groups: int, order: Int32, offset: int, graph: Int32, entries: Int32, ef: int,
-    alphas: NDArray[np.float64], fixed: Int32,
+    rows: Rows, stride: int, total: int, n: int, order: Int32, graph: Int32, entries: Int32, ef: int,
+    alphas: NDArray[np.float64], nearest: Int32,
 ) -> None:
-    """Insert the nodes in `order` into the graph of every head, once for each of `alphas`.
+    """Insert the nodes in `order` into the graph of every group, once for each of `alphas`.
 
-    `graph` [G, capacity, degree]; `entries` [G, E]. The nodes from `offset` on, if `fixed` [G, m, R] holds any, are
-    queries: they keep those links, and only reverse links are pruned.
+    Row `g * stride + i` is node i of `total`; graph [G, ≥ total, degree]; entries [G, E]. Nodes from n on are queries:
+    they keep links to their `nearest` keys [G, m, degree] unpruned, and the reverse links are pruned as others are.
     """
-    for group in numba.prange(groups):
+    for group in numba.prange(graph.shape[0]):
         base = group * stride
-        capacity, degree = graph.shape[1], graph.shape[2]
-        half_norms = np.zeros(capacity, np.float32)
-        pool = np.empty(ef, np.int64)
-        scratch = np.empty(ef + degree + 1, np.int64)
-        kept = np.empty(degree + 1, np.int32)
-        visited = np.zeros(capacity, np.uint8)
-        fresh = np.empty(degree, np.int32)
+        mine = graph[group]
+        degree = mine.shape[1]
+        links = mine.reshape(-1)
+        start = np.arange(0, links.shape[0] + 1, degree)
+        half_norms = np.empty(total, np.float32)
         query = np.empty(rows.shape[1], np.float32)
-        known = 0
-        for i in range(order.shape[0]):
-            known = max(known, order[i] + 1)
-        for node in range(known):
-            total = np.float32(0)
+        for node in range(total):
             read_row(rows, base + node, query)
+            norm = np.float32(0)
             for j in range(query.shape[0]):
-                total += query[j] * query[j]
-            half_norms[node] = total / np.float32(2)
-        stamp = 0
+                norm += query[j] * query[j]
+            half_norms[node] = norm / np.float32(2)
+        pool = np.empty(ef, np.int64)
+        sorting = np.empty(ef + degree + 1, np.int64)
+        candidates = np.empty(ef + degree + 1, np.int32)
+        kept = np.empty(degree + 1, np.int32)
+        seen = np.empty(total, np.uint8)
+        fresh = np.empty(degree, np.int32)
         for alpha in alphas:
             for i in range(order.shape[0]):
                 node = order[i]
-                if fixed.shape[1] and node >= offset:
-                    targets = fixed[group, node - offset]
-                    for j in range(min(degree, targets.shape[0])):
-                        graph[group, node, j] = targets[j]
-                    for j in range(min(degree, targets.shape[0])):
-                        link(rows, base, graph[group], targets[j], node, degree, alpha, False, scratch, kept)
+                if node >= n:
+                    targets = nearest[group, node - n]
+                    for j in range(targets.shape[0]):
+                        mine[node, j] = targets[j]
+                    for j in range(targets.shape[0]):
+                        link(rows, base, mine, targets[j], node, degree, alpha, False, sorting, candidates, kept)
                     continue
-                stamp += 1
-                if stamp == 256:
-                    visited[:] = 0
-                    stamp = 1
                 read_row(rows, base + node, query)
-                size = 0
-                for e in range(entries.shape[1]):
-                    entry = entries[group, e]
-                    if visited[entry] != stamp:
-                        visited[entry] = stamp
-                        score = inner(rows, base + entry, query) - half_norms[entry]
-                        _, size = insert_sorted(pool, size, pack(score, entry))
+                seen[:] = 0
+                size, _ = enter(rows, base, query, entries[group], pool, seen, half_norms)
                 size, _ = beam_search(
-                    rows, base, query, graph[group], pool, size, visited, stamp, fresh, half_norms
+                    rows, base, query, links, start, degree, pool, size, seen, fresh, half_norms
                 )
-                insert_point(rows, base, node, graph[group], pool, size, alpha, scratch, kept)
+                take_up(rows, base, node, mine, pool, size, alpha, sorting, candidates, kept)

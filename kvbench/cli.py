@@ -17,6 +17,7 @@ from rich.table import Table
 from kvbench.errors import KVBenchError
 
 if TYPE_CHECKING:
+    from kvbench.capture import Capture
     from kvbench.plugins import Registry
 
 app = typer.Typer(
@@ -261,6 +262,86 @@ def _provenance(document: dict[str, Any]) -> str:
         f"{metrics['probed_examples']} probed; {config['dtype']} on {environment['device_name']}, "
         f"{environment['threads']} threads; medians and means are of undisturbed generations"
     )
+
+
+# -- capture and index -----------------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")]
+SourceTextName = Annotated[str, typer.Option(help="Text file, or `default`: Python's documentation and library.")]
+RopeScaling = Annotated[str | None, typer.Option(help="yarn: extend the model where its limit is shorter.")]
+PrefillChunk = Annotated[int, typer.Option(min=1, help="Compute the prompt this many tokens at a time.")]
+DecodeTokens = Annotated[int, typer.Option(min=1, help="Tokens of the context that are decoded one by one.")]
+Decoding = Annotated[str, typer.Option(help="greedy: the model's own tokens; text: the text's continuation.")]
+StoreDtype = Annotated[str | None, typer.Option(help="Number type of the stored vectors. [default: the model's]")]
+
+
+def _captured(
+    model: str, text: str, context_length: int, layers: str, output: Path | Callable[[str], Path], *,
+    decode_tokens: int, decoding: str, rope_scaling: str | None, prefill_chunk: int, store_dtype: str | None,
+    seed: int, device: str | None, dtype: str | None,
+) -> Capture:  # fmt: skip
+    if rope_scaling not in (None, "yarn"):
+        raise KVBenchError(f"--rope-scaling {rope_scaling} is not known: give yarn, or leave it out.")
+    if decoding not in ("greedy", "text"):
+        raise KVBenchError(f"--decoding {decoding} is neither 'greedy' nor 'text'.")
+    from kvbench.capture import capture, plan_capture, read_text  # noqa: PLC0415
+    from kvbench.models import load_model  # noqa: PLC0415
+
+    source = read_text(text)
+    loaded = load_model(
+        model, device=device, dtype=dtype, context_length=context_length,
+        rope_scaling=rope_scaling,  # type: ignore[arg-type]
+    )  # fmt: skip
+    config = plan_capture(
+        loaded, source, context_length=context_length, decode_tokens=decode_tokens, layers=layers,
+        decoding=decoding, dtype=store_dtype, seed=seed, rope_scaling=rope_scaling,  # type: ignore[arg-type]
+    )  # fmt: skip
+    folder = output if isinstance(output, Path) else output(config.hash)
+    with err.status(f"Capturing {len(config.layers)} layers over {context_length} tokens"):
+        return capture(config, loaded, source, folder, prefill_chunk=prefill_chunk)
+
+
+@app.command("capture")
+def capture_command(  # noqa: PLR0917
+    output: Annotated[Path, typer.Option(help="Folder of the capture; the same capture found there is reused.")],
+    model: Model = "smollm2-135m",
+    text: SourceTextName = "default",
+    context_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and decoding together.")] = 4096,
+    decode_tokens: DecodeTokens = 128,
+    layers: Annotated[str, typer.Option(help="Layers separated by commas, or `all`.")] = "all",
+    decoding: Decoding = "greedy",
+    rope_scaling: RopeScaling = None,
+    prefill_chunk: PrefillChunk = 1024,
+    store_dtype: StoreDtype = None,
+    seed: Annotated[int, typer.Option(help="Where in the text the prompt starts; 0 is its beginning.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Store a model's queries, keys and values over a text, prompt and decoding apart."""
+    done = _captured(
+        model, text, context_length, layers, output, decode_tokens=decode_tokens, decoding=decoding,
+        rope_scaling=rope_scaling, prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device,
+        dtype=dtype,
+    )  # fmt: skip
+    manifest = done.manifest
+    if as_json:
+        print(json.dumps({
+            "schema": 1, "folder": str(done.path), "reused": done.reused,
+            "manifest": manifest.model_dump(mode="json", by_alias=True),
+        }, indent=2))  # fmt: skip
+        return
+    config = manifest.config
+    size = sum(file.bytes for file in manifest.files)
+    out.print(
+        f"{config.model}: {len(config.layers)} layers, {manifest.heads} query and {manifest.kv_heads} key/value heads "
+        f"of dimension {manifest.head_dim}, {manifest.prompt_tokens} prompt and {config.decode_tokens} decoded tokens "
+        f"({config.decoding}, {len(set(manifest.decoded_ids))} different), {config.dtype}, {_mib(size)} MiB"
+        f"{'; it was there already' if done.reused else ''}.", highlight=False,
+    )  # fmt: skip
+    out.print(str(done.path), style="dim", highlight=False, soft_wrap=True)
 
 
 # -- lists -----------------------------------------------------------------------------------------------------------

@@ -79,8 +79,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
 def execute(config: RunConfig, loaded: LoadedModel, output: Path, progress: Progress) -> Run:
     """Run a configuration, or what is left of it, and return its completed folder."""
     run = Run(output, config, environment_of(loaded))
-    if run.status == "complete" and len(run.rows) == config.examples:
-        progress(config.policy, config.examples, config.examples, "reused")
+    if run.status == "complete":
+        progress(config.policy, len(run.rows), len(run.rows), "reused")
         return run
     task: Task = registry().make("task", config.task, config.task_options)
     with run.writing():

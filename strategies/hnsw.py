@@ -1,6 +1,6 @@
 """A navigable small world graph over offloaded keys."""
 
-from kvbench.indexes.hnsw import HNSW as HNSWIndex
+from kvbench.indexes import hnsw
 from kvbench.strategies.index_retrieval import IndexRetrieval, RetrievalOptions
 
 
@@ -9,8 +9,8 @@ class HNSW(IndexRetrieval):
 
     name = "hnsw"
     summary = "Top-k over offloaded keys by a navigable small world graph (HNSW)."
-    reference = HNSWIndex.reference
-    index = HNSWIndex
+    reference = hnsw.HNSW.reference
+    index = hnsw.HNSW
 
-    class Options(RetrievalOptions, HNSWIndex.Options):
+    class Options(RetrievalOptions, hnsw.HNSW.Options):
         """Options of the retrieval policy and of the index."""

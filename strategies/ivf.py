@@ -1,6 +1,6 @@
 """Inverted lists over offloaded keys: the baseline that clusters keys alone."""
 
-from kvbench.indexes.ivf import IVF as IVFIndex
+from kvbench.indexes import ivf
 from kvbench.strategies.index_retrieval import IndexRetrieval, RetrievalOptions
 
 
@@ -9,8 +9,8 @@ class IVF(IndexRetrieval):
 
     name = "ivf"
     summary = "Top-k over offloaded keys by the inverted lists of a k-means (IVF)."
-    reference = IVFIndex.reference
-    index = IVFIndex
+    reference = ivf.IVF.reference
+    index = ivf.IVF
 
-    class Options(RetrievalOptions, IVFIndex.Options):
+    class Options(RetrievalOptions, ivf.IVF.Options):
         """Options of the retrieval policy and of the index."""

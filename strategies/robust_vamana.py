@@ -5,7 +5,7 @@ from kvbench.strategies.index_retrieval import IndexRetrieval, RetrievalOptions
 
 
 class RobustVamana(IndexRetrieval):
-    """Attends to the keys that a Vamana graph, built with a sample of the prompt's queries, finds for each head's query."""
+    """Attends to the keys found by a Vamana graph that a sample of the prompt's queries took part in."""
 
     name = "robust_vamana"
     summary = "Top-k over offloaded keys by OOD-DiskANN's graph, built with queries of the prompt (RobustVamana)."
