@@ -14,7 +14,7 @@ from kvbench.analysis.context import ContextProbe
 from kvbench.attention import Attention, softmax_parts
 from kvbench.budget import LayerBudget
 from kvbench.extension import Options
-from kvbench.policy import Layer, Selection
+from kvbench.policy import Layer, Probe, Selection, StepTrace
 
 SINKS = 4
 """First tokens that count as sinks where a metric leaves the sinks out, the same for every policy."""
@@ -23,21 +23,41 @@ Wrapper = Generator[None, Any, Any]
 
 
 class _Means:
-    """Means of named quantities, over every row, head, layer and step they were added for."""
+    """Means of named quantities over every row, head, layer and step, and for a batch of one their trace."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
+        self._trace: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)
 
-    def add(self, name: str, values: Tensor) -> None:
+    def add(self, name: str, layer: Layer, values: Tensor) -> None:
+        """Add values [B, H], [B, H, 1] or one for all."""
         self._sums[name] += float(values.sum(dtype=torch.float64))
         self._counts[name] += values.numel()
+        if layer.rows == 1:
+            self._trace[name][layer.tokens, layer.number] = values.reshape(-1).tolist()
 
     def result(self) -> dict[str, float | None]:
         return {name: self._sums[name] / self._counts[name] for name in self._sums}
 
 
-class Recall(ContextProbe):
+class MeasuringProbe(ContextProbe):
+    """A probe of quantities per row, head, layer and step."""
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._means = _Means()
+
+    def result(self) -> dict[str, float | None]:
+        """Every quantity, averaged over steps, layers and heads."""
+        return self._means.result()
+
+    def trace(self) -> StepTrace:
+        """Every quantity by step, layer and head; the steps of a batch of several rows are not kept."""
+        return dict(self._means._trace)
+
+
+class Recall(MeasuringProbe):
     """Recall@k of the policy's choice against the exact top-k by inner product, and the share of keys it scanned.
 
     Over the tokens that the policy chooses from (neither sinks nor window), per query head; k is the smaller of the
@@ -53,10 +73,6 @@ class Recall(ContextProbe):
 
         k: int = Field(100, ge=1, description="size of the exact top-k")
 
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self._means = _Means()
-
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
         """Compare the selection with the exact top-k."""
         selection: Selection = yield
@@ -65,10 +81,10 @@ class Recall(ContextProbe):
         if k:
             masked = step.logits.masked_fill(~step.candidates, -torch.inf)
             best = masked.topk(k, dim=-1).indices
-            self._means.add("recall_at_k", step.attended.gather(2, best).double().mean(-1))
+            self._means.add("recall_at_k", layer, step.attended.gather(2, best).double().mean(-1))
         if selection.evaluations is not None:
             scanned = torch.as_tensor(selection.evaluations, dtype=torch.float64) / max(int(step.candidates.sum()), 1)
-            self._means.add("scanned_fraction", scanned)
+            self._means.add("scanned_fraction", layer, scanned)
         return selection
 
     def result(self) -> dict[str, float | None]:
@@ -76,63 +92,43 @@ class Recall(ContextProbe):
         return {"recall_at_k": None, **self._means.result()}
 
 
-class Recovery(ContextProbe):
+class Recovery(MeasuringProbe):
     """Share of exact attention's mass that falls on the tokens attended, with and without the first four tokens."""
 
     name = "recovery"
     summary = "Recovered attention mass: the exact softmax weight of the attended tokens, with and without sinks."
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self._means = _Means()
 
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
         """Sum the exact weights of the attended tokens."""
         selection: Selection = yield
         step = self.step(layer, queries, selection)
         recovered = step.weights * step.attended
-        self._means.add("recovered_mass", recovered.sum(-1))
+        self._means.add("recovered_mass", layer, recovered.sum(-1))
         beyond = step.weights[..., SINKS:].sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        self._means.add("recovered_mass_without_sinks", recovered[..., SINKS:].sum(-1) / beyond)
+        self._means.add("recovered_mass_without_sinks", layer, recovered[..., SINKS:].sum(-1) / beyond)
         return selection
 
-    def result(self) -> dict[str, float | None]:
-        """`recovered_mass` and `recovered_mass_without_sinks`."""
-        return self._means.result()
 
-
-class Density(ContextProbe):
+class Density(MeasuringProbe):
     """Tokens attended at a step, and their share of the context, as realised."""
 
     name = "density"
     summary = "Tokens attended at a step and their share of the context, as realised."
 
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self._means = _Means()
-
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
         """Count the attended tokens."""
         selection: Selection = yield
         attended = self.step(layer, queries, selection).attended.sum(-1)
-        self._means.add("attended_tokens", attended)
-        self._means.add("density", attended.double() / layer.tokens)
+        self._means.add("attended_tokens", layer, attended)
+        self._means.add("density", layer, attended.double() / layer.tokens)
         return selection
 
-    def result(self) -> dict[str, float | None]:
-        """`attended_tokens` and `density`, averaged over steps, layers and heads."""
-        return self._means.result()
 
-
-class OutputError(ContextProbe):
+class OutputError(MeasuringProbe):
     """Relative L2 distance of the policy's attention output from exact attention's."""
 
     name = "output_error"
     summary = "Relative L2 distance between the policy's attention output and exact attention's."
-
-    def __init__(self, options: Any = None) -> None:
-        super().__init__(options)
-        self._means = _Means()
 
     def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Wrapper:
         """Compute the exact output beside the policy's."""
@@ -141,9 +137,5 @@ class OutputError(ContextProbe):
         exact = softmax_parts([(step.logits, self.context(layer).values)]).output
         if result.output.shape == exact.shape:
             error = (result.output.float() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
-            self._means.add("output_error", error)
+            self._means.add("output_error", layer, error)
         return result
-
-    def result(self) -> dict[str, float | None]:
-        """`output_error`."""
-        return self._means.result()

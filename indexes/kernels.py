@@ -182,6 +182,28 @@ def packed_score(entry: np.int64) -> np.float32:
     return np.int32(bits).view(np.float32)
 
 
+@intrinsic
+def _shift_up(context: Any, pool: Any, low: Any, end: Any) -> Any:
+    """Move pool[low:end] to pool[low + 1:end + 1]."""
+    signature = types.void(pool, types.intp, types.intp)
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        from llvmlite import ir  # noqa: PLC0415
+
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        word = ir.IntType(64)
+        byte = ir.IntType(8).as_pointer()
+        eight = ir.Constant(word, 8)
+        source = builder.add(builder.ptrtoint(array.data, word), builder.mul(arguments[1], eight))
+        length = builder.mul(builder.sub(arguments[2], arguments[1]), eight)
+        memmove = builder.module.declare_intrinsic("llvm.memmove", [byte, byte, word])
+        target = builder.inttoptr(builder.add(source, eight), byte)
+        builder.call(memmove, [target, builder.inttoptr(source, byte), length, ir.Constant(ir.IntType(1), 0)])
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
 @kernel
 def insert_sorted(pool: Int64, size: int, entry: np.int64) -> tuple[int, int]:
     """Insert into a pool sorted downwards; gives the position (or the pool's length if it does not fit) and the size."""
@@ -196,8 +218,7 @@ def insert_sorted(pool: Int64, size: int, entry: np.int64) -> tuple[int, int]:
         else:
             high = middle
     end = min(size, capacity - 1)
-    for i in range(end, low, -1):
-        pool[i] = pool[i - 1]
+    _shift_up(pool, low, end)
     pool[low] = entry
     return low, end + 1
 
@@ -238,16 +259,14 @@ def beam_search(
             other = links[j]
             if other < 0:
                 break
-            state = seen[other]
-            if state == 2:
-                continue
-            if state == 0 and j - first >= eager:
-                seen[other] = 1
-                continue
-            seen[other] = 2
+            before = seen[other]
+            after = min(before + (2 if j - first < eager else 1), 2)
+            seen[other] = after
+            # Without a branch: the next write overwrites what is not counted.
             fresh[count] = other
-            count += 1
-            _prefetch_row(rows, base + other)
+            count += after - max(before, 1)
+        for j in range(count):
+            _prefetch_row(rows, base + fresh[j])
         evaluations += count
         lowest = capacity
         for j in range(count):

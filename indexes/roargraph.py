@@ -156,7 +156,7 @@ def project_cooccurrence(rows: Rows, base: int, knn: Int32, graph: Int32, length
     candidates = np.empty(4 * degree, np.int32)
     for node in range(n):
         total = 0
-        step = max(1, (begin[node + 1] - begin[node]) // 64)
+        step = max(1, (begin[node + 1] - begin[node]) // 32)
         for place in range(begin[node], begin[node + 1], step):
             for other in knn[queries[place]]:
                 if counts[other] == 0:

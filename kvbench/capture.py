@@ -331,7 +331,7 @@ def plan_capture(
     context_length: int,
     decode_tokens: int = 128,
     layers: str = "all",
-    decoding: Decoding = "greedy",
+    decoding: Decoding = "text",
     dtype: str | None = None,
     seed: int = 0,
     rope_scaling: Literal["yarn"] | None = None,
@@ -522,9 +522,7 @@ def _existing(path: Path) -> Capture | None:
 
 
 def _difference(found: CaptureConfig, wanted: CaptureConfig) -> str:
-    name = next(
-        name for name in CaptureConfig.model_fields if getattr(found, name) != getattr(wanted, name)
-    )
+    name = next(name for name in CaptureConfig.model_fields if getattr(found, name) != getattr(wanted, name))
     return f"{name} {getattr(found, name)}, not {getattr(wanted, name)}"
 
 

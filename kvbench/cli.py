@@ -258,8 +258,8 @@ def _budget(documents: list[dict[str, Any]]) -> str:
 def _provenance(document: dict[str, Any]) -> str:
     config, environment, metrics = document["config"], document["environment"], document["metrics"]
     return (
-        f"{metrics['accuracy']['n']} examples, seed {config['seed']}, question {config['question']}, k = {config['recall_k']}, "
-        f"{metrics['probed_examples']} probed; {config['dtype']} on {environment['device_name']}, "
+        f"{metrics['accuracy']['n']} examples, seed {config['seed']}, question {config['question']}, "
+        f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on {environment['device_name']}, "
         f"{environment['threads']} threads; medians and means are of undisturbed generations"
     )
 
@@ -273,7 +273,7 @@ SourceTextName = Annotated[str, typer.Option(help="Text file, or `default`: Pyth
 RopeScaling = Annotated[str | None, typer.Option(help="yarn: extend the model where its limit is shorter.")]
 PrefillChunk = Annotated[int, typer.Option(min=1, help="Compute the prompt this many tokens at a time.")]
 DecodeTokens = Annotated[int, typer.Option(min=1, help="Tokens of the context that are decoded one by one.")]
-Decoding = Annotated[str, typer.Option(help="greedy: the model's own tokens; text: the text's continuation.")]
+Decoding = Annotated[str, typer.Option(help="text: the text goes on token by token; greedy: the model's own tokens.")]
 StoreDtype = Annotated[str | None, typer.Option(help="Number type of the stored vectors. [default: the model's]")]
 
 
@@ -311,7 +311,7 @@ def capture_command(  # noqa: PLR0917
     context_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and decoding together.")] = 4096,
     decode_tokens: DecodeTokens = 128,
     layers: Annotated[str, typer.Option(help="Layers separated by commas, or `all`.")] = "all",
-    decoding: Decoding = "greedy",
+    decoding: Decoding = "text",
     rope_scaling: RopeScaling = None,
     prefill_chunk: PrefillChunk = 1024,
     store_dtype: StoreDtype = None,
@@ -342,6 +342,137 @@ def capture_command(  # noqa: PLR0917
         f"{'; it was there already' if done.reused else ''}.", highlight=False,
     )  # fmt: skip
     out.print(str(done.path), style="dim", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def index(  # noqa: PLR0917
+    names: Annotated[str, typer.Option("--indexes", help="Indexes separated by commas; `kvbench indexes` lists them.")],
+    capture: Annotated[Path | None, typer.Option(help="Folder of a capture; without it one is made first.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="k of recall@k.")] = 100,
+    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all captured]")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
+    efforts: Annotated[
+        list[str] | None,
+        typer.Option(help="Values of the search parameter: 32,64,128 for all indexes, or index=1,2,4 for one."),
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Option of an index, index.option=value.")
+    ] = None,
+    sinks: Annotated[int, typer.Option(min=0, help="First tokens left out of the index.")] = 4,
+    window: Annotated[int, typer.Option(min=0, help="Last tokens of the prompt left out of the index.")] = 64,
+    model: Model = "smollm2-135m",
+    text: SourceTextName = "default",
+    context_length: Annotated[int, typer.Option(min=2, help="Tokens to capture, prompt and decoding together.")] = 4096,
+    decode_tokens: DecodeTokens = 128,
+    decoding: Decoding = "text",
+    rope_scaling: RopeScaling = None,
+    prefill_chunk: PrefillChunk = 1024,
+    store_dtype: StoreDtype = None,
+    seed: Annotated[int, typer.Option(help="Where in the text the prompt starts; 0 is its beginning.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Annotated[Path, typer.Option(help="Folder for results and captures.")] = Path("kvbench-index"),
+    as_json: Json = False,
+) -> None:
+    """Compare vector indexes on real queries and keys: recall, scanned keys, time, build and insertion time, bytes."""
+    found = _registry()
+    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    for name in chosen:
+        found.find("index", name)
+    from kvbench.analysis import index_sweep  # noqa: PLC0415
+    from kvbench.capture import load_capture  # noqa: PLC0415
+
+    config = index_sweep.SweepConfig(
+        chosen, k=k, layers=_numbers("--layers", layers), heads=_numbers("--heads", heads),
+        efforts=_index_efforts(efforts, chosen), options=_index_options(option, chosen), sinks=sinks, window=window,
+    )  # fmt: skip
+    if capture is not None:
+        source = load_capture(capture)
+    else:
+        source = _captured(
+            model, text, context_length, layers or "all", lambda name: output / f"capture-{name}",
+            decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling, prefill_chunk=prefill_chunk,
+            store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
+        )  # fmt: skip
+    with err.status("") as status:
+        rows = index_sweep.sweep(source, config, status.update)
+    content = index_sweep.document(source, config, rows)
+    folder = output / index_sweep.folder_name(source, config)
+    index_sweep.write(content, folder)
+    if as_json:
+        print(json.dumps({**content, "folder": str(folder)}, indent=1))
+        return
+    out.print(_index_table(content))
+    out.print(
+        f"{rows[0]['n_keys']} keys, {rows[0]['n_queries']} decoding queries that no index saw, of "
+        f"{len({row['layer'] for row in rows})} layers × {len({row['head'] for row in rows})} heads; searches on one "
+        f"thread, one step of all heads at a time; build and insertion of {source.manifest.config.decode_tokens} keys "
+        f"on {content['environment']['build_threads']} threads and bytes are per layer, for all heads at once. "
+        "95% intervals over layers and heads.", style="dim", highlight=False,
+    )  # fmt: skip
+    for entry in content["summary"]:
+        out.print(_reached(entry), highlight=False)
+    out.print(str(folder), style="dim", highlight=False, soft_wrap=True)
+
+
+def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None or text.strip() == "all":
+        return None
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise KVBenchError(f"{name} {text} is not a list of whole numbers separated by commas.") from None
+
+
+def _index_efforts(values: list[str] | None, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    efforts = {}
+    for value in values or []:
+        name, equals, text = value.rpartition("=")
+        numbers = _numbers("--efforts", text)
+        if numbers is None:
+            raise KVBenchError(f"--efforts {value} is not a list of whole numbers separated by commas.")
+        efforts.update(dict.fromkeys((name,) if equals else names, numbers))
+    return efforts
+
+
+def _index_options(values: list[str] | None, names: tuple[str, ...]) -> dict[str, dict[str, str]]:
+    options: dict[str, dict[str, str]] = {}
+    for key, text in _pairs(values).items():
+        name, dot, field = key.partition(".")
+        if not dot:
+            raise KVBenchError(f"Option {key}={text} names no index: write {', '.join(names)} and a dot before it.")
+        options.setdefault(name, {})[field] = text
+    return options
+
+
+def _index_table(content: dict[str, Any]) -> Table:
+    source, k = content["capture"], content["config"]["k"]
+    title = f"{source['model']}, {source['context_length']} tokens, recall@{k}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    table.add_column("index")
+    for column in ("effort", "recall", "95%", "scanned", "µs/query", "build s", "insert s", "MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for entry in content["summary"]:
+        for place, point in enumerate(entry["curve"]):
+            low, high = point["recall_ci95"] or (None, None)
+            cells = [
+                "–" if point["effort"] is None else str(point["effort"]), f"{point['recall']:.3f}",
+                "–" if low is None else f"{low:.2f}–{high:.2f}", _share(point["scanned"]),
+                f"{point['us_per_query']:.0f}",
+            ]  # fmt: skip
+            of_index = [f"{entry['build_s']:.2f}", f"{entry['insert_s']:.3f}", _mib(entry["bytes"])]
+            table.add_row(entry["index"] if not place else "", *cells, *(["", "", ""] if place else of_index))
+        table.add_section()
+    return table
+
+
+def _reached(entry: dict[str, Any]) -> str:
+    scanned = entry["scanned_at_recall_95"]
+    if scanned is None:
+        return f"{entry['index']}: recall 0.95 not reached."
+    how = "at its lowest measured effort" if entry["first_point_above"] else "interpolated between measured points"
+    time = entry["us_per_query_at_recall_95"]
+    return f"{entry['index']}: recall 0.95 at {_share(scanned)} scanned, {time:.0f} µs per query ({how})."
 
 
 # -- lists -----------------------------------------------------------------------------------------------------------

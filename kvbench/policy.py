@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from kvbench.attention import Attention
 
 POLICY_HOOKS = ("prefill", "select", "attend", "insert")
+
+StepTrace = dict[str, dict[tuple[int, int], Sequence[float]]]
+"""For each quantity, by tokens of the context and the layer's place in the model: a value for each query head."""
 
 
 @dataclass
@@ -45,7 +48,7 @@ class Layer:
     module: nn.Module
     state: dict[str, Any] = field(default_factory=dict)
     prompt_queries: Tensor | None = None
-    """During `prefill` only: the queries [B, H, m, d] that probes asked for (`Probe.query_window`), none if none did."""
+    """During `prefill` only: the queries [B, H, m, d] that probes asked for (`Probe.query_window`)."""
     exact_attention: Callable[[], Tensor] | None = None
     """Set for policies that keep everything: the model's own attention of this step, output [B, H, m, d]."""
 
@@ -114,6 +117,8 @@ class Probe(_Pluggable):
     """
 
     _wrapper = True
+    alone: ClassVar[bool] = False
+    """True for a probe that measures time: it gets a generation of its own, which no other probe slows down."""
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -128,6 +133,10 @@ class Probe(_Pluggable):
     def result(self) -> dict[str, Any]:
         """What was measured since the probe was made, as plain numbers that JSON can hold."""
         raise NotImplementedError
+
+    def trace(self) -> StepTrace:
+        """What was measured step by step for a batch of one, to be stored beside the examples; nothing by default."""
+        return {}
 
 
 class DefaultPolicy:

@@ -1,5 +1,7 @@
 """Budgets share out exactly what was asked for."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_fit_keeps_the_order_of_the_wishes(request_, data):
     assert sum(shares) == request_.total
     assert all(request_.minimum <= share <= request_.context for share in shares)
     ranked = [share for _, share in sorted(zip(wishes, shares, strict=True), key=lambda pair: pair[0])]
-    assert all(after >= before - 1 for before, after in zip(ranked, ranked[1:], strict=False))
+    assert all(after >= before - 1 for before, after in pairwise(ranked))
 
 
 def test_an_allocator_that_breaks_its_promise_is_named():

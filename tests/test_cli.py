@@ -76,7 +76,10 @@ def test_run_prints_a_table_and_names_its_folders(run, tmp_path):
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert len(folders) == 3
     assert all(re.fullmatch(r"(quest|streaming_llm|full)-niah_single_1-512-[0-9a-f]{12}", name) for name in folders)
-    assert json.loads((tmp_path / "out" / folders[1] / "run.json").read_text())["config"]["policy_options"]["page_size"] == 8
+    assert (
+        json.loads((tmp_path / "out" / folders[1] / "run.json").read_text())["config"]["policy_options"]["page_size"]
+        == 8
+    )
 
 
 def test_a_finished_baseline_is_reused_and_another_configuration_gets_another_folder(run, tmp_path):

@@ -7,7 +7,12 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MAPPED = {"kvbench": "kvbench", "strategies": "kvbench/strategies", "indexes": "kvbench/indexes", "analysis": "kvbench/analysis"}
+MAPPED = {
+    "kvbench": "kvbench",
+    "strategies": "kvbench/strategies",
+    "indexes": "kvbench/indexes",
+    "analysis": "kvbench/analysis",
+}
 
 
 def test_the_wheel_holds_the_tree(tmp_path):

@@ -23,7 +23,12 @@ def measured(policy, budget, options=None, **recall):
 
 @pytest.mark.parametrize(
     ("policy", "options"),
-    [("snapkv", {"window": 8}), ("streaming_llm", {}), ("quest", {"page_size": 4}), ("flat", {"sinks": 2, "window": 8})],
+    [
+        ("snapkv", {"window": 8}),
+        ("streaming_llm", {}),
+        ("quest", {"page_size": 4}),
+        ("flat", {"sinks": 2, "window": 8}),
+    ],
 )
 def test_recall_recovery_and_density_follow_their_definitions(policy, options):
     result, watch = measured(policy, 30, options, k=7)
@@ -39,7 +44,9 @@ def test_recall_recovery_and_density_follow_their_definitions(policy, options):
             masses.append(float(weights[ids].sum()))
             beyond.append(float(weights[[i for i in ids if i >= 4]].sum() / weights[4:].sum()))
             densities.append(len(ids) / now)
-            candidates = sorted(set(range(now)) - set(static.tolist())) if store_choice else list(range(sinks, now - window))
+            candidates = (
+                sorted(set(range(now)) - set(static.tolist())) if store_choice else list(range(sinks, now - window))
+            )
             taken = len(static) if store_choice else sinks + window
             k = min(7, budget.tokens - taken, len(candidates))
             if k > 0:
@@ -74,5 +81,8 @@ def test_a_selection_that_breaks_the_contract_is_refused(ids, message):
             return kvbench.Selection(torch.tensor(ids).expand(layer.rows, layer.heads, -1))
 
     model = tiny_model()
-    with kvbench.attach(model, policy=Careless(), budget=0.9, probes=["density"]), pytest.raises(kvbench.KVBenchError, match=message):
+    with (
+        kvbench.attach(model, policy=Careless(), budget=0.9, probes=["density"]),
+        pytest.raises(kvbench.KVBenchError, match=message),
+    ):
         model.generate(tokens(1, 80), max_new_tokens=3, do_sample=False)

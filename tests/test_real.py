@@ -38,10 +38,11 @@ def test_full_gives_the_tokens_of_plain_transformers(loaded):
 def test_run_finds_needles_and_measures_what_the_policies_promise(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv",
-        ["kvbench", "run", "--policy", "flat,retrieval,streaming_llm", "--budget", "pyramid", "--context-length", "1024",
-         "--examples", "2", "--probe-examples", "1", "--output", str(tmp_path), "--json"],
+        ["kvbench", "run", "--policy", "flat,retrieval,streaming_llm", "--budget", "pyramid",
+         "--context-length", "1024", "--examples", "2", "--probe-examples", "1", "--output", str(tmp_path), "--json"],
     )  # fmt: skip
-    cli.main()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.main()
     flat, retrieval, streaming, full = (entry["metrics"] for entry in json.loads(capsys.readouterr().out)["runs"])
     assert full["accuracy"]["mean"] == 1
     assert full["recovered_mass"] == pytest.approx(1)

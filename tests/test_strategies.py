@@ -118,7 +118,9 @@ def test_quest_selects_the_pages_of_its_formula_in_every_step():
     for layer, queries, static, selection, _, now in probe.steps:
         keys = probe.keys[layer.index][:, :, :now].double()
         pages = (now - 1) // size
-        assert static.tolist() == list(range(pages * size, now)) or sorted(static.tolist()) == list(range(pages * size, now))
+        assert static.tolist() == list(range(pages * size, now)) or sorted(static.tolist()) == list(
+            range(pages * size, now)
+        )
         for row in range(2):
             for head in range(layer.heads):
                 query = queries[row, head, 0].double()
@@ -145,7 +147,7 @@ def test_flat_selects_the_exact_top_of_the_offloaded_keys_in_every_step():
 
 @pytest.mark.parametrize("every", [0, 1, 5])
 def test_retrieval_moves_tokens_out_of_the_window_as_its_option_says(every):
-    probe, session = watch("flat", 40, tokens(1, 90), steps=25, options={**SMALL, "insert_every": every})
+    _, session = watch("flat", 40, tokens(1, 90), steps=25, options={**SMALL, "insert_every": every})
     store = session.cache.stores()[0]
     assert store.tokens == 90 + 24
     assert (store.aside_stop - store.aside_start) + store.static_tokens == store.tokens

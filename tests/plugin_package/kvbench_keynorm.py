@@ -11,7 +11,9 @@ class KeyNorm(kvbench.KVCachePolicy):
 
     name = "keynorm"
     summary = "Keeps the keys of smallest norm and the most recent tokens."
-    reference = "Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430"
+    reference = (
+        "Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430"
+    )
     query_window = 0  # this policy never looks at queries
 
     class Options(kvbench.Options):
