@@ -1,6 +1,6 @@
 """Measurements of attention and retrieval, and the probes that collect them during a run."""
 
-from kvbench.analysis.probes import Density, OutputError, Recall, Recovery
+from kvbench.analysis.probes import Density, Latency, OutputError, Overlap, Recall, Recovery, Sparsity
 from kvbench.hookspecs import hookimpl
 from kvbench.policy import Probe
 
@@ -8,4 +8,4 @@ from kvbench.policy import Probe
 @hookimpl
 def kvbench_probes() -> list[type[Probe]]:
     """Register the built-in probes."""
-    return [Recall, Recovery, Density, OutputError]
+    return [Recall, Recovery, Density, OutputError, Sparsity, Overlap, Latency]

@@ -87,9 +87,7 @@ def fit(sample: ArrayLike, *, shrinkage: float = 0.0, pseudo_inverse: bool = Fal
     return Distribution(mean, vectors[:, kept] / np.sqrt(values[kept]), rank, n, shrinkage)
 
 
-def mahalanobis(
-    points: ArrayLike, sample: ArrayLike, *, shrinkage: float = 0.0, pseudo_inverse: bool = False
-) -> Float:
+def mahalanobis(points: ArrayLike, sample: ArrayLike, *, shrinkage: float = 0.0, pseudo_inverse: bool = False) -> Float:
     """Mahalanobis distances [m] of points [m, d] from the distribution of a sample [n, d]; see `fit`."""
     return fit(sample, shrinkage=shrinkage, pseudo_inverse=pseudo_inverse).distances(points)
 
@@ -204,7 +202,9 @@ def dynamic_recovery(weights: ArrayLike, ks: Sequence[int], *, sinks: int = 0) -
     return np.stack([cumulative[..., min(_positive(k), rest.shape[-1]) - 1] / total for k in ks])
 
 
-def static_recovery(weights: ArrayLike, ks: Sequence[int], *, sinks: int = 0, generated_from: int | None = None) -> Float:
+def static_recovery(
+    weights: ArrayLike, ks: Sequence[int], *, sinks: int = 0, generated_from: int | None = None
+) -> Float:
     """Mass [len(ks), steps] that the first step's top-k recovers at every step of weights [steps, n].
 
     With `generated_from`, the tokens from there on are attended as well: generated ones, which no first step sees.

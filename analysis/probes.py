@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Generator
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,12 +16,16 @@ from kvbench.analysis.context import ContextProbe
 from kvbench.attention import Attention, softmax_parts
 from kvbench.budget import LayerBudget
 from kvbench.extension import Options
+from kvbench.hookspecs import hookimpl
 from kvbench.policy import Layer, Probe, Selection, StepTrace
 
 SINKS = 4
 """First tokens that count as sinks where a metric leaves the sinks out, the same for every policy."""
 
 Wrapper = Generator[None, Any, Any]
+
+_ATTENDED = "kvbench.analysis.attended"
+_PARTS = ("retrieval_s", "attention_s", "insertion_s")
 
 
 class _Means:
@@ -54,7 +60,7 @@ class MeasuringProbe(ContextProbe):
 
     def trace(self) -> StepTrace:
         """Every quantity by step, layer and head; the steps of a batch of several rows are not kept."""
-        return dict(self._means._trace)
+        return {**self._means._trace}
 
 
 class Recall(MeasuringProbe):
@@ -139,3 +145,94 @@ class OutputError(MeasuringProbe):
             error = (result.output.float() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
             self._means.add("output_error", layer, error)
         return result
+
+
+class Sparsity(MeasuringProbe):
+    """Fewest tokens of the context whose exact attention weights sum to 90, 95 and 99% of the mass."""
+
+    name = "sparsity"
+    summary = "Tokens that exact attention needs for 90, 95 and 99% of its mass."
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Count the largest weights up to each share."""
+        selection: Selection = yield
+        weights = self.step(layer, queries, selection).weights
+        cumulative = weights.sort(dim=-1, descending=True).values.cumsum(-1)
+        for share in (90, 95, 99):
+            needed = (cumulative < share / 100 * cumulative[..., -1:]).sum(-1) + 1
+            self._means.add(f"tokens_for_{share}", layer, needed)
+        return selection
+
+
+class Overlap(MeasuringProbe):
+    """Share of the tokens attended at a step that were attended at the step before, new tokens left out."""
+
+    name = "overlap"
+    summary = "Share of the attended tokens that were attended at the step before."
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Compare the attended set with the previous step's."""
+        selection: Selection = yield
+        attended = self.step(layer, queries, selection).attended
+        before: Tensor | None = layer.state.get(_ATTENDED)
+        if before is not None:
+            old = attended[..., : before.shape[-1]]
+            shared = (old & before).sum(-1).double() / old.sum(-1).clamp_min(1)
+            self._means.add("step_overlap", layer, shared)
+        layer.state[_ATTENDED] = attended
+        return selection
+
+
+class Latency(Probe):
+    """Seconds inside a policy's `select`, `attend` and `insert` at each step, summed over the layers.
+
+    It runs in a generation of its own and wraps the policy directly, so that no other probe's work is counted. On a
+    GPU the clock waits for the device, which costs time of its own between the hooks.
+    """
+
+    name = "latency"
+    summary = "Time per decoding step inside retrieval (select), attention (attend) and insertion (insert)."
+    alone = True
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._steps: dict[str, dict[int, float]] = {name: defaultdict(float) for name in _PARTS}
+        self._trace: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in _PARTS}
+
+    def _timed(self, name: str, layer: Layer, on: Tensor) -> Wrapper:
+        began = _now(on)
+        result = yield
+        seconds = _now(on) - began
+        self._steps[name][layer.tokens] += seconds
+        if layer.rows == 1:
+            self._trace[name][layer.tokens, layer.number] = [seconds]
+        return result
+
+    @hookimpl(wrapper=True, trylast=True)
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Time the policy's choice."""
+        return (yield from self._timed("retrieval_s", layer, queries))
+
+    @hookimpl(wrapper=True, trylast=True)
+    def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Wrapper:
+        """Time the attention."""
+        return (yield from self._timed("attention_s", layer, queries))
+
+    @hookimpl(wrapper=True, trylast=True)
+    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> Wrapper:
+        """Time the insertion."""
+        return (yield from self._timed("insertion_s", layer, keys))
+
+    def result(self) -> dict[str, float | None]:
+        """`retrieval_s`, `attention_s` and `insertion_s`: medians over the steps of their sums over the layers."""
+        return {name: median(steps.values()) if steps else None for name, steps in self._steps.items()}
+
+    def trace(self) -> StepTrace:
+        """The seconds by step and layer, for a layer's heads together."""
+        return {**self._trace}
+
+
+def _now(on: Tensor) -> float:
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
+    return time.perf_counter()

@@ -12,7 +12,19 @@ from kvbench.indexes.robust_vamana import RobustVamana
 from kvbench.indexes.sq8 import SQ8
 from kvbench.indexes.vamana import Vamana
 
-__all__ = ["HNSW", "IVF", "IVFPQ", "SQ8", "Flat", "Index", "RoarGraph", "RobustVamana", "SearchResult", "Vamana", "kvbench_indexes"]
+__all__ = [
+    "HNSW",
+    "IVF",
+    "IVFPQ",
+    "SQ8",
+    "Flat",
+    "Index",
+    "RoarGraph",
+    "RobustVamana",
+    "SearchResult",
+    "Vamana",
+    "kvbench_indexes",
+]
 
 hookimpl = pluggy.HookimplMarker("kvbench")
 

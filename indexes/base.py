@@ -64,7 +64,7 @@ class Index(Extension, ABC):
         self._waiting: NDArray[np.float32] | None = None
 
     def build(self, keys: Vectors, queries: Vectors | None = None, *, heads: int | None = None) -> None:
-        """Index keys [G, n, d] for `heads` query heads, learning from the prompt's queries [H, m, d] where it uses them.
+        """Index keys [G, n, d] for `heads` query heads, learning from queries [H, m, d] of the prompt if it uses them.
 
         Keys are float32, float16 or bfloat16 on the CPU and are read in place: do not overwrite them.
         Raises KVBenchError for other dtypes or shapes, for NaN or infinity, and for missing queries.
@@ -132,11 +132,11 @@ class Index(Extension, ABC):
         """Write the index as safetensors; with `keys=False` without the keys, which `load` then needs."""
         if not self.heads:
             raise KVBenchError(f"index {self.name} is empty; call build before save.")
-        tensors = {"index." + name: np.ascontiguousarray(array) for name, array in self._state().items()}
-        if self.keys.n == 0:
-            tensors = {}
-            if self._waiting is not None:
-                tensors["waiting"] = self._waiting
+        tensors: State = {}
+        if self.keys.n:
+            tensors = {"index." + name: np.ascontiguousarray(array) for name, array in self._state().items()}
+        elif self._waiting is not None:
+            tensors = {"waiting": self._waiting}
         if keys:
             tensors["keys"] = np.ascontiguousarray(self.keys.array)
         about = {

@@ -51,7 +51,7 @@ class GraphIndex(Index):
         """Share of keys of each graph [S] that no chain of links reaches from the entry points."""
         n = self.keys.n
         reached = [count_reached(self.links, self.start[s], self.entries[s], n) for s in range(self.graphs if n else 0)]
-        return 1 - np.array(reached, np.float64) / max(n, 1)
+        return np.asarray(1 - np.array(reached, np.float64) / max(n, 1))
 
     @property
     def _degree(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any, ClassVar
 
-import faiss
+import faiss as _faiss
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -14,6 +14,9 @@ from kvbench.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
 from kvbench.indexes.flat import keep_best
 from kvbench.indexes.threads import each_head
+
+# Its stubs lack HNSW's parameters and statistics.
+faiss: Any = _faiss
 
 # faiss counts HNSW's distances in one process-wide object.
 _STATISTICS = threading.Lock()
@@ -45,8 +48,8 @@ class HNSW(Index):
         """Bytes of links, levels and offsets, and of the float32 copy of the keys that faiss keeps."""
         if not self.keys.n:
             return 0
-        links = sum(index.hnsw.neighbors.size() * 4 for index in self.indexes)
-        return int(links) + self.keys.groups * self.keys.n * (12 + 4 * self.keys.d)
+        links = sum(4 * int(index.hnsw.neighbors.size()) for index in self.indexes)
+        return links + self.keys.groups * self.keys.n * (12 + 4 * self.keys.d)
 
     def _new(self) -> Any:
         index = faiss.IndexHNSWFlat(self.keys.d, self.options.degree, faiss.METRIC_INNER_PRODUCT)
@@ -73,7 +76,8 @@ class HNSW(Index):
                 ids, scores = np.empty((count, wanted), np.int64), np.empty((count, wanted), np.float32)
                 for i in range(count):
                     faiss.cvar.hnsw_stats.reset()
-                    index.search(queries[head, i : i + 1], wanted, params=parameters, D=scores[i : i + 1], I=ids[i : i + 1])
+                    one = slice(i, i + 1)
+                    index.search(queries[head, one], wanted, params=parameters, D=scores[one], I=ids[one])
                     result.evaluations[head, i] = faiss.cvar.hnsw_stats.ndis + 1
                 keep_best(ids, scores, result.ids[head], result.scores[head])
 

@@ -48,7 +48,7 @@ class IVF(Index):
         """Bytes of centroids, ids (8 each) and the codes or float32 copies in the lists."""
         if not self.keys.n:
             return 0
-        return self.centroids.nbytes + sum(self.keys.n * (8 + lists.code_size) for lists in self.lists)
+        return self.centroids.nbytes + sum(self.keys.n * (8 + int(lists.code_size)) for lists in self.lists)
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         keys = self.keys
@@ -99,7 +99,7 @@ class IVF(Index):
     def _add(self, group: int, block: NDArray[np.float32], assigned: NDArray[np.int32], first: int) -> None:
         ids = np.arange(first, first + len(block), dtype=np.int64)
         where = assigned.astype(np.int64)
-        self.lists[group].add_core(len(block), *map(faiss.swig_ptr, (block, ids, where)))
+        self.lists[group].add_core(len(block), faiss.swig_ptr(block), faiss.swig_ptr(ids), faiss.swig_ptr(where))
 
     def _search(self, queries: NDArray[np.float32], k: int, effort: int, result: SearchResult) -> None:
         keys = self.keys

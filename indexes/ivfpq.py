@@ -66,9 +66,7 @@ class IVFPQ(IVF):
         self.codes[group, first:] = codes
         self._add_codes(group, assigned, codes, first)
 
-    def _add_codes(
-        self, group: int, assigned: NDArray[np.int32], codes: NDArray[np.uint8], first: int
-    ) -> None:
+    def _add_codes(self, group: int, assigned: NDArray[np.int32], codes: NDArray[np.uint8], first: int) -> None:
         lists = self.lists[group]
         for number in np.unique(assigned):
             members = np.flatnonzero(assigned == number)

@@ -2,6 +2,9 @@
 
 Rows are float32, the bits of float16 (uint16) or of bfloat16 (int16), or SQ8 codes (uint8); `widen` reads one number.
 Every kernel gives the same result for any number of threads.
+
+numba's disk cache watches the file of the compiled function, not those it calls: after a change here, delete
+`__pycache__/*.nb?` of the modules that use it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
@@ -43,7 +47,7 @@ def widen(bits: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(widen, inline="always")
+@overload(widen, inline="always")  # type: ignore[untyped-decorator]
 def _widen(bits: Any) -> Any:
     # numba compares these signatures with the stub's, annotations included.
     if bits == types.float32:
@@ -73,14 +77,12 @@ def _widen(bits: Any) -> Any:
     return read
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _prefetch_row(context: Any, rows: Any, row: Any) -> Any:
     """Ask for the cache lines of a row before it is read."""
     signature = types.void(rows, row)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from llvmlite import ir  # noqa: PLC0415
-
         array_type, _ = signature.args
         array = context.make_array(array_type)(context, builder, arguments[0])
         word = ir.IntType(64)
@@ -130,26 +132,16 @@ def decode(array: Rows) -> Float32:
 
 
 @kernel
-def find_nonfinite(rows: Rows, stride: int, groups: int, first: int, n: int) -> int:
-    """Number (`group * n + key`) of the first key from `first` on that holds NaN or infinity, or -1."""
+def find_beyond(rows: Rows, stride: int, groups: int, first: int, n: int, limit: float) -> int:
+    """Number (`group * n + key`) of the first key from `first` on with NaN or a magnitude above `limit`, or -1."""
     for group in range(groups):
         for i in range(first, n):
-            total = np.float32(0)
+            beyond = 0
             for j in range(rows.shape[1]):
-                total += widen(rows[group * stride + i, j]) * np.float32(0)
-            if total != np.float32(0):
+                beyond += not abs(widen(rows[group * stride + i, j])) <= limit
+            if beyond:
                 return group * n + i
     return -1
-
-
-@kernel
-def all_finite(array: Float32) -> bool:
-    """Whether a contiguous array holds neither NaN nor infinity."""
-    flat = array.reshape(-1)
-    total = np.float32(0)
-    for i in range(flat.shape[0]):
-        total += flat[i] * np.float32(0)
-    return bool(total == np.float32(0))
 
 
 @kernel
@@ -159,7 +151,7 @@ def read_row(rows: Rows, row: int, out: Float32) -> None:
         out[j] = widen(rows[row, j])
 
 
-# A scored id in one int64 that sorts by score, then by smaller id: sortable score bits << 32 | (~id, 31 bits) << 1 | done.
+# One int64 that sorts by score, then by smaller id: sortable bits of the score, 31 bits of ~id, whether expanded.
 @kernel
 def pack(score: np.float32, node: int) -> np.int64:
     """Score and id as one integer that orders by score, then by smaller id."""
@@ -182,14 +174,12 @@ def packed_score(entry: np.int64) -> np.float32:
     return np.int32(bits).view(np.float32)
 
 
-@intrinsic
+@intrinsic  # type: ignore[untyped-decorator]
 def _shift_up(context: Any, pool: Any, low: Any, end: Any) -> Any:
     """Move pool[low:end] to pool[low + 1:end + 1]."""
     signature = types.void(pool, types.intp, types.intp)
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        from llvmlite import ir  # noqa: PLC0415
-
         array = context.make_array(signature.args[0])(context, builder, arguments[0])
         word = ir.IntType(64)
         byte = ir.IntType(8).as_pointer()
@@ -206,7 +196,7 @@ def _shift_up(context: Any, pool: Any, low: Any, end: Any) -> Any:
 
 @kernel
 def insert_sorted(pool: Int64, size: int, entry: np.int64) -> tuple[int, int]:
-    """Insert into a pool sorted downwards; gives the position (or the pool's length if it does not fit) and the size."""
+    """Insert into a pool sorted downwards; gives position (capacity: no place) and size."""
     capacity = pool.shape[0]
     if size == capacity and entry < pool[capacity - 1]:
         return capacity, size
@@ -282,7 +272,12 @@ def beam_search(
 
 @kernel
 def enter(
-    rows: Rows, base: int, query: Float32, entries: Int32, pool: Int64, seen: NDArray[np.uint8],
+    rows: Rows,
+    base: int,
+    query: Float32,
+    entries: Int32,
+    pool: Int64,
+    seen: NDArray[np.uint8],
     half_norms: Float32 | None,
 ) -> tuple[int, int]:
     """Empty the pool and evaluate the entry points [E], ended by -1; gives pool size and evaluations."""
@@ -354,8 +349,17 @@ def prune(
 
 @kernel
 def link(
-    rows: Rows, base: int, graph: Int32, node: int, other: int, limit: int, alpha: float, fill: bool, order: Int64,
-    candidates: Int32, kept: Int32,
+    rows: Rows,
+    base: int,
+    graph: Int32,
+    node: int,
+    other: int,
+    limit: int,
+    alpha: float,
+    fill: bool,
+    order: Int64,
+    candidates: Int32,
+    kept: Int32,
 ) -> None:
     """Add the link node → other to `graph` [n, degree]; a list of `limit` links is pruned anew, nearest first.
 

@@ -34,6 +34,10 @@ from kvbench.indexes.knn import draw, nearest_keys
 # Places kept free at the end of each key's links, for keys inserted later.
 _SPARE = 4
 
+# Of the bipartite graph, what is kept for insertion: so many training queries of each head, and so many of their keys.
+_KEPT_QUERIES = 1024
+_KEPT_NEIGHBORS = 64
+
 
 class RoarGraph(GraphIndex):
     """Graph whose links join keys that the same queries attend to, one per query head.
@@ -59,14 +63,14 @@ class RoarGraph(GraphIndex):
     class Options(GraphOptions):
         """Options of `roargraph`."""
 
-        ef: int = Field(256, ge=1, description="length of the candidate list in search; at least k is used")
+        ef: int = Field(200, ge=1, description="length of the candidate list in search; at least k is used")
         degree: int = Field(48, ge=2, le=4096, description="most links of a key (2M)")
-        eager: int = Field(8, ge=1, description="links of a key evaluated at once; the others need a second one")
-        neighbors: int = Field(128, ge=2, description="nearest keys of each training query (N_q)")
-        sample: int = Field(4096, ge=1, description="training queries of each head")
+        eager: int = Field(16, ge=1, description="links of a key evaluated at once; the others need a second one")
+        neighbors: int = Field(128, ge=2, description="nearest keys of a training query (N_q), n/32 at most")
+        sample: int = Field(4096, ge=1, description="training queries of each head; a sixth of all at most")
         recent: float = Field(0.5, ge=0, le=1, description="share of them drawn from the prompt's last quarter")
         projection: Literal["cooccurrence", "pivot"] = Field("cooccurrence", description="how links are chosen")
-        construction_ef: int = Field(32, ge=1, description="candidate list of the connectivity enhancement (L)")
+        construction_ef: int = Field(16, ge=1, description="candidate list of the connectivity enhancement (L)")
         entries: int = Field(16, ge=1, description="keys where a search enters: those nearest to most queries")
 
     queries: NDArray[np.float32]
@@ -77,14 +81,18 @@ class RoarGraph(GraphIndex):
         return int(self.options.eager) if self.options.projection == "cooccurrence" else self._degree
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
-        assert queries is not None  # noqa: S101
+        assert queries is not None
         options = self.options
-        training = draw(queries, options.sample, options.recent, self.seed)
-        self.build_from_neighbors(training, nearest_keys(self.keys, training, options.neighbors))
+        sample = min(options.sample, max(256, queries.shape[1] // 6))
+        neighbors = min(options.neighbors, max(32, self.keys.n // 32))
+        training = draw(queries, sample, options.recent, self.seed)
+        self.build_from_neighbors(training, nearest_keys(self.keys, training, neighbors))
 
     def build_from_neighbors(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
         """Build over the present keys from training queries [H, m, d] and the ids [H, m, N_q] of their nearest keys."""
-        self.queries, self.knn = queries, knn
+        step = -(-queries.shape[1] // _KEPT_QUERIES)
+        self.queries = np.ascontiguousarray(queries[:, ::step])
+        self.knn = np.ascontiguousarray(knn[:, ::step, :_KEPT_NEIGHBORS])
         self._encode()
         keys, options, heads = self.keys, self.options, self.heads
         n, degree = keys.n, self._degree
@@ -92,8 +100,16 @@ class RoarGraph(GraphIndex):
         self.entries = np.full((heads, min(options.entries, n)), -1, np.int32)
         lengths = np.empty((heads, n), np.int64)
         build_heads(
-            keys.rows, keys.stride, keys.groups, knn, options.projection == "pivot", self._eager,
-            options.construction_ef, graph, self.entries, lengths,
+            keys.rows,
+            keys.stride,
+            keys.groups,
+            knn,
+            options.projection == "pivot",
+            self._eager,
+            options.construction_ef,
+            graph,
+            self.entries,
+            lengths,
         )
         places = np.minimum(lengths + _SPARE, degree)
         places[lengths == 0] = 0
@@ -108,7 +124,15 @@ class RoarGraph(GraphIndex):
         self._reserve()
         keys = self.keys
         insert_heads(
-            keys.rows, keys.stride, keys.groups, first, keys.n, self.queries, self.knn, self._degree, self.links,
+            keys.rows,
+            keys.stride,
+            keys.groups,
+            first,
+            keys.n,
+            self.queries,
+            self.knn,
+            self._degree,
+            self.links,
             self.start,
         )
 
@@ -143,7 +167,7 @@ def project_cooccurrence(rows: Rows, base: int, knn: Int32, graph: Int32, length
     """Link each key with those most often nearest to the same queries; fills graph [n, degree] and lengths [n].
 
     Frequent keys weigh less: the count is divided by the fourth root of the number of queries a key is nearest to.
-    Of a frequent key, 64 queries are looked at. The kept links stand by falling count.
+    Of a frequent key, 32 to 63 queries are looked at. The kept links stand by falling count.
     """
     n, degree = graph.shape
     queries, begin = lists_of(knn, n)
@@ -295,7 +319,15 @@ def append(links: Int32, start: Int64, node: int, other: int) -> None:
 
 @parallel_kernel
 def build_heads(
-    rows: Rows, stride: int, groups: int, knn: Int32, pivots: bool, eager: int, ef: int, graph: Int32, entries: Int32,
+    rows: Rows,
+    stride: int,
+    groups: int,
+    knn: Int32,
+    pivots: bool,
+    eager: int,
+    ef: int,
+    graph: Int32,
+    entries: Int32,
     lengths: Int64,
 ) -> None:
     """Build the graph [n, degree] of every head from knn [H, m, N_q]; fills graph, entries and lengths."""
@@ -331,7 +363,15 @@ def compact(graph: Int32, start: Int64, links: Int32) -> None:
 
 @parallel_kernel
 def insert_heads(
-    rows: Rows, stride: int, groups: int, first: int, n: int, queries: Float32, knn: Int32, degree: int, links: Int32,
+    rows: Rows,
+    stride: int,
+    groups: int,
+    first: int,
+    n: int,
+    queries: Float32,
+    knn: Int32,
+    degree: int,
+    links: Int32,
     start: Int64,
 ) -> None:
     """Insert the keys from `first` to n into the graph of every head."""

@@ -35,10 +35,10 @@ class RobustVamana(Vamana):
     @property
     def graphs(self) -> int:
         """One graph per key/value head."""
-        return self.keys.groups
+        return int(self.keys.groups)
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
-        assert queries is not None  # noqa: S101
+        assert queries is not None
         keys, options = self.keys, self.options
         generator = np.random.default_rng(self.seed)
         # Group-wise pools of the queries of every head that reads the group's keys.
@@ -54,8 +54,16 @@ class RobustVamana(Vamana):
         graph = np.full((keys.groups, total, options.degree), -1, np.int32)
         order = generator.permutation(total).astype(np.int32)
         build_vamana(
-            rows.reshape(-1, keys.d), total, total, keys.n, order, graph, self.entries, options.construction_ef,
-            np.array([1.0, options.alpha]), nearest,
+            rows.reshape(-1, keys.d),
+            total,
+            total,
+            keys.n,
+            order,
+            graph,
+            self.entries,
+            options.construction_ef,
+            np.array([1.0, options.alpha]),
+            nearest,
         )
         stitch(rows.reshape(-1, keys.d), total, keys.n, graph)
         self.links = np.ascontiguousarray(graph[:, : keys.n]).reshape(-1)

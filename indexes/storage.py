@@ -9,13 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from kvbench.errors import KVBenchError
-from kvbench.indexes.kernels import all_finite, decode, find_nonfinite
+from kvbench.indexes.kernels import decode, find_beyond
 
 Array = NDArray[Any]
 Vectors = Array | torch.Tensor
 
 # numba has no 16-bit floats on CPUs: the kernels tell the two formats apart by the signedness of their bits.
 _BITS = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
+# Largest finite magnitudes. `widen` reads float16's infinity and NaN as numbers beyond it.
+_LARGEST = {"float32": 3.4028234e38, "float16": 65504.0, "bfloat16": 3.4028234e38}
 
 
 def as_bits(vectors: Vectors, what: str) -> tuple[Array, str]:
@@ -42,8 +44,10 @@ def as_bits(vectors: Vectors, what: str) -> tuple[Array, str]:
 def as_float32(vectors: Vectors, what: str) -> NDArray[np.float32]:
     """The vectors as contiguous float32 [heads, vectors, d]; KVBenchError if any is NaN or infinite."""
     array, name = as_bits(vectors, what)
-    wide = np.ascontiguousarray(array) if name == "float32" else decode(np.ascontiguousarray(array))
-    if not all_finite(wide):
+    array = np.ascontiguousarray(array)
+    wide = array if name == "float32" else decode(array)
+    heads, count, d = wide.shape
+    if find_beyond(wide.reshape(-1, d), count, heads, 0, count, _LARGEST[name]) >= 0:
         raise KVBenchError(f"{what} hold NaN or infinite values; an index needs finite vectors.")
     return wide
 
@@ -55,8 +59,13 @@ class KeyStore:
     """
 
     def __init__(self, keys: Vectors) -> None:
-        self._attach(keys, checked=0)
         self.owned = False
+        self._capacity: Array
+        self._attach(keys, checked=0)
+
+    groups: int
+    n: int
+    d: int
 
     def _attach(self, keys: Vectors, checked: int) -> None:
         array, self.dtype = as_bits(keys, "keys")
@@ -77,7 +86,7 @@ class KeyStore:
         total = (groups - 1) * self.stride + n
         self.rows = np.lib.stride_tricks.as_strided(array, (total, d), (row, size), writeable=False)
         self.groups, self.n, self.d = groups, n, d
-        bad = find_nonfinite(self.rows, self.stride, groups, checked, n)
+        bad = find_beyond(self.rows, self.stride, groups, checked, n, _LARGEST[self.dtype])
         if bad >= 0:
             raise KVBenchError(f"key {bad % n} of head {bad // n} is NaN or infinite; an index needs finite vectors.")
 

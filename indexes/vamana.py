@@ -60,7 +60,15 @@ class Vamana(GraphIndex):
         graph = self.links.reshape(keys.groups, -1, self._degree)
         nobody = np.empty((keys.groups, 0, 1), np.int32)
         build_vamana(
-            keys.rows, keys.stride, keys.n, keys.n, order, graph, self.entries, self.options.construction_ef, alphas,
+            keys.rows,
+            keys.stride,
+            keys.n,
+            keys.n,
+            order,
+            graph,
+            self.entries,
+            self.options.construction_ef,
+            alphas,
             nobody,
         )
 
@@ -88,8 +96,16 @@ class Vamana(GraphIndex):
 
 @kernel
 def take_up(
-    rows: Rows, base: int, node: int, graph: Int32, pool: Int64, size: int, alpha: float, order: Int64,
-    candidates: Int32, kept: Int32,
+    rows: Rows,
+    base: int,
+    node: int,
+    graph: Int32,
+    pool: Int64,
+    size: int,
+    alpha: float,
+    order: Int64,
+    candidates: Int32,
+    kept: Int32,
 ) -> None:
     """Link a node with the pruned best of `pool` [size] and its present neighbours, both ways."""
     degree = graph.shape[1]
@@ -120,8 +136,16 @@ def take_up(
 
 @parallel_kernel
 def build_vamana(
-    rows: Rows, stride: int, total: int, n: int, order: Int32, graph: Int32, entries: Int32, ef: int,
-    alphas: NDArray[np.float64], nearest: Int32,
+    rows: Rows,
+    stride: int,
+    total: int,
+    n: int,
+    order: Int32,
+    graph: Int32,
+    entries: Int32,
+    ef: int,
+    alphas: NDArray[np.float64],
+    nearest: Int32,
 ) -> None:
     """Insert the nodes in `order` into the graph of every group, once for each of `alphas`.
 
@@ -161,7 +185,5 @@ def build_vamana(
                 read_row(rows, base + node, query)
                 seen[:] = 0
                 size, _ = enter(rows, base, query, entries[group], pool, seen, half_norms)
-                size, _ = beam_search(
-                    rows, base, query, links, start, degree, pool, size, seen, fresh, half_norms
-                )
+                size, _ = beam_search(rows, base, query, links, start, degree, pool, size, seen, fresh, half_norms)
                 take_up(rows, base, node, mine, pool, size, alpha, sorting, candidates, kept)

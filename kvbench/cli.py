@@ -24,7 +24,8 @@ app = typer.Typer(
     help="Benchmark KV-cache policies of long-context language models.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-out, err = Console(soft_wrap=False), Console(stderr=True)
+out = Console(width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True)
 
 P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
@@ -72,7 +73,7 @@ def _fail(message: str) -> None:
 
 @app.command()
 @_interruptible
-def run(  # noqa: PLR0917
+def run(
     policy: Annotated[str, typer.Option(help="Policy, or several separated by commas; `kvbench policies` lists them.")],
     budget: Annotated[str, typer.Option(help="Allocator that shares the budget over the layers.")] = "uniform",
     tokens: Annotated[int | None, typer.Option(help="Tokens attended at a step, static set included.")] = None,
@@ -80,7 +81,7 @@ def run(  # noqa: PLR0917
     model: Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")] = "smollm2-135m",
     task: Annotated[str, typer.Option(help="Task; `kvbench tasks` lists them.")] = "niah_single_1",
     context_length: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")] = 2048,
-    examples: Annotated[int, typer.Option(min=1, help="Number of examples.")] = 10,
+    examples: Annotated[int, typer.Option(min=1, help="Number of examples.")] = 5,
     seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 42,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of the policy, name=value.")
@@ -97,7 +98,11 @@ def run(  # noqa: PLR0917
     recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
     probe_examples: Annotated[
         int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
-    ] = 2,
+    ] = 1,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help="Probe beyond the standard ones, again for more; `kvbench probes` lists them."),
+    ] = None,
     baseline: Annotated[bool, typer.Option(help="Run `full` on the same examples.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")] = None,
@@ -117,6 +122,8 @@ def run(  # noqa: PLR0917
     names = list(dict.fromkeys(name.strip() for name in policy.split(",") if name.strip()))
     found.find("task", task)
     found.find("budget", budget)
+    for extra in probe or ():
+        found.find("probe", extra)
     options = {name: _policy_options(found, name, names, _pairs(option)) for name in names}
     if baseline and "full" not in names:
         names.append("full")
@@ -132,7 +139,7 @@ def run(  # noqa: PLR0917
         Request(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=_pairs(task_option),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
-            prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples,
+            prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probe or ()),
         )
         for name in names
     ]  # fmt: skip
@@ -239,7 +246,7 @@ def _results_table(documents: list[dict[str, Any]], context_length: int) -> Tabl
     config = documents[0]["config"]
     title = f"{config['model']}, {config['task']}, {context_length} tokens, {_budget(documents)}"
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for document in documents:
         table.add_column(document["policy"], justify="right")
     for label, cell in _ROWS:
@@ -259,8 +266,9 @@ def _provenance(document: dict[str, Any]) -> str:
     config, environment, metrics = document["config"], document["environment"], document["metrics"]
     return (
         f"{metrics['accuracy']['n']} examples, seed {config['seed']}, question {config['question']}, "
-        f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on {environment['device_name']}, "
-        f"{environment['threads']} threads; medians and means are of undisturbed generations"
+        f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
+        f"{environment['device_name']}, {environment['threads']} threads; "
+        "times, bytes and answers are of undisturbed generations"
     )
 
 
@@ -304,7 +312,7 @@ def _captured(
 
 
 @app.command("capture")
-def capture_command(  # noqa: PLR0917
+def capture_command(
     output: Annotated[Path, typer.Option(help="Folder of the capture; the same capture found there is reused.")],
     model: Model = "smollm2-135m",
     text: SourceTextName = "default",
@@ -345,7 +353,7 @@ def capture_command(  # noqa: PLR0917
 
 
 @app.command()
-def index(  # noqa: PLR0917
+def index(
     names: Annotated[str, typer.Option("--indexes", help="Indexes separated by commas; `kvbench indexes` lists them.")],
     capture: Annotated[Path | None, typer.Option(help="Folder of a capture; without it one is made first.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="k of recall@k.")] = 100,
@@ -405,7 +413,7 @@ def index(  # noqa: PLR0917
     out.print(_index_table(content))
     out.print(
         f"{rows[0]['n_keys']} keys, {rows[0]['n_queries']} decoding queries that no index saw, of "
-        f"{len({row['layer'] for row in rows})} layers × {len({row['head'] for row in rows})} heads; searches on one "
+        f"{_count(rows, 'layer')} × {_count(rows, 'head')}; searches on one "
         f"thread, one step of all heads at a time; build and insertion of {source.manifest.config.decode_tokens} keys "
         f"on {content['environment']['build_threads']} threads and bytes are per layer, for all heads at once. "
         "95% intervals over layers and heads.", style="dim", highlight=False,
@@ -445,12 +453,17 @@ def _index_options(values: list[str] | None, names: tuple[str, ...]) -> dict[str
     return options
 
 
+def _count(rows: list[dict[str, Any]], name: str) -> str:
+    number = len({row[name] for row in rows})
+    return f"{number} {name}{'s' if number > 1 else ''}"
+
+
 def _index_table(content: dict[str, Any]) -> Table:
     source, k = content["capture"], content["config"]["k"]
     title = f"{source['model']}, {source['context_length']} tokens, recall@{k}"
     table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    table.add_column("index")
-    for column in ("effort", "recall", "95%", "scanned", "µs/query", "build s", "insert s", "MiB"):
+    table.add_column("index", no_wrap=True)
+    for column in ("effort", "recall", "95%", "scanned", "µs per\nquery", "build\ns", "insert\ns", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for entry in content["summary"]:
         for place, point in enumerate(entry["curve"]):
@@ -470,9 +483,50 @@ def _reached(entry: dict[str, Any]) -> str:
     scanned = entry["scanned_at_recall_95"]
     if scanned is None:
         return f"{entry['index']}: recall 0.95 not reached."
-    how = "at its lowest measured effort" if entry["first_point_above"] else "interpolated between measured points"
+    first = entry["first_point_above"]
+    how = "its lowest measured effort" if first else "interpolated between measured points"
+    most = "at most " if first and entry["curve"][0]["effort"] is not None else ""
     time = entry["us_per_query_at_recall_95"]
-    return f"{entry['index']}: recall 0.95 at {_share(scanned)} scanned, {time:.0f} µs per query ({how})."
+    return f"{entry['index']}: recall 0.95 at {most}{_share(scanned)} scanned, {time:.0f} µs per query ({how})."
+
+
+@app.command()
+def analyze(
+    name: Annotated[str, typer.Argument(help="ood, recovery, recall, sparsity or overlap.")],
+    capture: Annotated[Path | None, typer.Option(help="Folder that `kvbench capture` wrote.")] = None,
+    run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a finished run, for its traces.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all captured]")] = None,
+    heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the table, the CSV and the figure.")] = Path(
+        "kvbench-analysis"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Analyse a capture or a run: a table, its CSV and its figure."""
+    from kvbench.analysis import studies  # noqa: PLC0415
+    from kvbench.capture import load_capture  # noqa: PLC0415
+
+    source = load_capture(capture) if capture is not None else None
+    rows = studies.analyse(
+        name, source, run_folder, layers=_numbers("--layers", layers), heads=_numbers("--heads", heads)
+    )
+    config = source.manifest.config if source is not None else None
+    title = f"{config.model}, {config.context_length} tokens" if config is not None else (run_folder or Path()).name
+    studies.write(name, rows, output, {"title": title, "folder": str(capture or run_folder)})
+    if as_json:
+        print(json.dumps({"schema": 1, "analysis": name, "rows": rows, "folder": str(output)}, indent=1))
+        return
+    table = Table(title=f"{name}: {title}", title_justify="left")
+    columns = [key for key in rows[0] if key != "missing"]
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="right")
+    for row in rows[:60]:
+        cells = [row.get(column) for column in columns]
+        table.add_row(*("–" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
+    out.print(table)
+    if len(rows) > 60:
+        out.print(f"{len(rows) - 60} more rows are in the CSV.", style="dim", highlight=False)
+    out.print(str(output), style="dim", highlight=False, soft_wrap=True)
 
 
 # -- lists -----------------------------------------------------------------------------------------------------------

@@ -48,6 +48,8 @@ class RunConfig(BaseModel):
     prefill_chunk: int | None
     recall_k: int
     probe_examples: int
+    probes: tuple[str, ...] = ()
+    """Probes beyond the standard ones."""
 
     @property
     def hash(self) -> str:

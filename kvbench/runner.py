@@ -23,6 +23,7 @@ from kvbench.policy import Probe
 from kvbench.results import Run, RunConfig, environment
 from kvbench.session import attach
 from kvbench.tasks.base import Example, Prompt, Task, encode
+from kvbench.traces import write_trace
 
 STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
 
@@ -49,7 +50,8 @@ class Request:
     question: Literal["aware", "agnostic"] = "aware"
     prefill_chunk: int | None = None
     recall_k: int = 100
-    probe_examples: int = 2
+    probe_examples: int = 1
+    probes: tuple[str, ...] = ()
 
 
 def plan(request: Request, loaded: LoadedModel) -> RunConfig:
@@ -72,8 +74,18 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         task_options=task_options.model_dump(mode="json"), task_data=task.data(),
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
-        probe_examples=min(request.probe_examples, request.examples),
+        probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
     )  # fmt: skip
+
+
+def _extra_probes(request: Request) -> tuple[str, ...]:
+    """The probes asked for beyond the standard ones, checked to exist and to have examples to run on."""
+    names = tuple(sorted({name for name in request.probes if name not in STANDARD_PROBES}))
+    for name in names:
+        registry().find("probe", name)
+    if request.probes and not request.probe_examples:
+        raise KVBenchError(f"Probe '{request.probes[0]}' has nothing to measure: give --probe-examples 1 or more.")
+    return names
 
 
 def execute(config: RunConfig, loaded: LoadedModel, output: Path, progress: Progress) -> Run:
@@ -90,7 +102,10 @@ def execute(config: RunConfig, loaded: LoadedModel, output: Path, progress: Prog
         for number, example in enumerate(_examples(task, config, loaded)):
             if example.id in done:
                 continue
-            run.append(_measure(config, loaded, task, example, probed=number < config.probe_examples))
+            row, answer = _measure(config, loaded, task, example)
+            if number < config.probe_examples:
+                row |= _probe(config, loaded, example, answer, run.path / "traces", f"{number:06d}")
+            run.append(row)
             progress(config.policy, len(run.rows), config.examples, "")
     return run
 
@@ -108,8 +123,8 @@ def _examples(task: Task, config: RunConfig, loaded: LoadedModel) -> Iterator[Ex
     )
 
 
-def _measure(config: RunConfig, loaded: LoadedModel, task: Task, example: Example, *, probed: bool) -> dict[str, Any]:
-    """Generate an answer undisturbed, timed; then, for a probed example, once more with probes."""
+def _measure(config: RunConfig, loaded: LoadedModel, task: Task, example: Example) -> tuple[dict[str, Any], list[int]]:
+    """Generate an answer undisturbed, timed; its row, and its tokens."""
     prompt = encode(loaded.tokenizer, example)
     check_context(loaded, len(prompt.input_ids) + example.max_new_tokens)
     _release_memory()
@@ -130,19 +145,37 @@ def _measure(config: RunConfig, loaded: LoadedModel, task: Task, example: Exampl
         "peak_memory_bytes": peak.bytes,
         "info": dict(example.info),
     }
-    if probed:
-        probes = [
-            registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
-            for name in STANDARD_PROBES
-        ]
-        again = _generate(config, loaded, prompt, example.max_new_tokens, probes)
-        if again.tokens != result.tokens:
+    return row, result.tokens
+
+
+def _probe(
+    config: RunConfig, loaded: LoadedModel, example: Example, answer: list[int], folder: Path, name: str
+) -> dict[str, Any]:
+    """Generate an example once more with probes, and once more for each that needs a generation of its own."""
+    prompt = encode(loaded.tokenizer, example)
+    probes: list[Probe] = [
+        registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
+        for name in (*STANDARD_PROBES, *config.probes)
+    ]
+    passes = [[probe for probe in probes if not probe.alone], *([probe] for probe in probes if probe.alone)]
+    step_s: list[float] = []
+    for group in passes:
+        again = _generate(config, loaded, prompt, example.max_new_tokens, group)
+        if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
                 "its results cannot be trusted. A policy must keep its state on the layer and be deterministic."
             )
-        row["probes"] = {name: value for probe in probes for name, value in probe.result().items()}
-    return row
+        step_s = step_s or again.step_s
+    measured: dict[str, Any] = {
+        "probes": {key: value for probe in probes for key, value in probe.result().items()},
+        "probed_step_s": step_s,
+    }
+    trace = {key: column for probe in probes for key, column in probe.trace().items() if column}
+    if trace:
+        write_trace(folder / f"{name}.safetensors", trace, example=example.id, prompt_tokens=len(prompt.input_ids))
+        measured["trace"] = f"{folder.name}/{name}.safetensors"
+    return measured
 
 
 def _generate(

@@ -21,7 +21,6 @@ from kvbench.errors import KVBenchError
 from kvbench.policy import StepTrace
 
 SCHEMA = "1"
-FOLDER = "traces"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,8 @@ class Trace:
     columns: dict[str, NDArray[np.float32]]
 
 
-def write_trace(folder: Path, name: str, trace: StepTrace, *, example: str, prompt_tokens: int) -> str:
-    """Write a trace whole or not at all; return its path below the run's folder."""
+def write_trace(target: Path, trace: StepTrace, *, example: str, prompt_tokens: int) -> None:
+    """Write a trace whole or not at all."""
     positions = sorted({position for column in trace.values() for position, _ in column})
     layers = sorted({layer for column in trace.values() for _, layer in column})
     heads = max(len(values) for column in trace.values() for values in column.values())
@@ -50,7 +49,6 @@ def write_trace(folder: Path, name: str, trace: StepTrace, *, example: str, prom
         for (position, layer), values in column.items():
             dense[at[position], row[layer], : len(values)] = values
         tensors[f"column.{quantity}"] = dense
-    target = folder / FOLDER / f"{name}.safetensors"
     try:
         target.parent.mkdir(exist_ok=True)
         temporary = target.with_name(f".{target.name}.{os.getpid()}")
@@ -59,8 +57,9 @@ def write_trace(folder: Path, name: str, trace: StepTrace, *, example: str, prom
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise KVBenchError(f"Cannot write to {target} ({reason}): free some space or choose another --output.") from None
-    return f"{FOLDER}/{target.name}"
+        raise KVBenchError(
+            f"Cannot write to {target} ({reason}): free some space or choose another --output."
+        ) from None
 
 
 def read_trace(file: Path) -> Trace:
@@ -74,7 +73,7 @@ def read_trace(file: Path) -> Trace:
                 )
             columns = {
                 name.removeprefix("column."): content.get_tensor(name)
-                for name in sorted(content.keys())  # noqa: SIM118 - a safetensors file is no mapping
+                for name in sorted(content.keys())
                 if name.startswith("column.")
             }
             return Trace(

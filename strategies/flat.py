@@ -12,5 +12,5 @@ class Flat(IndexRetrieval):
     reference = FlatIndex.reference
     index = FlatIndex
 
-    class Options(RetrievalOptions, FlatIndex.Options):
-        """Options of the retrieval policy and of the index."""
+    class Options(RetrievalOptions):
+        """Options of the retrieval policy; the index has none."""

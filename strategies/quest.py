@@ -41,7 +41,7 @@ class Quest(KVCachePolicy):
         self._note_pages(layer, keys[:, :, :full])
 
     def _note_pages(self, layer: Layer, keys: Tensor) -> None:
-        low, high = keys.unflatten(2, (-1, self.options.page_size)).aminmax(dim=3)
+        low, high = keys.reshape(*keys.shape[:2], -1, self.options.page_size, keys.shape[3]).aminmax(dim=3)
         if "low" in layer.state:
             low, high = torch.cat([layer.state["low"], low], dim=2), torch.cat([layer.state["high"], high], dim=2)
         layer.state["low"], layer.state["high"] = low, high

@@ -61,7 +61,9 @@ def test_points_of_another_dimension_are_refused():
 def test_in_distribution_vectors_lie_at_the_square_root_of_the_dimension_and_shifted_ones_beyond():
     rng = np.random.default_rng(0)
     d = 32
-    found = measures.ood_distances(rng.normal(size=(8000, d)), rng.normal(size=(4000, d)) + 2, rng.normal(size=(100, d)) + 2)
+    found = measures.ood_distances(
+        rng.normal(size=(8000, d)), rng.normal(size=(4000, d)) + 2, rng.normal(size=(100, d)) + 2
+    )
     assert np.sqrt((found.keys**2).mean()) == pytest.approx(np.sqrt(d), rel=0.02)
     assert np.sqrt((found.queries**2).mean()) == pytest.approx(np.sqrt(d + 4 * d), rel=0.02)
     assert np.sqrt((found.prompt_queries**2).mean()) == pytest.approx(np.sqrt(d), rel=0.03)
@@ -129,3 +131,34 @@ def test_the_best_budgets_recover_no_less_than_any_other():
     assert best == pytest.approx(np.sort(WEIGHTS.ravel())[::-1][:30].sum())
     with pytest.raises(KVBenchError, match="between 1 and the 240"):
         measures.best_budgets(WEIGHTS, 241)
+
+
+def test_a_run_stores_the_steps_of_its_probes(tmp_path):
+    from tiny import tiny_model, tokens
+
+    import kvbench
+    from kvbench.plugins import registry
+    from kvbench.traces import read_trace, write_trace
+
+    names = ("recall", "recovery", "sparsity", "overlap")
+    probes = [registry().make("probe", name) for name in names]
+    with kvbench.attach(
+        tiny_model(), policy="quest", options={"page_size": 4}, budget=30, probes=[*probes, "latency"]
+    ) as session:
+        session.model.generate(tokens(1, 80), max_new_tokens=6, do_sample=False)
+    latency = session.probes[-1].result()
+    assert all(value > 0 for value in latency.values())
+    columns = {name: column for probe in probes for name, column in probe.trace().items()}
+    write_trace(tmp_path / "t" / "0.safetensors", columns, example="a", prompt_tokens=80)
+    trace = read_trace(tmp_path / "t" / "0.safetensors")
+    assert (trace.example, trace.prompt_tokens) == ("a", 80)
+    assert trace.positions.tolist() == [81, 82, 83, 84, 85]
+    assert trace.columns["recall_at_k"].shape == (5, 3, 6)
+    results = {name: value for probe in probes for name, value in probe.result().items()}
+    for name, column in trace.columns.items():
+        assert np.nanmean(column) == pytest.approx(results[name], rel=1e-5), name
+    assert np.isnan(trace.columns["step_overlap"][0]).all()
+    assert (trace.columns["tokens_for_90"] <= trace.columns["tokens_for_99"]).all()
+    (tmp_path / "t" / "0.safetensors").write_bytes(b"cut")
+    with pytest.raises(KVBenchError, match="no readable trace"):
+        read_trace(tmp_path / "t" / "0.safetensors")

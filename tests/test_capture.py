@@ -81,7 +81,7 @@ def test_a_capture_is_described_verified_and_reused(loaded, tmp_path):
     assert again.reused
     assert again.manifest == manifest
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
-    with pytest.raises(KVBenchError, match="another capture .decode_tokens 10, not 11"):
+    with pytest.raises(KVBenchError, match=r"another capture \(decode_tokens 10, not 11"):
         make(loaded, tmp_path / "c", decode_tokens=11)
 
 
