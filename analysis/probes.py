@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from statistics import median
 from typing import Any
 
@@ -60,7 +60,7 @@ class MeasuringProbe(ContextProbe):
 
     def trace(self) -> StepTrace:
         """Every quantity by step, layer and head; the steps of a batch of several rows are not kept."""
-        return {**self._means._trace}
+        return {name: dict[tuple[int, int], Sequence[float]](steps) for name, steps in self._means._trace.items()}
 
 
 class Recall(MeasuringProbe):
@@ -229,7 +229,7 @@ class Latency(Probe):
 
     def trace(self) -> StepTrace:
         """The seconds by step and layer, for a layer's heads together."""
-        return {**self._trace}
+        return {name: dict[tuple[int, int], Sequence[float]](steps) for name, steps in self._trace.items()}
 
 
 def _now(on: Tensor) -> float:
