@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -10,6 +9,7 @@ from pydantic import Field
 from kvbench.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
 from kvbench.indexes.kernels import count_reached, quantize_rows, search_graph
+from kvbench.indexes.threads import on_threads
 
 
 class GraphOptions(Options):
@@ -70,7 +70,9 @@ class GraphIndex(Index):
         if coded:
             # q·key is q·low, the same for every key, plus (q·scale)·code.
             scanned = queries * np.repeat(self.scale, self.heads // keys.groups, axis=0)[:, None, :]
-        search_graph(
+        on_threads(
+            search_graph,
+            self.heads * queries.shape[1],
             self.codes.reshape(-1, keys.d) if coded else keys.rows,
             self.codes.shape[1] if coded else keys.stride,
             scanned,
@@ -87,7 +89,6 @@ class GraphIndex(Index):
             keys.stride,
             queries,
             *result,
-            numba.get_num_threads(),
         )
 
     def _encode(self, first: int = 0) -> None:

@@ -36,12 +36,6 @@ def kernel(function: Callable[P, R]) -> Callable[P, R]:
     return cast(Callable[P, R], compiled)
 
 
-def parallel_kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function whose `prange` loops run on numba's threads."""
-    compiled = numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy", parallel=True)(function)
-    return cast(Callable[P, R], compiled)
-
-
 def widen(bits: Any) -> Any:
     """One stored number as float32."""
     raise NotImplementedError
@@ -411,8 +405,10 @@ def count_reached(links: Int32, start: Int64, entries: Int32, n: int) -> int:
     return number
 
 
-@parallel_kernel
+@kernel
 def search_graph(
+    worker: int,
+    workers: int,
     rows: Rows,
     stride: int,
     queries: Float32,
@@ -431,9 +427,8 @@ def search_graph(
     ids: Int32,
     scores: Float32,
     evaluations: Int64,
-    workers: int,
 ) -> None:
-    """Search every query of every head; fills ids and scores [H, q, k] and evaluations [H, q].
+    """Search this worker's share of all heads' queries; fills ids and scores [H, q, k] and evaluations [H, q].
 
     queries [H, q, d] are scored against `rows`: keys, or SQ8 codes, and then `rerank` scores the pool again with
     `exact_queries` against `exact_rows`. start [S, ≥ n + 1] and entries [S, E] belong to S graphs of at most
@@ -441,34 +436,33 @@ def search_graph(
     """
     heads, count, k = ids.shape
     graphs = start.shape[0]
-    for worker in numba.prange(workers):
-        seen = np.empty(n, np.uint8)
-        pool = np.empty(ef, np.int64)
-        fresh = np.empty(degree, np.int32)
-        for item in range(worker, heads * count, workers):
-            head, number = item // count, item % count
-            graph = head * graphs // heads
-            group = head * groups // heads
-            base = group * stride
-            query = queries[head, number]
-            seen[:] = 0
-            size, total = enter(rows, base, query, entries[graph], pool, seen, None)
-            size, more = beam_search(rows, base, query, links, start[graph], eager, pool, size, seen, fresh, None)
-            total += more
-            if rerank:
-                exact = exact_queries[head, number]
-                for i in range(size):
-                    node = packed_id(pool[i])
-                    pool[i] = -pack(inner(exact_rows, group * exact_stride + node, exact), node)
-                total += size
-                pool[:size].sort()
-                for i in range(size):
-                    pool[i] = -pool[i]
-            found = min(size, k)
-            for i in range(found):
-                ids[head, number, i] = packed_id(pool[i])
-                scores[head, number, i] = packed_score(pool[i])
-            evaluations[head, number] = total
+    seen = np.empty(n, np.uint8)
+    pool = np.empty(ef, np.int64)
+    fresh = np.empty(degree, np.int32)
+    for item in range(worker, heads * count, workers):
+        head, number = item // count, item % count
+        graph = head * graphs // heads
+        group = head * groups // heads
+        base = group * stride
+        query = queries[head, number]
+        seen[:] = 0
+        size, total = enter(rows, base, query, entries[graph], pool, seen, None)
+        size, more = beam_search(rows, base, query, links, start[graph], eager, pool, size, seen, fresh, None)
+        total += more
+        if rerank:
+            exact = exact_queries[head, number]
+            for i in range(size):
+                node = packed_id(pool[i])
+                pool[i] = -pack(inner(exact_rows, group * exact_stride + node, exact), node)
+            total += size
+            pool[:size].sort()
+            for i in range(size):
+                pool[i] = -pool[i]
+        found = min(size, k)
+        for i in range(found):
+            ids[head, number, i] = packed_id(pool[i])
+            scores[head, number, i] = packed_score(pool[i])
+        evaluations[head, number] = total
 
 
 @kernel

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -24,12 +23,12 @@ from kvbench.indexes.kernels import (
     link,
     pack,
     packed_id,
-    parallel_kernel,
     prune,
     read_row,
     sort_by_distance,
 )
 from kvbench.indexes.knn import draw, nearest_keys
+from kvbench.indexes.threads import on_threads
 
 # Places kept free at the end of each key's links, for keys inserted later.
 _SPARE = 4
@@ -99,7 +98,9 @@ class RoarGraph(GraphIndex):
         graph = np.empty((heads, n, degree), np.int32)
         self.entries = np.full((heads, min(options.entries, n)), -1, np.int32)
         lengths = np.empty((heads, n), np.int64)
-        build_heads(
+        on_threads(
+            build_heads,
+            heads,
             keys.rows,
             keys.stride,
             keys.groups,
@@ -117,13 +118,15 @@ class RoarGraph(GraphIndex):
         np.cumsum(places, axis=1, out=self.start[:, 1:])
         self.start[1:] += np.cumsum(self.start[:-1, -1])[:, None]
         self.links = np.empty(int(self.start[-1, -1]), np.int32)
-        compact(graph, self.start, self.links)
+        on_threads(compact, heads, graph, self.start, self.links)
 
     def _insert(self, first: int) -> None:
         self._encode(first)
         self._reserve()
         keys = self.keys
-        insert_heads(
+        on_threads(
+            insert_heads,
+            self.heads,
             keys.rows,
             keys.stride,
             keys.groups,
@@ -317,8 +320,10 @@ def append(links: Int32, start: Int64, node: int, other: int) -> None:
     links[end - 1] = other
 
 
-@parallel_kernel
+@kernel
 def build_heads(
+    worker: int,
+    workers: int,
     rows: Rows,
     stride: int,
     groups: int,
@@ -330,9 +335,9 @@ def build_heads(
     entries: Int32,
     lengths: Int64,
 ) -> None:
-    """Build the graph [n, degree] of every head from knn [H, m, N_q]; fills graph, entries and lengths."""
+    """Build the graph [n, degree] of each of this worker's heads from knn [H, m, N_q]; fills graph, entries and lengths."""
     heads, n, _ = graph.shape
-    for head in numba.prange(heads):
+    for head in range(worker, heads, workers):
         base = (head * groups // heads) * stride
         counts = np.zeros(n, np.int64)
         for key in knn[head].flat:
@@ -351,18 +356,20 @@ def build_heads(
         connect(rows, base, entries[head], pivots, eager, ef, graph[head], lengths[head])
 
 
-@parallel_kernel
-def compact(graph: Int32, start: Int64, links: Int32) -> None:
-    """Copy graph [H, n, degree] to the places that start [H, n + 1] gives each key."""
+@kernel
+def compact(worker: int, workers: int, graph: Int32, start: Int64, links: Int32) -> None:
+    """Copy graph [H, n, degree] to the places that start [H, n + 1] gives each key, for this worker's heads."""
     heads, n, _ = graph.shape
-    for head in numba.prange(heads):
+    for head in range(worker, heads, workers):
         for node in range(n):
             for j in range(start[head, node + 1] - start[head, node]):
                 links[start[head, node] + j] = graph[head, node, j]
 
 
-@parallel_kernel
+@kernel
 def insert_heads(
+    worker: int,
+    workers: int,
     rows: Rows,
     stride: int,
     groups: int,
@@ -374,9 +381,9 @@ def insert_heads(
     links: Int32,
     start: Int64,
 ) -> None:
-    """Insert the keys from `first` to n into the graph of every head."""
+    """Insert the keys from `first` to n into the graphs of this worker's heads."""
     heads, _, width = knn.shape
-    for head in numba.prange(heads):
+    for head in range(worker, heads, workers):
         base = (head * groups // heads) * stride
         order = np.empty(width, np.int64)
         candidates = np.empty(width, np.int32)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from kvbench.indexes.graph import rows_of
-from kvbench.indexes.kernels import Int32, Rows, kernel, pack, packed_id, parallel_kernel, squared_distance
+from kvbench.indexes.kernels import Int32, Rows, kernel, pack, packed_id, squared_distance
 from kvbench.indexes.knn import nearest_keys
+from kvbench.indexes.threads import on_threads
 from kvbench.indexes.vamana import Vamana, VamanaOptions, build_vamana
 
 
@@ -53,7 +53,9 @@ class RobustVamana(Vamana):
         total = keys.n + number
         graph = np.full((keys.groups, total, options.degree), -1, np.int32)
         order = generator.permutation(total).astype(np.int32)
-        build_vamana(
+        on_threads(
+            build_vamana,
+            keys.groups,
             rows.reshape(-1, keys.d),
             total,
             total,
@@ -65,7 +67,7 @@ class RobustVamana(Vamana):
             np.array([1.0, options.alpha]),
             nearest,
         )
-        stitch(rows.reshape(-1, keys.d), total, keys.n, graph)
+        on_threads(stitch, keys.groups, rows.reshape(-1, keys.d), total, keys.n, graph)
         self.links = np.ascontiguousarray(graph[:, : keys.n]).reshape(-1)
         self.start = rows_of(keys.groups, keys.n, options.degree)
 
@@ -104,8 +106,8 @@ def stitch_head(rows: Rows, base: int, n: int, graph: Int32) -> None:
         graph[node, number:] = -1
 
 
-@parallel_kernel
-def stitch(rows: Rows, stride: int, n: int, graph: Int32) -> None:
-    """Stitch the graph of every group."""
-    for group in numba.prange(graph.shape[0]):
+@kernel
+def stitch(worker: int, workers: int, rows: Rows, stride: int, n: int, graph: Int32) -> None:
+    """Stitch the graphs of this worker's groups."""
+    for group in range(worker, graph.shape[0], workers):
         stitch_head(rows, group * stride, n, graph[group])

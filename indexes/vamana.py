@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
@@ -20,11 +19,11 @@ from kvbench.indexes.kernels import (
     kernel,
     link,
     packed_id,
-    parallel_kernel,
     prune,
     read_row,
     sort_by_distance,
 )
+from kvbench.indexes.threads import on_threads
 
 
 class VamanaOptions(GraphOptions):
@@ -59,7 +58,9 @@ class Vamana(GraphIndex):
         keys = self.keys
         graph = self.links.reshape(keys.groups, -1, self._degree)
         nobody = np.empty((keys.groups, 0, 1), np.int32)
-        build_vamana(
+        on_threads(
+            build_vamana,
+            keys.groups,
             keys.rows,
             keys.stride,
             keys.n,
@@ -134,8 +135,10 @@ def take_up(
         link(rows, base, graph, graph[node, j], node, degree, alpha, False, order, candidates, kept)
 
 
-@parallel_kernel
+@kernel
 def build_vamana(
+    worker: int,
+    workers: int,
     rows: Rows,
     stride: int,
     total: int,
@@ -147,12 +150,12 @@ def build_vamana(
     alphas: NDArray[np.float64],
     nearest: Int32,
 ) -> None:
-    """Insert the nodes in `order` into the graph of every group, once for each of `alphas`.
+    """Insert the nodes in `order` into the graphs of this worker's groups, once for each of `alphas`.
 
     Row `g * stride + i` is node i of `total`; graph [G, ≥ total, degree]; entries [G, E]. Nodes from n on are queries:
     they keep links to their `nearest` keys [G, m, degree] unpruned, and the reverse links are pruned as others are.
     """
-    for group in numba.prange(graph.shape[0]):
+    for group in range(worker, graph.shape[0], workers):
         base = group * stride
         mine = graph[group]
         degree = mine.shape[1]

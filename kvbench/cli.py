@@ -485,7 +485,7 @@ def _reached(entry: dict[str, Any]) -> str:
         return f"{entry['index']}: recall 0.95 not reached."
     first = entry["first_point_above"]
     how = "its lowest measured effort" if first else "interpolated between measured points"
-    most = "at most " if first and entry["curve"][0]["effort"] is not None else ""
+    most = "≤ " if first and entry["curve"][0]["effort"] is not None else ""
     time = entry["us_per_query_at_recall_95"]
     return f"{entry['index']}: recall 0.95 at {most}{_share(scanned)} scanned, {time:.0f} µs per query ({how})."
 

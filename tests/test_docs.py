@@ -1,0 +1,46 @@
+"""The documents stay true: their commands exist, their code is the tested code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+
+from kvbench.cli import app
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands():
+    for document in DOCUMENTS:
+        for block in re.findall(r"^```\w*\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                for part in line.removeprefix("$ ").split("&&"):
+                    if part.strip().startswith("kvbench "):
+                        yield pytest.param(shlex.split(part, comments=True)[1:], id=part.strip()[:60])
+
+
+@pytest.mark.parametrize("arguments", commands())
+def test_every_command_in_the_documents_parses(arguments):
+    group = typer.main.get_command(app)
+    command = group.commands[arguments[0]]
+    command.make_context(arguments[0], list(arguments[1:]))
+
+
+def test_the_readme_shows_the_plugin_that_the_tests_install():
+    plugin = (ROOT / "tests/plugin_package/kvbench_keynorm.py").read_text().strip()
+    assert plugin in (ROOT / "README.md").read_text()
+
+
+def test_links_and_figures_of_the_documents_exist():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_ci_runs_the_readme_test_command():
+    assert "-c constraints.txt tox && tox" in (ROOT / "README.md").read_text()
+    script = (ROOT / ".ci/run").read_text()
+    assert re.search(r"-c constraints.txt tox\n.*/tox\"\n", script)
