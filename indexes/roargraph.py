@@ -335,7 +335,7 @@ def build_heads(
     entries: Int32,
     lengths: Int64,
 ) -> None:
-    """Build the graph [n, degree] of each of this worker's heads from knn [H, m, N_q]; fills graph, entries and lengths."""
+    """Build this worker's heads' graphs [n, degree] from knn [H, m, N_q]; fills graph, entries and lengths."""
     heads, n, _ = graph.shape
     for head in range(worker, heads, workers):
         base = (head * groups // heads) * stride

@@ -168,7 +168,7 @@ def _check_limit(name: str, limit: int | None, tokens: int | None) -> None:
     if limit is not None and tokens is not None and tokens > limit:
         raise KVBenchError(
             f"{name} reads at most {limit} tokens and {tokens} were asked for: choose a shorter context length, a "
-            'model with a longer context, or extend this one from Python with load_model(..., rope_scaling="yarn").'
+            "model with a longer context, or extend this one, where the command has it, with --rope-scaling yarn."
         )
 
 

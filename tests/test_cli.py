@@ -134,10 +134,10 @@ def test_a_corrupt_or_foreign_run_folder_is_refused_untouched(run, tmp_path, dam
     assert run("--policy", "full")[0] == 0
     folder = next((tmp_path / "out").glob("full-*"))
     damage(folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     code, _, err = run("--policy", "full")
     assert (code, message in " ".join(err.split())) == (2, True), err
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(run, tmp_path, monkeypatch):
