@@ -49,7 +49,7 @@ def test_run_finds_needles_and_measures_what_the_policies_promise(tmp_path, monk
     assert flat["recall_at_k"] == 1
     assert flat["scanned_fraction"] == 1
     assert 0.9 < retrieval["recall_at_k"] <= 1
-    assert streaming["recall_at_k"] < 0.3
+    assert streaming["recall_at_k"] < retrieval["recall_at_k"] - 0.2
     assert streaming["recovered_mass"] < retrieval["recovered_mass"] <= flat["recovered_mass"] + 0.01 < 1
     for metrics in (flat, retrieval, streaming):
         assert metrics["attended_tokens"] == pytest.approx(0.1 * metrics["context_tokens"], abs=2)
