@@ -145,7 +145,7 @@ def run(
     ]  # fmt: skip
     loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
     configs = [plan(request, loaded) for request in requests]
-    with _progress(names, examples) as progress:
+    with _Progress(names, examples) as progress:
         runs = [execute(config, loaded, output, progress) for config in configs]
     documents = [done.document() for done in runs]
     if as_json:
@@ -202,10 +202,6 @@ class _Progress:
         task = self._tasks[policy]
         self._bars.start_task(task)
         self._bars.update(task, completed=done, total=of, note=note)
-
-
-def _progress(names: list[str], examples: int) -> _Progress:
-    return _Progress(names, examples)
 
 
 def _mib(value: float | None) -> str:

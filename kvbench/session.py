@@ -146,11 +146,9 @@ class PolicyCacheLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, G, m, d]; return those that the model's own attention would attend to."""
         self.is_initialized = True
-        if self.seen == 0 and self.session.prompt_tokens is None:
-            self.cache_prompt_tokens = key_states.shape[2]
-        elif self.seen == 0:
-            assert self.session.prompt_tokens is not None
-            self.cache_prompt_tokens = self.session.prompt_tokens
+        if self.seen == 0:
+            announced = self.session.prompt_tokens
+            self.cache_prompt_tokens = key_states.shape[2] if announced is None else announced
         self.seen += key_states.shape[2]
         if self.groups:
             self.new = key_states, value_states

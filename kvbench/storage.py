@@ -138,11 +138,6 @@ class KVStore:
         assert self._aside is not None, "no tokens are set aside"
         return self._aside.values
 
-    @property
-    def oldest_window_token(self) -> int:
-        """Id of the first token after the set-aside ones: from here on all tokens are static, if not evicted."""
-        return self.aside_stop
-
     def static_parts(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """The static set as keys [B, G, t, d], values [B, G, t, d] and a mask [B, G, t] or None."""
         parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
