@@ -78,7 +78,9 @@ def _step(layer: Layer, queries: Tensor, selection: Selection) -> Step:
     else:
         share = static.repeat_interleave(layer.heads // layer.kv_heads, dim=1)
         attended.scatter_(2, torch.where(share < 0, tokens, share), True)
-    if selection.ids is not None:
+    if selection.everything:
+        attended[:, :, store.aside_start : store.aside_stop] = True
+    elif selection.ids is not None:
         ids = selection.ids.to(keys.device)
         if ids.shape[1] != layer.heads:
             ids = ids.repeat_interleave(layer.heads // layer.kv_heads, dim=1)

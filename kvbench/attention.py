@@ -73,21 +73,30 @@ def attend(layer: Layer, queries: Tensor, selection: Selection, *, with_weights:
          else scores(queries, keys, layer.scaling).masked_fill_(_per_head(~mask, layer.heads), -torch.inf), values)
         for keys, values, mask in store.static_parts()
     ]  # fmt: skip
-    if selection.ids is not None and selection.ids.shape[-1]:
-        ids = selection.ids
-        keys, values = store.gather(ids)
-        logits = scores(queries.to(keys.device), keys, layer.scaling)
-        if selection.log_weights is not None:
-            logits = logits + selection.log_weights.to(keys.device)
-        if selection.padded:
-            logits = logits.masked_fill(_per_head(ids.to(keys.device) < 0, layer.heads), -torch.inf)
-        if keys.device == queries.device:
-            parts.append((logits, values))
-        else:
-            parts.append(_as_one_row(softmax_parts([(logits, values)]), queries.device))
+    chosen = _chosen(layer, queries, selection)
+    if chosen is not None:
+        logits, values = chosen
+        parts.append(chosen if logits.device == queries.device else _as_one_row(softmax_parts([chosen]), queries.device))
     if selection.summary is not None:
         parts.append(selection.summary)
     return softmax_parts(parts, with_weights=with_weights)
+
+
+def _chosen(layer: Layer, queries: Tensor, selection: Selection) -> tuple[Tensor, Tensor] | None:
+    """Logits and values of the selected tokens, where they lie."""
+    ids, store = selection.ids, layer.store
+    if selection.everything and store.aside_stop > store.aside_start:
+        keys, values = store.aside_keys, store.aside_values
+        return scores(queries.to(keys.device), keys, layer.scaling), values
+    if ids is None or not ids.shape[-1]:
+        return None
+    keys, values = store.gather(ids)
+    logits = scores(queries.to(keys.device), keys, layer.scaling)
+    if selection.log_weights is not None:
+        logits = logits + selection.log_weights.to(keys.device)
+    if selection.padded:
+        logits = logits.masked_fill(_per_head(ids.to(keys.device) < 0, layer.heads), -torch.inf)
+    return logits, values
 
 
 def _per_head(mask: Tensor, heads: int) -> Tensor:

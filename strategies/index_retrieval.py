@@ -64,9 +64,12 @@ class IndexRetrieval(KVCachePolicy):
         if "index" not in layer.state:
             return Selection()
         store = layer.store
-        wanted = budget.beside(store.static_tokens, store.aside_stop - store.aside_start)
+        available = store.aside_stop - store.aside_start
+        wanted = budget.beside(store.static_tokens, available)
         if not wanted:
             return Selection()
+        if wanted == available:
+            return Selection(everything=True, evaluations=0.0)
         found = layer.state["index"].search(queries.flatten(0, 1).cpu(), wanted)
         ids = torch.from_numpy(found.ids).long().view(layer.rows, layer.heads, wanted)
         ids = torch.where(ids < 0, -1, ids + store.aside_start)

@@ -1,5 +1,7 @@
 """Policies against slow, obvious float64 references of their papers, and the promises that all of them keep."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,9 +36,13 @@ class Watch(kvbench.Probe):
         return (yield)
 
     def select(self, layer, queries, budget):
-        selection = yield
+        chosen = selection = yield
+        if selection.everything:
+            store = layer.store
+            ids = torch.arange(store.aside_start, store.aside_stop).expand(layer.rows, layer.heads, -1)
+            selection = dataclasses.replace(selection, ids=ids)
         self.steps.append((layer, queries, layer.store.static_ids.clone(), selection, budget, layer.tokens))
-        return selection
+        return chosen
 
 
 def watch(policy, budget, ids, steps=12, options=None, model=MODEL):
