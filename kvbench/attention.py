@@ -75,8 +75,8 @@ def attend(layer: Layer, queries: Tensor, selection: Selection, *, with_weights:
     ]  # fmt: skip
     chosen = _chosen(layer, queries, selection)
     if chosen is not None:
-        logits, values = chosen
-        parts.append(chosen if logits.device == queries.device else _as_one_row(softmax_parts([chosen]), queries.device))
+        here = chosen[0].device == queries.device
+        parts.append(chosen if here else _as_one_row(softmax_parts([chosen]), queries.device))
     if selection.summary is not None:
         parts.append(selection.summary)
     return softmax_parts(parts, with_weights=with_weights)

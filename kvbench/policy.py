@@ -63,9 +63,10 @@ class Selection:
     """The set-aside tokens that each head attends to beside the static set.
 
     `ids` [B, H, k] or [B, G, k] (one set for the group's query heads), int64 token ids, −1 for none where `padded`; no
-    ids select nothing, unless `everything` selects all that is set aside. `log_weights` [B, H, k] are added to the scaled scores (importance sampling). `summary`: logits,
-    float32 [B, H, s], and values [B, H, s, d] of rows that stand for many tokens (estimation zones). `evaluations`:
-    distance evaluations per query head that finding the tokens took, for the scanned fraction.
+    ids select nothing, unless `everything` selects all that is set aside. `log_weights` [B, H, k] are added to the
+    scaled scores (importance sampling). `summary`: logits, float32 [B, H, s], and values [B, H, s, d] of rows that
+    stand for many tokens (estimation zones). `evaluations`: distance evaluations per query head that finding the
+    tokens took, for the scanned fraction.
     """
 
     ids: Tensor | None = None

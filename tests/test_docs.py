@@ -22,7 +22,7 @@ def commands():
                         yield pytest.param(shlex.split(part, comments=True)[1:], id=part.strip()[:60])
 
 
-@pytest.mark.parametrize("arguments", commands())
+@pytest.mark.parametrize("arguments", list(commands()))
 def test_every_command_in_the_documents_parses(arguments):
     group = typer.main.get_command(app)
     command = group.commands[arguments[0]]

@@ -1,0 +1,34 @@
+"""The `kvbench` command, a file for each command."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from kvbench.cli import analyze, capture, index, lists, run  # noqa: F401  importing them registers the commands
+from kvbench.cli.common import app, err
+from kvbench.errors import KVBenchError
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command; errors that a user can mend are one sentence on stderr and exit code 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except KVBenchError as error:
+        _fail(str(error))
+    except MemoryError:
+        _fail("Out of memory: use a shorter --context-length, a smaller --model, or --prefill-chunk 1024.")
+    except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            _fail(
+                f"Out of memory ({error}): use a shorter --context-length, a smaller --model, or --prefill-chunk 1024."
+            )
+        raise
+
+
+def _fail(message: str) -> None:
+    err.print(f"Error: {message}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(2)

@@ -1,0 +1,5 @@
+"""`python -m kvbench.cli`."""
+
+from kvbench.cli import main
+
+main()

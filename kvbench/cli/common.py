@@ -1,0 +1,90 @@
+"""What the commands share: the application, its consoles, its options, parsing and number formats."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+from rich.console import Console
+
+from kvbench.errors import KVBenchError
+
+if TYPE_CHECKING:
+    from kvbench.plugins import Registry
+
+app = typer.Typer(
+    help="Benchmark KV-cache policies of long-context language models.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+out = Console(width=None if sys.stdout.isatty() else 140)
+err = Console(stderr=True)
+
+P = ParamSpec("P")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+Name = Annotated[str | None, typer.Argument(help="Describe this one.")]
+Model = Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")]
+
+
+def interruptible(command: Callable[P, None]) -> Callable[P, None]:
+    """Make Ctrl-C end a command with one sentence and exit code 130."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            err.print("Interrupted. What is finished is kept; the same command continues after it.", style="red")
+            raise typer.Exit(130) from None
+
+    return wrapper
+
+
+def load_registry() -> Registry:
+    """All plugins; those that failed are named on stderr."""
+    from kvbench.plugins import registry  # noqa: PLC0415  torch takes seconds to import; --help stays quick
+
+    found = registry()
+    for failure in found.failures:
+        err.print(f"Warning: {failure}; its extensions are missing.", style="yellow", highlight=False, soft_wrap=True)
+    return found
+
+
+def pairs(values: list[str] | None) -> dict[str, str]:
+    """Options given as name=value."""
+    found = {}
+    for value in values or []:
+        key, equals, text = value.partition("=")
+        if not equals or not key:
+            raise KVBenchError(f"Option '{value}' is not of the form name=value.")
+        found[key.replace("-", "_")] = text
+    return found
+
+
+def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
+    """Whole numbers separated by commas, or None for all; `name` is the option's, for the error."""
+    if text is None or text.strip() == "all":
+        return None
+    try:
+        return tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise KVBenchError(f"{name} {text} is not a list of whole numbers separated by commas.") from None
+
+
+def mib(value: float | None) -> str:
+    """Bytes in MiB."""
+    return "–" if value is None else f"{value / 2**20:.1f}"
+
+
+def share(value: float | None) -> str:
+    """A fraction in percent."""
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def seconds(value: float | None, unit: float = 1) -> str:
+    """Seconds, or with `unit` 1000 milliseconds."""
+    return "–" if value is None else f"{value * unit:.2f}" if unit == 1 else f"{value * unit:.1f}"

@@ -1,0 +1,131 @@
+"""`kvbench policies|budgets|indexes|tasks|probes|models`: what is installed, and one of each described."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.table import Table
+
+from kvbench.cli.common import Json, Name, app, load_registry, out
+from kvbench.errors import KVBenchError
+
+
+def _list(kind: str, name: str | None, as_json: bool) -> None:
+    found = load_registry()
+    classes = [found.find(kind, name)] if name else list(found.classes[kind].values())
+    if as_json:
+        print(json.dumps([_describe(cls) for cls in classes], indent=2))
+    elif name:
+        _detail(_describe(classes[0]), classes[0].__doc__)
+    else:
+        _overview([_describe(cls) for cls in classes])
+
+
+def _describe(cls: type[Any]) -> dict[str, Any]:
+    fields = cls.Options.model_fields
+    schema = cls.Options.model_json_schema().get("properties", {})
+    options = [
+        {
+            "name": name,
+            "type": _type(schema.get(name, {})),
+            "default": field.get_default(call_default_factory=True) if not field.is_required() else None,
+            "description": field.description or "",
+        }
+        for name, field in fields.items()
+    ]
+    return {
+        "name": cls.name,
+        "summary": cls.summary,
+        "reference": cls.reference,
+        "module": cls.__module__,
+        "options": options,
+    }
+
+
+def _type(schema: dict[str, Any]) -> str:
+    if "enum" in schema:
+        return " | ".join(str(value) for value in schema["enum"])
+    if "anyOf" in schema:
+        return " | ".join(_type(part) for part in schema["anyOf"])
+    return str(schema.get("type", "value"))
+
+
+def _overview(rows: list[dict[str, Any]]) -> None:
+    table = Table(show_header=True, box=None, pad_edge=False)
+    table.add_column("name", no_wrap=True, style="bold")
+    table.add_column("summary")
+    for row in rows:
+        table.add_row(row["name"], row["summary"])
+    out.print(table)
+
+
+def _detail(row: dict[str, Any], doc: str | None) -> None:
+    out.print(f"[bold]{row['name']}[/bold]: {row['summary']}", highlight=False)
+    for paragraph in (doc or "").split("\n\n"):
+        out.print(" ".join(paragraph.split()), highlight=False, markup=False)
+    if row["reference"]:
+        out.print(f"Reference: {row['reference']}", highlight=False, markup=False)
+    if not row["options"]:
+        out.print("No options.")
+        return
+    table = Table(title="options", title_justify="left")
+    for column in ("name", "type", "default", "description"):
+        table.add_column(column)
+    for option in row["options"]:
+        table.add_row(option["name"], option["type"], str(option["default"]), option["description"])
+    out.print(table)
+
+
+@app.command()
+def policies(name: Name = None, as_json: Json = False) -> None:
+    """List the policies, or describe one."""
+    _list("policy", name, as_json)
+
+
+@app.command()
+def budgets(name: Name = None, as_json: Json = False) -> None:
+    """List the budget allocators, or describe one."""
+    _list("budget", name, as_json)
+
+
+@app.command()
+def indexes(name: Name = None, as_json: Json = False) -> None:
+    """List the vector indexes, or describe one."""
+    _list("index", name, as_json)
+
+
+@app.command()
+def tasks(name: Name = None, as_json: Json = False) -> None:
+    """List the tasks, or describe one."""
+    _list("task", name, as_json)
+
+
+@app.command()
+def probes(name: Name = None, as_json: Json = False) -> None:
+    """List the probes, or describe one."""
+    _list("probe", name, as_json)
+
+
+@app.command()
+def models(name: Name = None, as_json: Json = False) -> None:
+    """List the models known by name, or describe one; any Hugging Face id or local folder works as well."""
+    import dataclasses  # noqa: PLC0415
+    import difflib  # noqa: PLC0415
+
+    from kvbench.models import MODELS  # noqa: PLC0415
+
+    if name is not None and name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1) or sorted(MODELS)
+        raise KVBenchError(
+            f"Unknown model '{name}': did you mean {near[0]}? Hugging Face ids and folders are not listed."
+        )
+    rows = [{**dataclasses.asdict(card), "options": []} for card in MODELS.values() if name in (None, card.name)]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    elif name:
+        for key, value in rows[0].items():
+            if key != "options":
+                out.print(f"{key.replace('_', ' ')}: {value}", highlight=False)
+    else:
+        _overview(rows)

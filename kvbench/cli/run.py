@@ -1,0 +1,192 @@
+"""`kvbench run`: policies on a task, side by side with exact attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from kvbench.cli.common import Json, app, err, interruptible, load_registry, mib, out, pairs, seconds, share
+from kvbench.errors import KVBenchError
+
+if TYPE_CHECKING:
+    from kvbench.plugins import Registry
+
+
+@app.command()
+@interruptible
+def run(
+    policy: Annotated[str, typer.Option(help="Policy, or several separated by commas; `kvbench policies` lists them.")],
+    budget: Annotated[str, typer.Option(help="Allocator that shares the budget over the layers.")] = "uniform",
+    tokens: Annotated[int | None, typer.Option(help="Tokens attended at a step, static set included.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="The same as a share of the context. [default: 0.1]")] = None,
+    model: Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")] = "smollm2-135m",
+    task: Annotated[str, typer.Option(help="Task; `kvbench tasks` lists them.")] = "niah_single_1",
+    context_length: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")] = 2048,
+    examples: Annotated[int, typer.Option(min=1, help="Number of examples.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 42,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Option of the policy, name=value.")
+    ] = None,
+    budget_option: Annotated[list[str] | None, typer.Option(help="Option of the budget, name=value.")] = None,
+    task_option: Annotated[list[str] | None, typer.Option(help="Option of the task, name=value.")] = None,
+    question: Annotated[
+        str,
+        typer.Option(help="aware: the question is part of the prompt; agnostic: it goes through the policy after it."),
+    ] = "aware",
+    prefill_chunk: Annotated[
+        int | None, typer.Option(min=1, help="Compute the prompt this many tokens at a time.")
+    ] = None,
+    recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
+    probe_examples: Annotated[
+        int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
+    ] = 1,
+    probe: Annotated[
+        list[str] | None,
+        typer.Option(help="Probe beyond the standard ones, again for more; `kvbench probes` lists them."),
+    ] = None,
+    baseline: Annotated[bool, typer.Option(help="Run `full` on the same examples.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
+    as_json: Json = False,
+) -> None:
+    """Run policies on a task, beside exact attention, and print accuracy, recall, bytes and latency."""
+    if tokens is not None and ratio is not None:
+        raise KVBenchError("Both --tokens and --ratio were given; a budget has one size: give one of them.")
+    if tokens is not None and tokens < 1:
+        raise KVBenchError(f"--tokens {tokens} is not a positive number of tokens.")
+    if ratio is not None and not 0 < ratio <= 1:
+        raise KVBenchError(f"--ratio {ratio} is not between 0 and 1.")
+    if question not in ("aware", "agnostic"):
+        raise KVBenchError(f"--question {question} is neither 'aware' nor 'agnostic'.")
+    found = load_registry()
+    names = list(dict.fromkeys(name.strip() for name in policy.split(",") if name.strip()))
+    found.find("task", task)
+    found.find("budget", budget)
+    for extra in probe or ():
+        found.find("probe", extra)
+    options = {name: _policy_options(found, name, names, pairs(option)) for name in names}
+    if baseline and "full" not in names:
+        names.append("full")
+        options["full"] = {}
+
+    from kvbench.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
+    from kvbench.models import load_model  # noqa: PLC0415
+    from kvbench.runner import Request, execute, plan  # noqa: PLC0415
+
+    size = {"tokens": tokens} if tokens is not None else {"ratio": 0.1 if ratio is None else ratio}
+    shared = Budget(**size, allocator=budget, options=pairs(budget_option))
+    requests = [
+        Request(
+            policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
+            context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
+            prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probe or ()),
+        )
+        for name in names
+    ]  # fmt: skip
+    loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
+    configs = [plan(request, loaded) for request in requests]
+    with _Progress(names, examples) as progress:
+        runs = [execute(config, loaded, output, progress) for config in configs]
+    documents = [done.document() for done in runs]
+    if as_json:
+        print(json.dumps({"schema": 1, "runs": documents}, indent=2))
+        return
+    out.print(_results_table(documents, context_length))
+    out.print(_provenance(documents[0]), style="dim", highlight=False)
+    for document in documents:
+        out.print(f"{document['policy']}: {document['folder']}", style="dim", highlight=False, soft_wrap=True)
+
+
+def _policy_options(found: Registry, name: str, names: list[str], pairs: dict[str, str]) -> dict[str, str]:
+    """The options given with -o that are this policy's; with several policies each takes those it knows."""
+    known = set(found.find("policy", name).Options.model_fields)
+    mine = pairs if len(names) == 1 else {key: value for key, value in pairs.items() if key in known}
+    everyone = {field for other in names for field in found.find("policy", other).Options.model_fields}
+    for key, value in pairs.items():
+        if len(names) > 1 and key not in everyone:
+            raise KVBenchError(f"Option {key}={value} is an option of none of {', '.join(names)}.")
+    found.options("policy", name, mine)
+    return mine
+
+
+class _Progress:
+    """A live bar per policy on stderr."""
+
+    def __init__(self, names: list[str], examples: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), console=err,
+        )  # fmt: skip
+        self._tasks = {name: self._bars.add_task(name, total=examples, note="", start=False) for name in names}
+
+    def __enter__(self) -> _Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, policy: str, done: int, of: int, note: str) -> None:
+        task = self._tasks[policy]
+        self._bars.start_task(task)
+        self._bars.update(task, completed=done, total=of, note=note)
+
+
+_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+    ("accuracy", lambda m: share(m["accuracy"]["mean"])),
+    ("  95% interval", lambda m: " to ".join(share(end) for end in m["accuracy"]["ci95"])),
+    ("recall@k", lambda m: share(m["recall_at_k"])),
+    ("recovered attention mass", lambda m: share(m["recovered_mass"])),
+    ("  without the sinks", lambda m: share(m.get("recovered_mass_without_sinks"))),
+    ("output error", lambda m: share(m.get("output_error"))),
+    ("keys scanned", lambda m: share(m.get("scanned_fraction"))),
+    ("density", lambda m: share(m["density"])),
+    ("  tokens attended", lambda m: "–" if m.get("attended_tokens") is None else f"{m['attended_tokens']:.0f}"),
+    ("resident, MiB", lambda m: mib(m["bytes"]["resident"])),
+    ("offloaded, MiB", lambda m: mib(m["bytes"]["offloaded"])),
+    ("index, MiB", lambda m: mib(m["bytes"]["index"])),
+    ("TTFT, s", lambda m: seconds(m["ttft_s"]["total"])),
+    ("  prefill", lambda m: seconds(m["ttft_s"]["prefill"])),
+    ("  index construction", lambda m: seconds(m["ttft_s"]["index"])),
+    ("TPOT p50, ms", lambda m: seconds(m["tpot_s"]["p50"], 1000)),
+    ("TPOT p95, ms", lambda m: seconds(m["tpot_s"]["p95"], 1000)),
+    ("peak memory, MiB", lambda m: mib(m["peak_memory_bytes"])),
+]
+
+
+def _results_table(documents: list[dict[str, Any]], context_length: int) -> Table:
+    config = documents[0]["config"]
+    title = f"{config['model']}, {config['task']}, {context_length} tokens, {_budget(documents)}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", no_wrap=True)
+    for document in documents:
+        table.add_column(document["policy"], justify="right")
+    for label, cell in _ROWS:
+        table.add_row(label, *(cell(document["metrics"]) for document in documents))
+    return table
+
+
+def _budget(documents: list[dict[str, Any]]) -> str:
+    budgets = [document["budget"] for document in documents if document["budget"]]
+    if not budgets:
+        return "no budget"
+    size = f"{budgets[0]['tokens']} tokens" if budgets[0]["tokens"] is not None else f"ratio {budgets[0]['ratio']}"
+    return f"budget {size}, {budgets[0]['allocator']}"
+
+
+def _provenance(document: dict[str, Any]) -> str:
+    config, environment, metrics = document["config"], document["environment"], document["metrics"]
+    return (
+        f"{metrics['accuracy']['n']} examples, seed {config['seed']}, question {config['question']}, "
+        f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
+        f"{environment['device_name']}, {environment['threads']} threads; "
+        "times, bytes and answers are of undisturbed generations"
+    )
