@@ -24,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
+from kvbench import figures
 from kvbench.capture import Capture, CapturedLayer
 from kvbench.errors import KVBenchError
 from kvbench.plugins import registry
@@ -426,57 +427,37 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
         ) from None
 
 
-# Okabe and Ito's colours (2008), told apart by colour-blind readers; markers and dashes serve readers of grey.
-_STYLES = (
-    ("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"),
-    ("#E69F00", "v", (0, (5, 1, 1, 1, 1, 1))), ("#56B4E9", "P", (0, (8, 2))), ("#000000", "X", (0, (2, 1))),
-    ("#7F7F7F", "*", (0, (1, 2))),
-)  # fmt: skip
-
-
 def draw(content: Mapping[str, Any], folder: Path) -> None:
     """Draw recall against scanned fraction and against time per query, with 95% intervals, as SVG and PNG."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - slow
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415
-
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for place, entry in enumerate(content["summary"]):
-        color, marker, dashes = _STYLES[place % len(_STYLES)]
-        recall = [point["recall"] for point in entry["curve"]]
-        spread = [point["recall_ci95"] or (point["recall"],) * 2 for point in entry["curve"]]
-        above = [max(high - mean, 0) for (_, high), mean in zip(spread, recall, strict=True)]
-        below = [max(mean - low, 0) for (low, _), mean in zip(spread, recall, strict=True)]
-        for axis, name, unit in ((left, "scanned", 100), (right, "us_per_query", 1)):
-            axis.errorbar(
-                [unit * point[name] for point in entry["curve"]], recall, yerr=(below, above), color=color,
-                marker=marker, linestyle=dashes, linewidth=1.5, markersize=6, markeredgecolor="white",
-                markeredgewidth=0.6, elinewidth=0.9, capsize=2, label=entry["index"],
-            )  # fmt: skip
-    labels = {left: "keys scanned (% of indexed keys, log)", right: "time per query (µs, one thread, log)"}
-    for axis, label in labels.items():
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
-        axis.set_xlabel(label)
-        axis.grid(color="#DDDDDD", linewidth=0.6)
-        axis.set_axisbelow(True)
-        axis.axhline(TARGET, color="#555555", linewidth=0.9, linestyle=(0, (1, 1)))
-        axis.spines[["top", "right"]].set_visible(False)
-    k = content["config"]["k"]
-    left.set_ylabel(f"recall@{k} (mean, 95% interval)")
-    top = left.get_ylim()
-    left.set_ylim(max(0, top[0]), 1.02)
-    handles, names = left.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False)
-    source, rows = content["capture"], content["rows"]
-    layers, heads = ({row[name] for row in rows} for name in ("layer", "head"))
-    keys, queries = rows[0]["n_keys"], rows[0]["n_queries"]
-    figure.suptitle(
-        f"{source['model']}, {source['context_length']} tokens: {keys} keys, {queries} decoding queries, "
-        f"{len(layers)} layers × {len(heads)} heads",
-        fontsize=11,
-    )
-    figure.savefig(folder / "curves.svg", metadata={"Date": None})
-    figure.savefig(folder / "curves.png", dpi=150)
+    with figures.drawing(folder, "curves", (10, 4.6)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for place, entry in enumerate(content["summary"]):
+            color, marker, dashes, _ = figures.style(place)
+            recall = [point["recall"] for point in entry["curve"]]
+            spread = [point["recall_ci95"] or (point["recall"],) * 2 for point in entry["curve"]]
+            above = [max(high - mean, 0) for (_, high), mean in zip(spread, recall, strict=True)]
+            below = [max(mean - low, 0) for (low, _), mean in zip(spread, recall, strict=True)]
+            for axis, name, unit in ((left, "scanned", 100), (right, "us_per_query", 1)):
+                axis.errorbar(
+                    [unit * point[name] for point in entry["curve"]], recall, yerr=(below, above), color=color,
+                    marker=marker, linestyle=dashes, markersize=6, markeredgecolor="white", markeredgewidth=0.6,
+                    elinewidth=0.9, label=entry["index"],
+                )  # fmt: skip
+        labels = {left: "keys scanned (% of indexed keys, log)", right: "time per query (µs, one thread, log)"}
+        for axis, label in labels.items():
+            figures.logarithmic(axis)
+            axis.set_xlabel(label)
+            axis.axhline(TARGET, color=figures.REFERENCE, linewidth=0.9, linestyle=(0, (1, 1)))
+        k = content["config"]["k"]
+        left.set_ylabel(f"recall@{k} (mean, 95% interval)")
+        left.set_ylim(max(0, left.get_ylim()[0]), 1.02)
+        handles, names = left.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center")
+        source, rows = content["capture"], content["rows"]
+        layers, heads = ({row[name] for row in rows} for name in ("layer", "head"))
+        keys, queries = rows[0]["n_keys"], rows[0]["n_queries"]
+        figure.suptitle(
+            f"{source['model']}, {source['context_length']} tokens: {keys} keys, {queries} decoding queries, "
+            f"{len(layers)} layers × {len(heads)} heads",
+            fontsize=11,
+        )

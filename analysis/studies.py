@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvbench import figures
 from kvbench.analysis import measures
 from kvbench.analysis.probes import SINKS
 from kvbench.capture import Capture
@@ -20,7 +21,6 @@ from kvbench.traces import read_trace
 
 SCHEMA = 1
 Row = dict[str, Any]
-_MARKS = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
 
 
 def _ids(wanted: Sequence[int] | None, there: Sequence[int], what: str) -> list[int]:
@@ -230,9 +230,6 @@ def write(name: str, rows: list[Row], folder: Path, source: dict[str, Any]) -> N
 
 def draw(name: str, rows: list[Row], folder: Path, title: str) -> None:
     """Draw the analysis: by step for a run, by k for recovery, else by layer with the heads' range."""
-    from matplotlib import rc_context  # noqa: PLC0415 - slow
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     labels = {
         "ood": (
             ("keys_median", "queries_median", "decode_to_keys_median"),
@@ -242,8 +239,7 @@ def draw(name: str, rows: list[Row], folder: Path, title: str) -> None:
         "overlap": (("next_step", "last_step", "other_heads", "next_captured_layer"), "share of the top-k in common"),
         "recovery": (("dynamic", "static", "static_and_generated"), "recovered attention mass (share)"),
     }
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "pdf.fonttype": 42}):
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
+    with figures.drawing(folder, name) as figure:
         axis = figure.subplots()
         if "step" in rows[0]:
             columns, across = [list(rows[0])[-1]], "step"
@@ -256,10 +252,11 @@ def draw(name: str, rows: list[Row], folder: Path, title: str) -> None:
             axis.set_xlabel("tokens attended, k" if across == "k" else "layer (line: median of the heads; bar: range)")
         if name == "recovery" and across == "k":
             rows = [row for row in rows if row["sinks_left_out"] == SINKS]
-            axis.set_xscale("log")
+            figures.logarithmic(axis)
             title += f"; first {SINKS} tokens left out"
         places = sorted({row[across] for row in rows})
-        for column, (color, marker, dashes) in zip(columns, _MARKS, strict=False):
+        for place, column in enumerate(columns):
+            color, marker, dashes, _ = figures.style(place)
             values = [[row[column] for row in rows if row[across] == x and row.get(column) is not None] for x in places]
             xs = [x for x, group in zip(places, values, strict=True) if group]
             groups = [group for group in values if group]
@@ -267,15 +264,11 @@ def draw(name: str, rows: list[Row], folder: Path, title: str) -> None:
             spread = [[m - min(g) for m, g in zip(middle, groups, strict=True)],
                       [max(g) - m for m, g in zip(middle, groups, strict=True)]]  # fmt: skip
             axis.errorbar(xs, middle, yerr=None if across == "step" else spread, color=color, marker=marker,
-                          linestyle=dashes, label=column.replace("_", " "), capsize=2, elinewidth=0.8,
+                          linestyle=dashes, label=column.replace("_", " "), elinewidth=0.8,
                           markersize=3 if across == "step" else 5)  # fmt: skip
         if name == "ood":
-            axis.axhline(math.sqrt(rows[0]["dimension"]), color="#555555", linewidth=0.8, label="√d")
+            axis.axhline(math.sqrt(rows[0]["dimension"]), color=figures.REFERENCE, linewidth=0.8, label="√d")
         if any(row.get("missing") for row in rows):
             title += " (partial: heads without a covariance left out)"
-        axis.set_title(title, fontsize=9)
-        axis.legend(frameon=False, fontsize=8)
-        axis.grid(color="#DDDDDD", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        figure.savefig(folder / f"{name}.png", dpi=300)
+        axis.set_title(title)
+        axis.legend()

@@ -1,0 +1,81 @@
+"""The style of every figure: read by the colour-blind and in grey, in fonts that a paper accepts, as SVG and PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 300
+REFERENCE = "#555555"
+"""Colour of reference lines and of notes inside a figure."""
+MAP = "cividis"
+"""Colour map of heat maps: even for the colour-blind, and lightness alone tells its values apart."""
+
+
+class Style(NamedTuple):
+    """What tells one series from the others: colour, and marker, dashes or hatch for readers of grey."""
+
+    color: str
+    marker: str
+    dashes: Any
+    hatch: str
+
+
+# Okabe and Ito's colours (2008) without the yellow, which white paper swallows.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES: tuple[Any, ...] = (
+    "-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (2, 1)), (0, (1, 2)),
+)  # fmt: skip
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "---", "ooo")
+
+_RC: dict[Any, Any] = {
+    "svg.fonttype": "none", "pdf.fonttype": 42, "ps.fonttype": 42,
+    "text.parse_math": False,  # names come from users and may hold a dollar sign
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": "#DDDDDD", "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5, "lines.markersize": 5, "errorbar.capsize": 2, "hatch.linewidth": 0.6,
+}  # fmt: skip
+
+
+def style(place: int) -> Style:
+    """The style of the series at `place`, counted from 0; past eight, colours come again with other markers."""
+    again = place // len(_COLORS)
+    return Style(
+        _COLORS[place % len(_COLORS)], _MARKERS[(place + again) % len(_MARKERS)],
+        _DASHES[(place + again) % len(_DASHES)], _HATCHES[(place + again) % len(_HATCHES)],
+    )  # fmt: skip
+
+
+@contextmanager
+def drawing(folder: Path, name: str, size: tuple[float, float] = (6.0, 3.8)) -> Iterator[Figure]:
+    """Give an empty figure of `size` inches; leaving the block saves it as `NAME.svg` and `NAME.png` in the folder.
+
+    Everything that is drawn belongs inside the block, where the style holds. Texts are plain: no TeX.
+    """
+    from matplotlib import rc_context  # noqa: PLC0415 - slow
+    from matplotlib.figure import Figure  # noqa: PLC0415 - slow
+
+    with rc_context({**_RC, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.savefig(folder / f"{name}.png", dpi=DPI)
+
+
+def logarithmic(axes: Axes, which: Literal["x", "y"] = "x") -> None:
+    """Make an axis logarithmic, with ticks at 1, 2 and 5 written as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter  # noqa: PLC0415 - slow
+
+    axes.set(**{f"{which}scale": "log"})
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
