@@ -1,12 +1,22 @@
-"""Confidence intervals."""
+"""Confidence intervals, paired differences between policies, and the correction for many comparisons."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
+
+from kvbench.errors import KVBenchError
+
+Scores = Mapping[int, Mapping[str, float]]
+"""Scores in [0, 1] of one configuration: seed -> example id -> score."""
 
 
 def confidence_interval(scores: Sequence[float], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -25,14 +35,114 @@ def confidence_interval(scores: Sequence[float], *, level: float = 0.95, seed: i
         return 0.0, 1.0
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
+    return _bootstrap(values, level, seed)
+
+
+def percentiles(values: Sequence[float], *points: float) -> list[float]:
+    """Percentiles of `values` (NaN for none)."""
+    return [float(value) for value in np.percentile(values, points)] if values else [float("nan")] * len(points)
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """How much higher `b` scores than `a` on the same examples, in [-1, 1].
+
+    `n` observations, one for each example: an example scored under several seeds counts once, with its mean over them.
+    `pairs` counts (seed, example) scored on both sides, `unpaired` those scored on one side only and left out.
+    `by_seed` holds each seed's own mean difference, `seed_std` their standard deviation (None below two seeds).
+    """
+
+    n: int
+    pairs: int
+    unpaired: int
+    mean_a: float
+    mean_b: float
+    difference: float
+    ci95: tuple[float, float]
+    wins: int
+    losses: int
+    ties: int
+    p_value: float
+    test: Literal["mcnemar", "permutation"]
+    by_seed: dict[int, float]
+    seed_std: float | None
+
+
+def paired_difference(a: Scores, b: Scores, *, seed: int = 0) -> PairedDifference:
+    """Compare two configurations on the examples and seeds that both were scored on.
+
+    The interval is the bias-corrected and accelerated bootstrap over examples (Efron 1987). Where every difference is
+    the same, and no resample can vary, it is what the exact bound (Clopper & Pearson 1934) on the share of examples
+    that would differ allows. The p-value, two-sided, is McNemar's exact test (1947) where every observation is 0 or 1,
+    else the paired permutation test of the mean (Fisher 1935; exact up to 13 observations). `seed` draws the resamples.
+    Raises KVBenchError where the two have no example in common.
+    """
+    keys_a, keys_b = ({(run, example) for run in side for example in side[run]} for side in (a, b))
+    pairs = sorted(keys_a & keys_b)
+    if not pairs:
+        raise KVBenchError(
+            "The two have no example and seed in common, and only paired scores can be compared: run both with the "
+            "same model, task, context length and seed."
+        )
+    by_example: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for run, example in pairs:
+        by_example[example].append((a[run][example], b[run][example]))
+        by_seed[run].append(b[run][example] - a[run][example])
+    left, right = (np.array([fmean(pair[side] for pair in group) for group in by_example.values()]) for side in (0, 1))
+    change = np.round(right - left, 12)  # rounding errors are no wins
+    means = {run: fmean(values) for run, values in by_seed.items()}
+    wins, losses = int((change > 0).sum()), int((change < 0).sum())
+    binary = bool(np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all())
+    return PairedDifference(
+        n=len(change), pairs=len(pairs), unpaired=len(keys_a ^ keys_b),
+        mean_a=float(left.mean()), mean_b=float(right.mean()), difference=float(change.mean()),
+        ci95=_difference_interval(change, seed), wins=wins, losses=losses, ties=len(change) - wins - losses,
+        p_value=_mcnemar(wins, losses) if binary else _permutation(left, right, seed),
+        test="mcnemar" if binary else "permutation",
+        by_seed=means, seed_std=stdev(means.values()) if len(means) > 1 else None,
+    )  # fmt: skip
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjust the p-values of a family of comparisons by Holm's step-down method (Holm 1979), in their order."""
+    adjusted = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def _difference_interval(change: NDArray[np.float64], seed: int) -> tuple[float, float]:
+    if np.ptp(change) > 0:
+        return _bootstrap(change, 0.95, seed)
+    # With 97.5% confidence at most this share of examples differs from what all n showed; each by at most to -1 or 1.
+    share, value = stats.binomtest(0, len(change)).proportion_ci(0.95, method="exact").high, float(change[0])
+    return value - share * (1 + value), value + share * (1 - value)
+
+
+def _mcnemar(wins: int, losses: int) -> float:
+    return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
+
+
+def _permutation(left: NDArray[np.float64], right: NDArray[np.float64], seed: int) -> float:
+    if len(left) < 2 or not (left != right).any():
+        return 1.0
+
+    def mean_difference(x: NDArray[np.float64], y: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        return np.asarray((y - x).mean(axis=axis), np.float64)
+
+    found = stats.permutation_test(
+        (left, right), mean_difference, permutation_type="samples", vectorized=True, rng=np.random.default_rng(seed)
+    )
+    return float(found.pvalue)
+
+
+def _bootstrap(values: NDArray[np.float64], level: float, seed: int) -> tuple[float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         low, high = stats.bootstrap(
             (values,), np.mean, confidence_level=level, rng=np.random.default_rng(seed), method="BCa"
         ).confidence_interval
     return float(low), float(high)
-
-
-def percentiles(values: Sequence[float], *points: float) -> list[float]:
-    """Percentiles of `values` (NaN for none)."""
-    return [float(value) for value in np.percentile(values, points)] if values else [float("nan")] * len(points)
