@@ -1,4 +1,9 @@
-"""Run folders: the configuration that names them, examples appended as they finish, and the metrics made of them."""
+"""Run folders: the configuration that names them, examples appended as they finish, and the metrics made of them.
+
+A folder holds `run.json`; `examples.jsonl`, all that the configuration determines: the same bytes however often the run
+was stopped and continued; and `timings.jsonl`, the measurements that differ from one execution to the next. A line in
+`examples.jsonl` makes an example finished: its timings were forced to the disk before.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +13,10 @@ import math
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import filelock
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,8 +25,9 @@ from kvbench.budget import Budget
 from kvbench.errors import KVBenchError
 from kvbench.statistics import confidence_interval, percentiles
 
-SCHEMA = 1
-"""Version of `run.json` and of the `--json` document."""
+SCHEMA = 2
+"""Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
+READABLE = (1, 2)
 
 PACKAGES = ("kvbench", "torch", "transformers", "faiss-cpu", "numba", "numpy", "pluggy", "pydantic", "scipy")
 
@@ -63,8 +69,14 @@ class RunConfig(BaseModel):
         return f"{self.policy}-{self.task}-{self.context_length}-{self.hash}"
 
 
+class _Line(NamedTuple):
+    row: dict[str, Any]
+    size: int
+    """In bytes."""
+
+
 class Run:
-    """A run's folder: `run.json` (configuration, environment, status, metrics) and `examples.jsonl`."""
+    """A run's folder, open for writing; `notes` says what a user should know of how it was found."""
 
     def __init__(self, path: Path, config: RunConfig, environment: dict[str, Any]) -> None:
         """Open or make the folder below `path`; what is already there must belong to this configuration."""
@@ -72,9 +84,10 @@ class Run:
         self.path = path / config.folder
         self.status = "running"
         self.metrics: dict[str, Any] = {}
+        self.notes: list[str] = []
         with _disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self.rows = self._read_rows()
+        self.rows = read_rows(self.path)
         if (self.path / "run.json").exists():
             found = read(self.path)
             if found["config"] != config.model_dump(mode="json"):
@@ -82,28 +95,36 @@ class Run:
                     f"{self.path} holds another configuration's results: move it away, or use another --output."
                 )
             self.status, self.metrics = found["status"], found["metrics"]
+            if self.status == "complete" and len(self.rows) != self.metrics["accuracy"]["n"]:
+                self.status = "interrupted"
+                self.notes.append(
+                    f"{self.path} had {self.metrics['accuracy']['n']} examples when it was complete and holds "
+                    f"{len(self.rows)} now: the missing ones run again."
+                )
+            if self.rows and self.status != "complete":
+                self._note_changes(found["environment"])
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder against a second writer, and note in `run.json` how the stretch ended."""
         lock = filelock.FileLock(self.path / ".lock")
-        try:
-            with _disk(self.path):
+        with _disk(self.path):
+            try:
                 lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise KVBenchError(
-                f"Another kvbench is writing to {self.path}: wait for it, or use another --output."
-            ) from None
+            except filelock.Timeout:
+                raise KVBenchError(
+                    f"Another kvbench is writing to {self.path}: wait for it, or use another --output."
+                ) from None
         try:
-            self.rows = self._read_rows()
+            self.rows = read_rows(self.path)
+            self._repair()
             self._write("running")
             try:
                 yield
-            except KeyboardInterrupt:
-                self._write("interrupted")
-                raise
-            except BaseException:
-                self._write("failed")
+            except BaseException as error:
+                # A disk that is full for examples is full for this too, and must not hide the first error.
+                with suppress(KVBenchError):
+                    self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
             self.metrics = summarise(self.rows)
             self._write("complete")
@@ -111,11 +132,15 @@ class Run:
             lock.release()
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a finished example and force it to the disk."""
-        with _disk(self.path), (self.path / "examples.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Add a finished example and force it to the disk, its timings first."""
+        if any(row["id"] == other["id"] for other in self.rows):
+            raise KVBenchError(
+                f"Task '{self.config.task}' gave two examples the id {row['id']}: report it to the task's author."
+            )
+        lasting, timed = split(row)
+        with _disk(self.path):
+            _append(self.path / "timings.jsonl", {"id": row["id"], **timed})
+            _append(self.path / "examples.jsonl", lasting)
         self.rows.append(row)
 
     def document(self) -> dict[str, Any]:
@@ -133,39 +158,43 @@ class Run:
             **{k: v for k, v in self.document().items() if k not in ("policy", "budget", "folder")},
         }
         with _disk(self.path):
-            temporary = self.path / f".run.json.{os.getpid()}"
-            temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            temporary = self.path / ".run.json"
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
             temporary.replace(self.path / "run.json")
+            _sync_folder(self.path)
 
-    def _read_rows(self) -> list[dict[str, Any]]:
-        """Read finished examples; a last line that a killed writer left unfinished is cut off."""
-        file = self.path / "examples.jsonl"
-        if not file.exists():
-            return []
-        rows, end = [], 0
-        content = file.read_bytes()
-        for number, line in enumerate(content.splitlines(keepends=True), start=1):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError("unfinished line")
-                row = json.loads(line)
-                if not isinstance(row, dict) or not {"id", "score"} <= row.keys():
-                    raise ValueError("not an example")
-                rows.append(row)
-            except ValueError as error:
-                if end + len(line) < len(content):
-                    raise KVBenchError(
-                        f"{file} line {number} is corrupt ({error}): move the folder away to run again from the start."
-                    ) from None
+    def _repair(self) -> None:
+        """Cut what a killed writer left unfinished: half a line, or timings without their example."""
+        for name, lines in zip(("timings.jsonl", "examples.jsonl"), _finished_lines(self.path), strict=True):
+            file = self.path / name
+            size, end = file.stat().st_size if file.exists() else 0, sum(line.size for line in lines)
+            if size > end:
                 with _disk(self.path), file.open("rb+") as writable:
                     writable.truncate(end)
-                break
-            end += len(line)
-        return rows
+                self.notes.append(
+                    f"{file} ended in {size - end} bytes of an example that was never finished; they were cut off, and "
+                    "the example runs again."
+                )
+
+    def _note_changes(self, before: dict[str, Any]) -> None:
+        old, new = ({**now.get("packages", {}), "device": now.get("device_name")} for now in (before, self.environment))
+        changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+        if changed:
+            self.notes.append(
+                f"{self.path} continues {len(self.rows)} examples of another environment ({', '.join(changed)}): move "
+                "it away to run all of them in this one."
+            )
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a `run.json`; refuse what is no run, or a schema version that this kvbench does not know."""
+    """Read a `run.json`: config, environment, status and metrics.
+
+    Refuses what is no run, or a schema version that this kvbench does not know; a configuration of an older version
+    gets the defaults of fields that came later.
+    """
     file = path / "run.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -173,18 +202,117 @@ def read(path: Path) -> dict[str, Any]:
         raise KVBenchError(
             f"{file} is no readable run: {error}. Move the folder away, or use another --output."
         ) from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    if not isinstance(content, dict) or content.get("schema") not in READABLE:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise KVBenchError(
-            f"{file} has schema version {found!r}; this kvbench reads version {SCHEMA}: use a matching kvbench."
+            f"{file} has schema version {found!r}; this kvbench reads versions {', '.join(map(str, READABLE))}: "
+            "use a matching kvbench."
         )
     try:
-        RunConfig.model_validate(content["config"])
-        return {key: content[key] for key in ("config", "environment", "status", "metrics")}
+        config = RunConfig.model_validate(content["config"]).model_dump(mode="json")
+        return {"config": config, **{key: content[key] for key in ("environment", "status", "metrics")}}
     except (KeyError, ValidationError) as error:
         raise KVBenchError(
             f"{file} is no complete run ({type(error).__name__}): move the folder away, or use another --output."
         ) from None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the finished examples of a run's folder, timings included; what a killed writer left unfinished is skipped.
+
+    Raises KVBenchError for a file that is corrupt before its end.
+    """
+    timings, examples = _finished_lines(path)
+    times = {line.row["id"]: line.row for line in timings}
+    return [{**line.row, **times.get(line.row["id"], {})} for line in examples]
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Folders of runs at or below `root`, sorted; raises KVBenchError where there is none."""
+    found = sorted(file.parent for file in root.rglob("run.json")) if root.is_dir() else []
+    if not found:
+        raise KVBenchError(f"There is no run in {root}: give a folder that `kvbench run --output` wrote to.")
+    return found
+
+
+def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part an example's row into what its configuration determines, and what was timed.
+
+    Timed are the peak memory and all names that end in `_s`, those of probes too.
+    """
+    timed = {key: row[key] for key in row if _is_timed(key)}
+    lasting = {key: row[key] for key in row if key not in timed}
+    probes = row.get("probes") or {}
+    if any(map(_is_timed, probes)):
+        timed["probes"] = probes
+        lasting["probes"] = {key: probes[key] for key in probes if not _is_timed(key)}
+    return lasting, timed
+
+
+def _is_timed(name: str) -> bool:
+    return name.endswith("_s") or name == "peak_memory_bytes"
+
+
+def _finished_lines(path: Path) -> tuple[list[_Line], list[_Line]]:
+    """The complete lines of `timings.jsonl` and `examples.jsonl`, as many of the one as of the other."""
+    examples = _lines(path / "examples.jsonl", {"id", "score"})  # first, since a writer adds to it last
+    file = path / "timings.jsonl"
+    if not file.exists() and (not examples or any(map(_is_timed, examples[0].row))):
+        return [], examples  # nothing yet, or version 1
+    timings = _lines(file, {"id"})
+    for number, example in enumerate(examples, start=1):
+        if number > len(timings) or timings[number - 1].row["id"] != example.row["id"]:
+            raise KVBenchError(
+                f"{file} has no line {number} for example {example.row['id']}: move the folder away to run again from "
+                "the start."
+            )
+    return timings[: len(examples)], examples
+
+
+def _lines(file: Path, required: set[str]) -> list[_Line]:
+    parts = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    seen, found = set(), []
+    for number, part in enumerate(parts[:-1], start=1):  # the last is empty, or was never finished
+        try:
+            row = json.loads(part)
+            if not isinstance(row, dict) or not required <= row.keys():
+                raise ValueError("not an example")
+        except ValueError as error:
+            if number == len(parts) - 1 and not parts[-1]:
+                break  # a power cut can leave the last line without its content
+            raise KVBenchError(
+                f"{file} line {number} is corrupt ({error}): move the folder away to run again from the start."
+            ) from None
+        if row["id"] in seen:
+            raise KVBenchError(f"{file} line {number} repeats example {row['id']}: move the folder away to run again.")
+        seen.add(row["id"])
+        found.append(_Line(row, len(part) + 1))
+    return found
+
+
+def _append(file: Path, row: dict[str, Any]) -> None:
+    """Append a line and force it to the disk; a line that did not fit is taken back."""
+    rest = memoryview((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    with file.open("ab", buffering=0) as target:
+        size = target.tell()
+        try:
+            while rest:
+                rest = rest[target.write(rest) :]
+            os.fsync(target.fileno())
+        except OSError:
+            with suppress(OSError):
+                os.truncate(file, size)
+            raise
+
+
+def _sync_folder(path: Path) -> None:
+    """Force a folder's entries to the disk, where the system can."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def environment(device: str, device_name: str, threads: int, memory_method: str) -> dict[str, Any]:

@@ -185,6 +185,7 @@ def _generate(
         loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes
     )
     prompt_tokens = len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
+    torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
     with session:
         return generate(
             session, prompt.input_ids, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,

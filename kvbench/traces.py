@@ -7,8 +7,7 @@ model. safetensors is columnar (each column is read alone, memory-mapped), holds
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,9 +50,9 @@ def write_trace(target: Path, trace: StepTrace, *, example: str, prompt_tokens: 
         tensors[f"column.{quantity}"] = dense
     try:
         target.parent.mkdir(exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        metadata = {"schema": SCHEMA, "example": example, "prompt_tokens": str(prompt_tokens)}
-        save_file(tensors, temporary, metadata)
+        temporary = target.with_name(f".{target.name}")  # the run's lock keeps other writers away
+        about = {"schema": SCHEMA, "example": example, "prompt_tokens": prompt_tokens}
+        save_file(tensors, temporary, {"trace": json.dumps(about)})  # safetensors writes several members in any order
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -66,7 +65,8 @@ def read_trace(file: Path) -> Trace:
     """Read a trace; raises KVBenchError for a file that is missing, cut or of another schema version."""
     try:
         with safe_open(str(file), framework="numpy") as content:
-            metadata: Mapping[str, str] = content.metadata() or {}
+            metadata = content.metadata() or {}
+            metadata = json.loads(metadata["trace"]) if "trace" in metadata else metadata
             if metadata.get("schema") != SCHEMA:
                 raise KVBenchError(
                     f"{file} has schema version {metadata.get('schema')!r}; this kvbench reads version {SCHEMA}."

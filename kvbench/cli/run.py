@@ -93,6 +93,8 @@ def run(
     configs = [plan(request, loaded) for request in requests]
     with _Progress(names, examples) as progress:
         runs = [execute(config, loaded, output, progress) for config in configs]
+    for note in (note for done in runs for note in done.notes):
+        err.print(f"Warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     documents = [done.document() for done in runs]
     if as_json:
         print(json.dumps({"schema": 1, "runs": documents}, indent=2))

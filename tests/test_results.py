@@ -1,0 +1,320 @@
+"""A run's folder survives whatever ends its writer: it continues to the bytes of an undisturbed run."""
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_tasks import make_tokenizer
+from tiny import tiny_model
+
+from kvbench import KVBenchError, results, runner
+from kvbench.budget import Budget
+from kvbench.models import LoadedModel
+from kvbench.plugins import registry
+from kvbench.results import Run, RunConfig, find_runs, read, read_rows
+from kvbench.tasks.base import Example, Task
+
+ENVIRONMENT = {"packages": {"kvbench": "0.1.0", "torch": "2"}, "device_name": "test", "device": "cpu"}
+EXAMPLES = 8
+
+
+def config(**changes):
+    return RunConfig(**{
+        "model": "m", "model_fingerprint": "f", "device": "cpu", "dtype": "float32", "policy": "quest",
+        "policy_options": {"page_size": 16}, "budget": Budget(ratio=0.1), "task": "t", "task_options": {},
+        "task_data": {}, "context_length": 512, "examples": EXAMPLES, "seed": 42, "question": "aware",
+        "prefill_chunk": None, "recall_k": 100, "probe_examples": 1, **changes,
+    })  # fmt: skip
+
+
+def row(index):
+    """What a measurement would give, the same in every process."""
+    return {
+        "id": f"t/512/42/{index}", "score": index % 3 / 2, "prediction": f"Grüße\r\n\u2028 {index} " * 20,
+        "references": ["x"], "prompt_tokens": 400 + index, "generated_tokens": 3, "prefill_s": 0.25 + index,
+        "index_s": 0.5, "step_s": [0.125] * 40, "bytes": {"resident": 10, "offloaded": 0, "index": 0},
+        "peak_memory_bytes": 1000 + index, "info": {}, "probes": {"density": 0.1, "retrieval_s": 0.01},
+    }  # fmt: skip
+
+
+def write(path, examples=EXAMPLES):
+    """What `execute` does, without a model."""
+    run = Run(path, config(), ENVIRONMENT)
+    if run.status != "complete":
+        with run.writing():
+            done = {row["id"] for row in run.rows}
+            for index in range(examples):
+                if row(index)["id"] not in done:
+                    run.append(row(index))
+    return run
+
+
+def content(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def child(function, *arguments):
+    """Run a function in a forked process that ends as soon as it returns."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function(*arguments)
+            code = 0
+        finally:
+            os._exit(code)
+    return pid
+
+
+def killed(pid):
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+@pytest.fixture
+def undisturbed(tmp_path):
+    run = write(tmp_path / "undisturbed")
+    assert run.status == "complete"
+    return content(run.path)
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(tmp_path, undisturbed):
+    began = time.monotonic()
+    write(tmp_path / "timed")
+    duration = time.monotonic() - began
+    rng = random.Random(7)
+    kills = attempt = folders = 0
+    seen = set()
+    while kills < 60:
+        folders += 1
+        path = tmp_path / f"run-{folders}"
+        ends = False
+        while not ends:
+            attempt += 1
+            assert attempt < 1000
+            pid = child(write, path)
+            time.sleep(rng.uniform(0, duration * 0.8))
+            os.kill(pid, signal.SIGKILL)
+            ends = not killed(pid)
+            kills += not ends
+            folder = path / config().folder
+            seen.add((folder / "examples.jsonl").read_bytes() if (folder / "examples.jsonl").exists() else b"")
+        assert content(path / config().folder) == undisturbed
+    assert len(seen) > EXAMPLES / 2  # the kills fell on different moments
+
+
+def die_at(call, path):
+    """Write a run that is killed just before, or just after, its `call`-th forcing or renaming."""
+    count = 0
+
+    def counted(function):
+        def wrapper(*arguments, **options):
+            nonlocal count
+            for part in range(2):
+                count += 1
+                if count == call:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if part == 0:
+                    result = function(*arguments, **options)
+            return result
+
+        return wrapper
+
+    results.os.fsync = counted(os.fsync)
+    Path.replace = counted(Path.replace)
+    write(path, examples=2)
+
+
+def test_a_kill_beside_each_forcing_and_renaming_loses_nothing(tmp_path):
+    reference = content(write(tmp_path / "undisturbed", examples=2).path)
+    call = 1
+    while killed(child(die_at, call, path := tmp_path / str(call))):
+        assert content(write(path, examples=2).path) == reference
+        call += 1
+    assert call > 20
+
+
+@pytest.mark.parametrize("name", ["examples.jsonl", "timings.jsonl"])
+def test_a_file_cut_anywhere_in_its_last_line_continues_to_the_same_bytes(tmp_path, undisturbed, name):
+    path = write(tmp_path / "cut").path
+    for file in path.iterdir():
+        file.unlink()
+    whole = undisturbed[Path(name)]
+    start = whole[:-1].rindex(b"\n") + 1
+    for end in range(start, len(whole), max(1, (len(whole) - start) // 12)):
+        for file, data in undisturbed.items():
+            (path / file).write_bytes(data)
+        if name == "timings.jsonl":
+            (path / "examples.jsonl").write_bytes(b"".join(undisturbed[Path("examples.jsonl")].splitlines(True)[:-1]))
+        (path / name).write_bytes(whole[:end])
+        changed = json.loads(undisturbed[Path("run.json")])
+        (path / "run.json").write_text(json.dumps({**changed, "status": "running", "metrics": {}}))
+        assert len(read_rows(path)) == EXAMPLES - 1
+        assert (path / name).read_bytes() == whole[:end]  # reading repairs nothing
+        run = write(tmp_path / "cut")
+        assert content(path) == undisturbed
+        cut = [note for note in run.notes if "never finished" in note]
+        assert bool(cut) == (end > start or name == "examples.jsonl"), run.notes
+
+
+def limited(path, size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    with pytest.raises(KVBenchError, match=r"File too large.*Free some space.*continues after them"):
+        write(path)
+
+
+@pytest.mark.parametrize("size", [1, 700, 1500, 2500, 3500, 4400])
+def test_a_disk_that_fills_up_is_one_sentence_and_the_run_continues(tmp_path, undisturbed, size):
+    path = tmp_path / "full"
+    assert os.waitpid(child(limited, path, size), 0)[1] == 0
+    folder = path / config().folder
+    kept = read_rows(folder)
+    assert len(kept) < EXAMPLES
+    for file in ("examples.jsonl", "timings.jsonl"):
+        assert undisturbed[Path(file)].startswith((folder / file).read_bytes() if (folder / file).exists() else b"")
+    write(path)
+    assert content(folder) == undisturbed
+
+
+def hold(path, signal_file):
+    run = Run(path, config(), ENVIRONMENT)
+    with run.writing():
+        run.append(row(0))
+        with (run.path / "timings.jsonl").open("ab") as file:
+            file.write(b'{"id": "half')
+        signal_file.touch()
+        time.sleep(60)
+
+
+def test_two_writers_are_kept_apart_and_a_killed_one_frees_the_folder(tmp_path, undisturbed):
+    path, ready = tmp_path / "shared", tmp_path / "ready"
+    pid = child(hold, path, ready)
+    while not ready.exists():
+        time.sleep(0.01)
+    before = content(path)
+    with pytest.raises(KVBenchError, match="Another kvbench is writing"):
+        write(path)
+    assert content(path) == before  # not even half a line of the other's is touched
+    os.kill(pid, signal.SIGKILL)
+    assert killed(pid)
+    assert content(write(path).path) == undisturbed
+
+
+def test_corruption_before_the_end_is_refused_and_named(tmp_path):
+    folder = write(tmp_path).path
+    lines = (folder / "examples.jsonl").read_bytes().splitlines(keepends=True)
+    for damage, message in [
+        ([*lines[:2], b"\0" * 40 + b"\n", *lines[3:]], "examples.jsonl line 3 is corrupt"),
+        (lines[:2] + lines[1:], "examples.jsonl line 3 repeats example t/512/42/1"),
+        (lines[:2] + lines[3:], "timings.jsonl has no line 3 for example t/512/42/3"),
+    ]:
+        (folder / "examples.jsonl").write_bytes(b"".join(damage))
+        with pytest.raises(KVBenchError, match=message):
+            Run(tmp_path, config(), ENVIRONMENT)
+    (folder / "examples.jsonl").write_bytes(b"".join(lines))
+    (folder / "timings.jsonl").unlink()
+    with pytest.raises(KVBenchError, match=r"timings\.jsonl has no line 1"):
+        read_rows(folder)
+
+
+def test_a_last_line_whose_content_a_power_cut_lost_runs_again(tmp_path, undisturbed):
+    folder = write(tmp_path / "cut").path
+    lines = (folder / "examples.jsonl").read_bytes().splitlines(keepends=True)
+    (folder / "examples.jsonl").write_bytes(b"".join(lines[:-1]) + b"\0" * (len(lines[-1]) - 1) + b"\n")
+    run = write(tmp_path / "cut")
+    assert content(folder) == undisturbed
+    assert any("holds 7 now" in note for note in run.notes)
+
+
+def test_a_complete_run_that_lost_examples_is_completed(tmp_path, undisturbed):
+    folder = write(tmp_path / "cut").path
+    for name in ("examples.jsonl", "timings.jsonl"):
+        (folder / name).write_bytes(b"".join((folder / name).read_bytes().splitlines(keepends=True)[:5]))
+    run = write(tmp_path / "cut")
+    assert "had 8 examples when it was complete and holds 5 now" in run.notes[0]
+    assert content(folder) == undisturbed
+
+
+def test_continuing_in_another_environment_is_said(tmp_path):
+    run = Run(tmp_path, config(), ENVIRONMENT)
+    with pytest.raises(RuntimeError), run.writing():
+        run.append(row(0))
+        raise RuntimeError
+    other = Run(tmp_path, config(), {**ENVIRONMENT, "packages": {"kvbench": "0.1.0", "torch": "3"}})
+    assert "continues 1 examples of another environment (torch 2 -> 3)" in other.notes[0]
+
+
+def test_only_what_is_timed_is_kept_apart(tmp_path):
+    folder = write(tmp_path).path
+    first = json.loads((folder / "examples.jsonl").read_text().split("\n")[0])
+    timed = json.loads((folder / "timings.jsonl").read_text().split("\n")[0])
+    assert set(timed) == {"id", "prefill_s", "index_s", "step_s", "peak_memory_bytes", "probes"}
+    assert set(first) == set(row(0)) - {"prefill_s", "index_s", "step_s", "peak_memory_bytes"}
+    assert first["probes"] == {"density": 0.1}
+    assert read_rows(folder) == [row(index) for index in range(EXAMPLES)]
+
+
+def test_version_1_is_read_and_gets_the_fields_that_came_later(tmp_path):
+    folder = tmp_path / "old"
+    folder.mkdir()
+    old = config().model_dump(mode="json")
+    del old["probes"]
+    document = {"schema": 1, "config": old, "environment": ENVIRONMENT, "status": "complete", "metrics": {"a": 1}}
+    (folder / "run.json").write_text(json.dumps(document))
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row(index)) + "\n" for index in range(3)))
+    assert read(folder)["config"] == config().model_dump(mode="json")
+    assert read_rows(folder) == [row(index) for index in range(3)]
+    assert find_runs(tmp_path) == [folder]
+    (folder / "run.json").write_text(json.dumps({**document, "schema": 3}))
+    with pytest.raises(KVBenchError, match="schema version 3; this kvbench reads versions 1, 2"):
+        read(folder)
+    with pytest.raises(KVBenchError, match="no run in"):
+        find_runs(tmp_path / "nowhere")
+
+
+class Short(Task):
+    name, summary = "short", "Short prompts, for the test."
+
+    def examples(self, tokenizer, *, context_length, count, seed):
+        for index in range(count):
+            yield Example(f"short/{seed}/{index}", f"one two three {index} " * 12, "four?", "", ("x",), 3)
+
+    def score(self, prediction, example):
+        return len(prediction) % 5 / 4
+
+
+def test_real_runs_killed_at_random_moments_end_in_the_same_examples_and_traces(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry().classes["task"], "short", Short)
+    tokenizer = make_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
+    loaded = LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
+    request = runner.Request("snapkv", {"window": 8}, Budget(ratio=0.5), "short", {}, 128, 3, 1, probe_examples=1)
+    planned = runner.plan(request, loaded)
+
+    def run(path):
+        return runner.execute(planned, loaded, path, lambda *_: None)
+
+    began = time.monotonic()
+    reference = run(tmp_path / "undisturbed").path
+    duration = time.monotonic() - began
+    rng, kills, folders = random.Random(3), 0, 0
+    while kills < 6:
+        folders += 1
+        path, ends = tmp_path / f"run-{folders}", False
+        while not ends:
+            pid = child(run, path)
+            time.sleep(rng.uniform(0, duration))
+            os.kill(pid, signal.SIGKILL)
+            ends = not killed(pid)
+            kills += not ends
+        left, right = ({**content(folder)} for folder in (path / planned.folder, reference))
+        assert left.keys() == right.keys()
+        for name in left.keys() - {Path("run.json"), Path("timings.jsonl")}:
+            assert left[name] == right[name]
+        ours, theirs = (read(folder)["metrics"] for folder in (path / planned.folder, reference))
+        for metric in ours.keys() - {"ttft_s", "tpot_s", "peak_memory_bytes"}:
+            assert ours[metric] == theirs[metric]
