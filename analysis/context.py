@@ -79,7 +79,9 @@ def _step(layer: Layer, queries: Tensor, selection: Selection) -> Step:
         share = static.repeat_interleave(layer.heads // layer.kv_heads, dim=1)
         attended.scatter_(2, torch.where(share < 0, tokens, share), True)
     if selection.everything:
-        attended[:, :, store.aside_start : store.aside_stop] = True
+        heads = torch.ones(1, layer.kv_heads, dtype=torch.bool) if selection.heads is None else selection.heads
+        everywhere = heads.to(keys.device).repeat_interleave(layer.heads // layer.kv_heads, dim=1)[..., None]
+        attended[:, :, store.aside_start : store.aside_stop] = everywhere
     elif selection.ids is not None:
         ids = selection.ids.to(keys.device)
         if ids.shape[1] != layer.heads:

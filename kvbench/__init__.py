@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvbench.attention import Attention
     from kvbench.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget
     from kvbench.extension import Extension, Options
-    from kvbench.policy import KVCachePolicy, Layer, Probe, Selection
+    from kvbench.policy import KVCachePolicy, Layer, ModelView, Probe, Selection
     from kvbench.session import Session, attach
 
 _HOMES = {
@@ -26,6 +26,7 @@ _HOMES = {
     "Options": "extension",
     "KVCachePolicy": "policy",
     "Layer": "policy",
+    "ModelView": "policy",
     "Probe": "policy",
     "Selection": "policy",
     "Session": "session",
@@ -42,6 +43,7 @@ __all__ = [
     "KVCachePolicy",
     "Layer",
     "LayerBudget",
+    "ModelView",
     "Options",
     "Probe",
     "Selection",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kvbench.policy import Layer, Selection
+    from kvbench.storage import Storage
 
 
 @dataclass
@@ -39,10 +41,11 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     return (grouped @ values).reshape(batch, heads, 1, values.shape[-1]).float()
 
 
-def softmax_parts(parts: list[tuple[Tensor, Tensor]], *, with_weights: bool = False) -> Attention:
+def softmax_parts(parts: Sequence[tuple[Tensor, Tensor | Storage]], *, with_weights: bool = False) -> Attention:
     """Merge partial attentions over disjoint token sets into the softmax attention over their union.
 
-    Each part is a pair of logits, float32 [B, H, t] (-inf masks a token), and values [B, G or H, t, d]. The maximum
+    Each part is a pair of logits, float32 [B, H, t] (-inf masks a token), and values [B, G or H, t, d] or the storage
+    that holds them. The maximum
     over all parts is subtracted once and one normaliser divides the sum, all in float32, which equals merging
     normalised partial outputs by γ = exp(lse_part − lse_total) (RetrievalAttention, arXiv 2409.10516, eq. 5).
     """
@@ -52,7 +55,10 @@ def softmax_parts(parts: list[tuple[Tensor, Tensor]], *, with_weights: bool = Fa
     exponentials = [(logits - shift).exp_() for logits, _ in parts]
     total = torch.stack([part.sum(-1) for part in exponentials]).sum(0)
     output = sum(
-        (weighted_sum(part, values) for part, (_, values) in zip(exponentials, parts, strict=True)),
+        (
+            weighted_sum(part, values) if isinstance(values, Tensor) else values.weighted_sum(part)
+            for part, (_, values) in zip(exponentials, parts, strict=True)
+        ),
         start=torch.zeros((), device=total.device),
     ) / total[..., None, None].clamp_min(torch.finfo(torch.float32).tiny)
     weights = torch.cat(exponentials, dim=-1) / total.unsqueeze(-1) if with_weights else None
@@ -68,12 +74,12 @@ def attend(layer: Layer, queries: Tensor, selection: Selection, *, with_weights:
     if layer.exact_attention is not None and selection.ids is None and not with_weights:
         return Attention(layer.exact_attention())
     store = layer.store
-    parts = [
+    parts: list[tuple[Tensor, Tensor | Storage]] = [
         (scores(queries, keys, layer.scaling) if mask is None
          else scores(queries, keys, layer.scaling).masked_fill_(_per_head(~mask, layer.heads), -torch.inf), values)
         for keys, values, mask in store.static_parts()
     ]  # fmt: skip
-    chosen = _chosen(layer, queries, selection)
+    chosen = _chosen(layer, queries if selection.queries is None else selection.queries, selection)
     if chosen is not None:
         here = chosen[0].device == queries.device
         parts.append(chosen if here else _as_one_row(softmax_parts([chosen]), queries.device))
@@ -82,12 +88,16 @@ def attend(layer: Layer, queries: Tensor, selection: Selection, *, with_weights:
     return softmax_parts(parts, with_weights=with_weights)
 
 
-def _chosen(layer: Layer, queries: Tensor, selection: Selection) -> tuple[Tensor, Tensor] | None:
+def _chosen(layer: Layer, queries: Tensor, selection: Selection) -> tuple[Tensor, Tensor | Storage] | None:
     """Logits and values of the selected tokens, where they lie."""
     ids, store = selection.ids, layer.store
     if selection.everything and store.aside_stop > store.aside_start:
-        keys, values = store.aside_keys, store.aside_values
-        return scores(queries.to(keys.device), keys, layer.scaling), values
+        logits = store.aside.scores(queries, layer.scaling)
+        if selection.heads is not None:
+            logits = logits.masked_fill_(
+                ~_per_head(selection.heads.to(logits.device), layer.heads)[..., None], -torch.inf
+            )
+        return logits, store.aside
     if ids is None or not ids.shape[-1]:
         return None
     keys, values = store.gather(ids)

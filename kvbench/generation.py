@@ -35,11 +35,14 @@ def generate(
 
     The first `prompt_tokens` ids are the prompt, which the policy takes over once its exact attention is done; the
     others pass through the policy one by one (query-agnostic mode). `prefill_chunk` tokens of the prompt are computed
-    at a time. Time to first token is `prefill_s` + `index_s`; `index_s` is the time inside the policy's `prefill`.
+    at a time. Time to first token is `prefill_s` + `index_s`; `index_s` is the time inside the policy's `prefill` and
+    `after_prompt`. A policy without a cache computes the whole context anew for every token.
     """
     model = session.model
     device = model.device
     ids = torch.tensor([list(input_ids)], device=device)
+    if not session.policy.cached:
+        return _generate_uncached(session, ids, max_new_tokens, stop)
     if session.policy.exact:
         prompt_tokens = len(input_ids)  # exact attention is the same on either side of the border
     session.prompt_tokens = prompt_tokens
@@ -64,3 +67,17 @@ def generate(
         step_s.append(session.now() - began)
     assert session.cache is not None
     return Generation(tokens, first_s - session.cache.index_s, session.cache.index_s, step_s, session.cache.bytes())
+
+
+def _generate_uncached(session: Session, ids: torch.Tensor, max_new_tokens: int, stop: Collection[int]) -> Generation:
+    tokens: list[int] = []
+    seconds: list[float] = []
+    while len(tokens) < max_new_tokens:
+        began = session.now()
+        token = int(session.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+        seconds.append(session.now() - began)
+        if token in stop:
+            break
+        tokens.append(token)
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    return Generation(tokens, seconds[0], 0.0, seconds[1:], {"resident": 0, "offloaded": 0, "index": 0})

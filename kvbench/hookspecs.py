@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvbench.attention import Attention
     from kvbench.budget import BudgetAllocator, LayerBudget
     from kvbench.extension import Extension
-    from kvbench.policy import KVCachePolicy, Layer, Probe, Selection
+    from kvbench.policy import KVCachePolicy, Layer, Probe, Replay, Selection
     from kvbench.tasks.base import Task
 
 PROJECT = "kvbench"
@@ -59,6 +59,15 @@ class PolicyHooks:
         `queries` [B, H, m, d] are the last m of the prompt (`KVCachePolicy.query_window`; all by default), `keys`
         and `values` [B, G, n, d] the whole prompt, which `layer.store` already holds. The policy evicts
         (`layer.store.keep`), sets tokens aside (`layer.store.set_aside`) or builds its index.
+        """
+
+    @hookspec
+    def after_prompt(self, layers: list[Layer], ids: Tensor, replay: Replay) -> None:
+        """Take over the prompt of all layers at once, after its last forward call and every layer's `prefill`.
+
+        `ids` [B, n] are the prompt's token ids. `replay(more_ids, observe)` runs further ids [B, m] through the model,
+        after the stored prompt and without adding to it, and calls `observe(layer, queries, keys)` in each layer; only
+        while nothing has been evicted or set aside. For choices across layers, and for extra passes (KVzip).
         """
 
     @hookspec(firstresult=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pydantic import BaseModel
 from torch import Tensor, nn
@@ -16,11 +16,41 @@ from kvbench.storage import KVStore
 
 if TYPE_CHECKING:
     from kvbench.attention import Attention
+    from kvbench.rotary import Rotary
 
-POLICY_HOOKS = ("prefill", "select", "attend", "insert")
+POLICY_HOOKS = ("prefill", "after_prompt", "select", "attend", "insert")
 
 StepTrace = dict[str, dict[tuple[int, int], Sequence[float]]]
 """For each quantity, by tokens of the context and the layer's place in the model: a value for each query head."""
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """What a policy may read of the model before it runs: shapes of its layers, its configuration and its weights.
+
+    `numbers` are the places in the model of the layers that the policy governs; `config` the text configuration as
+    plain data; `parameters` the weights by name, detached. `tokenize` turns a text into token ids without special
+    tokens; None where `attach` was given no tokenizer.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    config: Mapping[str, Any]
+    parameters: Mapping[str, Tensor]
+    tokenize: Callable[[str], list[int]] | None = None
+
+
+class Observe(Protocol):
+    """Is shown what a layer's attention sees of tokens that are replayed."""
+
+    def __call__(self, layer: Layer, queries: Tensor, keys: Tensor) -> None:
+        """Queries [B, H, m, d] and keys [B, G, m, d] of the replayed tokens, which follow the tokens in the store."""
+
+
+Replay = Callable[[Tensor, Observe], None]
+"""Runs token ids [B, m] through the model after the stored prompt, shows each layer's vectors and forgets them."""
 
 
 @dataclass
@@ -51,11 +81,36 @@ class Layer:
     """During `prefill` only: the queries [B, H, m, d] that probes asked for (`Probe.query_window`)."""
     exact_attention: Callable[[], Tensor] | None = None
     """Set for policies that keep everything: the model's own attention of this step, output [B, H, m, d]."""
+    rotary: Rotary | None = None
+    previous: Layer | None = None
+    """The governed layer before this one, for the same rows."""
+    hidden: Tensor | None = None
+    """With `KVCachePolicy.uses_hidden`: the input [B, 1, D] of this layer's attention at this decoding step."""
+    project: Callable[[Tensor], Tensor] | None = None
+    """With `KVCachePolicy.uses_hidden`: see `queries_for`."""
 
     @property
     def tokens(self) -> int:
         """Tokens of the context so far, evicted ones included."""
         return self.store.tokens
+
+    def queries_for(self, hidden: Tensor) -> Tensor:
+        """The queries [B, H, 1, d], after rotation, that this layer would have for another `hidden` [B, 1, D].
+
+        During a decoding step of a policy with `uses_hidden`; `layer.previous.hidden` gives InfiniGen's prediction.
+        """
+        assert self.project is not None, "queries_for needs `uses_hidden = True` and a decoding step"
+        return self.project(hidden)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Apply the model's rotary embedding to `x` [..., n, d] at `positions` [n]; a row's first token is at 0."""
+        assert self.rotary is not None
+        return self.rotary.rotate(x, positions)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Undo the model's rotary embedding: the queries or keys `x` [..., n, d] before their rotation."""
+        assert self.rotary is not None
+        return self.rotary.unrotate(x, positions)
 
 
 @dataclass
@@ -63,15 +118,18 @@ class Selection:
     """The set-aside tokens that each head attends to beside the static set.
 
     `ids` [B, H, k] or [B, G, k] (one set for the group's query heads), int64 token ids, −1 for none where `padded`; no
-    ids select nothing, unless `everything` selects all that is set aside. `log_weights` [B, H, k] are added to the
-    scaled scores (importance sampling). `summary`: logits, float32 [B, H, s], and values [B, H, s, d] of rows that
-    stand for many tokens (estimation zones). `evaluations`: distance evaluations per query head that finding the
-    tokens took, for the scanned fraction.
+    ids select nothing, unless `everything` selects all that is set aside, for the key/value heads in `heads`, bool
+    [B or 1, G], where given. `queries` [B, H, 1, d] meet the set-aside tokens in place of the step's own (another
+    position encoding). `log_weights` [B, H, k] are added to the scaled scores (importance sampling). `summary`: logits,
+    float32 [B, H, s], and values [B, H, s, d] of rows that stand for many tokens (estimation zones). `evaluations`:
+    distance evaluations per query head that finding the tokens took, for the scanned fraction.
     """
 
     ids: Tensor | None = None
     padded: bool = False
     everything: bool = False
+    heads: Tensor | None = None
+    queries: Tensor | None = None
     log_weights: Tensor | None = None
     summary: tuple[Tensor, Tensor] | None = None
     evaluations: Tensor | float | None = None
@@ -93,13 +151,20 @@ class _Pluggable(Extension):
 class KVCachePolicy(_Pluggable):
     """Decides which past tokens a model attends to.
 
-    Subclasses define any of the hooks `prefill`, `select`, `attend` and `insert` (see `kvbench.hookspecs.PolicyHooks`
-    for arguments and shapes). The static set that stays attended is whatever they neither evict nor set aside.
+    Subclasses define any of the hooks `prefill`, `after_prompt`, `select`, `attend` and `insert` (see
+    `kvbench.hookspecs.PolicyHooks` for arguments and shapes). The static set that stays attended is whatever they
+    neither evict nor set aside.
     """
 
     _wrapper = False
     exact: ClassVar[bool] = False
-    """True for a policy that keeps and attends everything: it takes no budget and uses the model's own attention."""
+    """True for a policy that keeps everything and attends to it through the model's own attention."""
+    takes_budget: ClassVar[bool] = True
+    """False for a policy whose size does not follow from a number of tokens: its layers' budgets cover everything."""
+    cached: ClassVar[bool] = True
+    """False for the baseline without a cache: the model computes the whole context anew for every token."""
+    uses_hidden: ClassVar[bool] = False
+    """True for a policy that looks at the inputs of attention layers while decoding (`Layer.hidden`, `queries_for`)."""
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
 
@@ -110,11 +175,14 @@ class KVCachePolicy(_Pluggable):
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
         return 0, 0
 
+    def begin(self, model: ModelView) -> None:
+        """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""
+
 
 class Probe(_Pluggable):
     """Measures a run by wrapping the policy's hooks.
 
-    Subclasses define any of the four hooks as generators that yield once, at the point where the wrapped hook runs
+    Subclasses define any of the policy's hooks as generators that yield once, at the point where the wrapped hook runs
     (`selection = yield` in `select`), and return what the hook shall return (pluggy's `wrapper=True`).
     """
 

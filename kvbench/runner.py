@@ -60,7 +60,7 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     policy = found.find("policy", request.policy)
     options = found.options("policy", request.policy, request.policy_options)
     task_options = found.options("task", request.task, request.task_options)
-    budget = None if policy.exact else request.budget
+    budget = request.budget if policy.takes_budget else None
     if budget is not None:
         allocator = found.options("budget", budget.allocator, budget.options)
         budget = budget.model_copy(update={"options": allocator.model_dump(mode="json")})
@@ -182,8 +182,9 @@ def _generate(
     config: RunConfig, loaded: LoadedModel, prompt: Prompt, max_new_tokens: int, probes: list[Probe]
 ) -> Generation:
     session = attach(
-        loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes
-    )
+        loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes,
+        tokenizer=loaded.tokenizer,
+    )  # fmt: skip
     prompt_tokens = len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
     torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
     with session:
@@ -199,7 +200,7 @@ def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
     length = min(config.context_length, max(256, 2 * sum(policy.static_tokens(config.context_length))))
     budget = None if config.budget is None else config.budget.model_copy(update={"tokens": None, "ratio": 1.0})
     ids = [3 + i % 50 for i in range(length)]
-    with attach(loaded.model, policy=policy, budget=budget) as session:
+    with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
         generate(session, ids, prompt_tokens=length, max_new_tokens=3)
 
 

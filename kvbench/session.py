@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,9 @@ from kvbench.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, 
 from kvbench.errors import KVBenchError
 from kvbench.hookspecs import PROJECT, PolicyHooks
 from kvbench.plugins import registry
-from kvbench.policy import DefaultPolicy, KVCachePolicy, Layer, Probe
+from kvbench.policy import DefaultPolicy, KVCachePolicy, Layer, ModelView, Observe, Probe
+from kvbench.replay import ReplayCache
+from kvbench.rotary import Rotary
 from kvbench.storage import KVStore, TokenBuffer
 
 _SESSIONS: dict[int, Session] = {}
@@ -39,13 +42,15 @@ def attach(
     options: Mapping[str, Any] | None = None,
     probes: Sequence[str | Probe] = (),
     prompt_tokens: int | None = None,
+    tokenizer: Any = None,
 ) -> Session:
     """Make `model` use a policy inside a `with` block; leaving the block restores the model.
 
     `policy` is a plugin's name, with its `options`, or an instance. `budget` is a `Budget`, a number of tokens (int) or
-    a ratio of the context (float); policies that keep everything take none. The first forward call is the whole
-    prompt unless `prompt_tokens` says how many tokens belong to it: then it may come in chunks, and
-    tokens beyond it go through the policy one by one, however many a call brings.
+    a ratio of the context (float); policies whose size follows from something else ignore it. The first forward call is
+    the whole prompt unless `prompt_tokens` says how many tokens belong to it: then it may come in chunks, and tokens
+    beyond it go through the policy one by one, however many a call brings. `tokenizer`, a transformers tokenizer, is
+    for policies that put a text of their own before the model (KVzip).
     """
     if options and not isinstance(policy, str):
         raise KVBenchError("Options go with a policy's name; an instance of a policy has its own already.")
@@ -61,17 +66,18 @@ def attach(
             raise KVBenchError(f"The budget ratio {budget} is not between 0 and 1.")
         budget = Budget(ratio=budget)
     made = [registry().make("probe", probe) if isinstance(probe, str) else probe for probe in probes]
-    return Session(model, chosen, budget, made, prompt_tokens)
+    return Session(model, chosen, budget, made, prompt_tokens, tokenizer)
 
 
 @dataclass(frozen=True)
-class _Lane:
+class Lane:
     """Rows of a batch that have the same left padding, and so the same length."""
 
     rows: Tensor | None
     padding: int
 
     def take(self, tensor: Tensor, *, padded: bool = False) -> Tensor:
+        """The lane's rows of a tensor [B, ...], without the padding of [B, G, n, d] where `padded`."""
         part = tensor if self.rows is None else tensor[self.rows]
         return part[:, :, self.padding :] if padded and self.padding else part
 
@@ -82,7 +88,7 @@ class PolicyCache(Cache):
     def __init__(self, session: Session, padding: Tensor | None) -> None:
         self.session = session
         layers = DynamicCache(config=session.config).layers
-        governed = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+        governed = _governed(layers)
         if not governed and not session.policy.exact:
             raise KVBenchError(
                 f"{type(session.model).__name__} has no full-attention layer for policy '{session.policy.name}' to "
@@ -95,11 +101,14 @@ class PolicyCache(Cache):
         self.lanes = self._lanes(padding)
         self.budgets: dict[int, list[LayerBudget]] = {}
         self.index_s = 0.0
+        self.prompt_ids: list[Tensor | None] = []
+        self.complete = False
+        """Whether the policy has taken over the whole prompt."""
 
-    def _lanes(self, padding: Tensor | None) -> list[_Lane]:
+    def _lanes(self, padding: Tensor | None) -> list[Lane]:
         if padding is None or self.session.policy.exact or not bool(padding.any()):
-            return [_Lane(None, 0)]
-        return [_Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
+            return [Lane(None, 0)]
+        return [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
 
     def stores(self) -> list[KVStore]:
         """The stores of all governed layers and groups of rows."""
@@ -190,6 +199,8 @@ class PolicyCacheLayer(CacheLayerMixin):
                 kv_heads=keys.shape[1], head_dim=keys.shape[3], scaling=scaling, rows=lane_keys.shape[0],
                 store=KVStore(lane_keys, lane_values), budget=self.cache.budget_of(self.index, tokens),
                 static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
+                rotary=Rotary(session.model, session.config, module, self.number),
+                previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:
@@ -201,6 +212,7 @@ class PolicyCacheLayer(CacheLayerMixin):
             self.cache.index_s += session.now() - start
             layer.prompt_queries = None
         del keys, values
+        session.watch_hidden(module)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover the whole context, evicted tokens included."""
@@ -233,15 +245,17 @@ class Session:
         budget: Budget | None,
         probes: Sequence[Probe] = (),
         prompt_tokens: int | None = None,
+        tokenizer: Any = None,
     ) -> None:
         self.model = model
         self.policy, self.budget, self.probes = policy, budget, list(probes)
         self.prompt_tokens = prompt_tokens
+        self.tokenizer = tokenizer
         self.cache: PolicyCache | None = None
-        if not policy.exact and budget is None:
+        if policy.takes_budget and budget is None:
             raise KVBenchError(f"Policy '{policy.name}' needs a budget: give a number of tokens or a ratio.")
         self.allocator: BudgetAllocator | None = (
-            None if policy.exact or budget is None else registry().make("budget", budget.allocator, budget.options)
+            registry().make("budget", budget.allocator, budget.options) if policy.takes_budget and budget else None
         )
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(PolicyHooks)
@@ -256,6 +270,10 @@ class Session:
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.implementation: str = self.config._attn_implementation
         self._handles: list[Any] = []
+        self._watched: set[int] = set()
+        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self._projecting = False
+        self._replay: ReplayCache | None = None
         self._cuda = next(model.parameters()).device.type == "cuda"
 
     # -- attaching -------------------------------------------------------------------------------------------------
@@ -263,6 +281,7 @@ class Session:
     def __enter__(self) -> Session:
         if id(self.config) in _SESSIONS:
             raise KVBenchError("The model has a policy attached already: leave that `with` block first.")
+        self.policy.begin(self._view())
         self._before = {
             "": self.model.config._attn_implementation,
             **{
@@ -271,6 +290,10 @@ class Session:
                 if getattr(self.model.config, key) is not None
             },
         }
+        _SESSIONS[id(self.config)] = self
+        if not self.policy.cached:
+            self._handles = [self.model.register_forward_pre_hook(self._without_cache, with_kwargs=True)]
+            return self
         name = f"kvbench_{self.implementation}"
         AttentionInterface.register(name, _attention)
         if self.implementation in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -278,7 +301,6 @@ class Session:
         self.model.set_attn_implementation(
             {key: name if self._is_text(key) else value for key, value in self._before.items()}
         )
-        _SESSIONS[id(self.config)] = self
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
@@ -294,26 +316,57 @@ class Session:
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._watched.clear()
         _SESSIONS.pop(id(self.config), None)
         self.model.set_attn_implementation(self._before)
 
+    def _view(self) -> ModelView:
+        heads = self.config.num_attention_heads
+        tokenizer = self.tokenizer
+        return ModelView(
+            name=type(self.model).__name__,
+            numbers=tuple(_governed(DynamicCache(config=self.config).layers)),
+            heads=heads,
+            kv_heads=getattr(self.config, "num_key_value_heads", None) or heads,
+            config=self.config.to_dict(),
+            parameters={name: weight.detach() for name, weight in self.model.named_parameters()},
+            tokenize=None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
+        )
+
+    def _without_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):
+            raise KVBenchError(f"Policy '{self.policy.name}' keeps no cache: call the model with use_cache=False.")
+        return args, {**kwargs, "use_cache": False}
+
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         past = kwargs.get("past_key_values")
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if self._replay is not None:
+            return args, kwargs
         if isinstance(past, PolicyCache) and past is self.cache:
+            if not past.complete:
+                past.prompt_ids.append(ids)
             return args, kwargs
         if past is not None and past.get_seq_length() > 0:
             raise KVBenchError("The cache passed to the model was filled without the policy: start from the prompt.")
         if kwargs.get("use_cache") is False:
             raise KVBenchError("A KV-cache policy needs use_cache=True.")
         self.cache = PolicyCache(self, _left_padding(kwargs.get("attention_mask")))
+        self.cache.prompt_ids.append(ids)
         return args, {**kwargs, "past_key_values": self.cache, "use_cache": True}
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        if self.cache is not None and any(layer.seen != layer.attended for layer in self.cache.governed):
+        cache = self.cache
+        if cache is None or self._replay is not None:
+            return
+        if any(layer.seen != layer.attended for layer in cache.governed):
             raise KVBenchError(
                 f"{type(model).__name__} does not pass its attention through transformers' attention interface in "
                 "every layer, so no policy can govern it: use another architecture."
             )
+        if not cache.complete and all(layer.groups for layer in cache.governed):
+            cache.complete = True
+            self._finish_prompt(cache)
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -353,9 +406,10 @@ class Session:
         except Exception as error:
             plugin = self._culprit(error)
             kind = "Probe" if isinstance(plugin, Probe) else "Policy"
+            where = f" at layer {arguments['layer'].number}" if "layer" in arguments else ""
             raise KVBenchError(
-                f"{kind} '{plugin.name}' ({type(plugin).__module__}) failed in {hook} at layer "
-                f"{arguments['layer'].number}: {type(error).__name__}: {error}"
+                f"{kind} '{plugin.name}' ({type(plugin).__module__}) failed in {hook}{where}: "
+                f"{type(error).__name__}: {error}"
             ) from error
 
     def _culprit(self, error: Exception) -> KVCachePolicy | Probe:
@@ -367,10 +421,72 @@ class Session:
             trace = trace.tb_next
         return culprit
 
+    def _finish_prompt(self, cache: PolicyCache) -> None:
+        """Let the policy take over the whole prompt of each group of rows."""
+        parts, cache.prompt_ids = cache.prompt_ids, []
+        if not self.hook.after_prompt.get_hookimpls() or not cache.governed:
+            return
+        if any(part is None for part in parts):
+            raise KVBenchError(
+                f"Policy '{self.policy.name}' needs the prompt's token ids, but the model was given embeddings: pass "
+                "input_ids."
+            )
+        ids = torch.cat([part for part in parts if part is not None], dim=1)
+        for number, lane in enumerate(cache.lanes):
+            layers = [cached.groups[number] for cached in cache.governed]
+            own = ids if lane.rows is None else ids[lane.rows.to(ids.device)]
+
+            def replay(more: Tensor, observe: Observe, lane: Lane = lane, layers: list[Layer] = layers) -> None:
+                self._replay = ReplayCache(cache, lane, layers, observe)
+                try:
+                    with torch.no_grad():
+                        self.model(input_ids=more, past_key_values=self._replay, use_cache=True, logits_to_keep=1)
+                finally:
+                    self._replay = None
+
+            start = self.now()
+            self.call("after_prompt", layers=layers, ids=own[:, lane.padding :], replay=replay)
+            cache.index_s += self.now() - start
+
+    def watch_hidden(self, module: nn.Module) -> None:
+        """Note from now on what the attention `module` is called with, where the policy wants to know."""
+        if self.policy.uses_hidden and id(module) not in self._watched:
+            self._watched.add(id(module))
+            self._handles.append(module.register_forward_pre_hook(self._note_call, with_kwargs=True))
+
+    def _note_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._projecting and self._replay is None:
+            self._calls[module.layer_idx] = args, kwargs
+
+    def _project(self, module: Any, lane: Lane, step: int, hidden: Tensor) -> Tensor:
+        """The queries of `module` at this call for `hidden` [B, 1, D] in place of its own input of the lane's rows."""
+        args, kwargs = self._calls[module.layer_idx]
+        rows = slice(None) if lane.rows is None else lane.rows
+        inputs = _hidden(args, kwargs).clone()
+        inputs[rows, step] = hidden[:, 0]
+        args = tuple(None if value is self.cache else value for value in args)
+        kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
+        self._projecting = True
+        try:
+            if args:
+                module(inputs, *args[1:], **kwargs)
+            else:
+                module(**{**kwargs, "hidden_states": inputs})
+        except _Projected as found:
+            return lane.take(found.queries)[:, :, step : step + 1]
+        finally:
+            self._projecting = False
+        raise AssertionError("an attention module that came through the attention interface left it")
+
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of one layer: the model's own for the prompt, the policy's afterwards."""
+        if self._projecting:
+            raise _Projected(query)
+        if self._replay is not None:
+            self._replay.observed(module.layer_idx, query)
+            return self._own_attention(module)(module, query, key, value, mask, **kwargs)
         if self.cache is None:
             raise KVBenchError(f"Call {type(self.model).__name__} itself while a policy is attached, not a part of it.")
         cached = self.cache.layers[module.layer_idx]
@@ -398,7 +514,7 @@ class Session:
                     f"{type(self.model).__name__} uses '{name}' in its attention, which policies do not support yet: "
                     "choose another model, or policy 'full'."
                 )
-        return self._policy_steps(cached, query), None
+        return self._policy_steps(module, cached, query), None
 
     def _exact_step(self, cached: PolicyCacheLayer, query: Tensor, own: Callable[[], Tensor]) -> Tensor:
         layer = cached.groups[0]
@@ -410,15 +526,19 @@ class Session:
         output: Tensor = self.call("attend", layer=layer, queries=query, selection=selection).output
         return output.transpose(1, 2)
 
-    def _policy_steps(self, cached: PolicyCacheLayer, query: Tensor) -> Tensor:
+    def _policy_steps(self, module: Any, cached: PolicyCacheLayer, query: Tensor) -> Tensor:
         assert cached.new is not None
         keys, values = cached.new
+        hidden = _hidden(*self._calls[module.layer_idx]) if self.policy.uses_hidden else None
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[3])
         for lane, layer in zip(self.cache.lanes, cached.groups, strict=True):  # type: ignore[union-attr]
             lane_queries, lane_keys, lane_values = lane.take(query), lane.take(keys), lane.take(values)
             for step in range(query.shape[2]):
                 now = slice(step, step + 1)
                 new_keys, new_values, queries = lane_keys[:, :, now], lane_values[:, :, now], lane_queries[:, :, now]
+                if hidden is not None:
+                    layer.hidden = lane.take(hidden)[:, now]
+                    layer.project = functools.partial(self._project, module, lane, step)
                 layer.store.append(new_keys, new_values)
                 self.call("insert", layer=layer, keys=new_keys, values=new_values)
                 selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
@@ -428,6 +548,8 @@ class Session:
                     output[:, step] = part
                 else:
                     output[lane.rows, step] = part
+                layer.project = None
+        self._calls.pop(module.layer_idx, None)
         return output
 
     def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -448,6 +570,23 @@ def _attention(
             "attached model: use an architecture whose layers share the model's configuration."
         )
     return session.attention(module, query, key, value, attention_mask, **kwargs)
+
+
+class _Projected(Exception):  # noqa: N818  no error: it leaves an attention module once its queries are known
+    def __init__(self, queries: Tensor) -> None:
+        super().__init__()
+        self.queries = queries
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input [B, m, D] that an attention module was called with."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _governed(layers: Sequence[CacheLayerMixin]) -> list[int]:
+    """The places of the full-attention layers, which a policy governs."""
+    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
 def _left_padding(mask: Tensor | None) -> Tensor | None:

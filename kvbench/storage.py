@@ -7,14 +7,64 @@ Attention does not depend on the order of its keys, so the static set is kept in
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
+
+from kvbench.attention import scores, weighted_sum
 
 HOST = torch.device("cpu")
 
 
+class Storage(Protocol):
+    """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
+
+    A policy hands a factory, called with the tokens' keys and values [B, G, t, d] where they shall lie, to
+    `KVStore.set_aside(..., storage=...)`. Slots count from 0, in the tokens' order. What is held between steps is plain
+    tensors; whatever is decoded for a step is dropped after it.
+    """
+
+    length: int
+    """Tokens held."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memory held, spare room and quantisation parameters included."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of it that stay on the model's device even where the tokens are offloaded."""
+
+    @property
+    def keys(self) -> Tensor:
+        """All keys [B, G, t, d], decoded."""
+
+    @property
+    def values(self) -> Tensor:
+        """All values [B, G, t, d], decoded."""
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens, `keys` and `values` [B, G, m, d], at the end."""
+
+    def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, two [B, H or G, k, d], of the tokens in `slots` [B, H or G, k]; `heads` is H or G."""
+
+    def scores(self, queries: Tensor, scaling: float) -> Tensor:
+        """Scaled inner products, float32 [B, H, t], of `queries` [B, H, 1, d] with all keys; −inf masks a token."""
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sum, float32 [B, H, 1, d], of all values with `weights` [B, H, t]."""
+
+
+StorageFactory = Callable[[Tensor, Tensor], Storage]
+
+
 class TokenBuffer:
     """Keys and values of a growing number of tokens, [B, G, t, d], in memory that grows by a sixteenth at a time."""
+
+    resident_bytes = 0
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         """Take over `keys` and `values` [B, G, t, d] without a copy where they are contiguous."""
@@ -36,6 +86,14 @@ class TokenBuffer:
     def nbytes(self) -> int:
         """Bytes of the memory held, spare room included."""
         return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
+
+    def scores(self, queries: Tensor, scaling: float) -> Tensor:
+        """Scaled inner products, float32 [B, H, t], of `queries` [B, H, 1, d] with all keys."""
+        return scores(queries.to(self._keys.device), self.keys, scaling)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sum, float32 [B, H, 1, d], of all values with `weights` [B, H, t]."""
+        return weighted_sum(weights, self.values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens at the end."""
@@ -104,9 +162,10 @@ class KVStore:
         self._static_ids = torch.arange(self.tokens, device=keys.device)
         self._ragged: RaggedBuffer | None = None
         self._ragged_kept: Tensor | None = None
-        self._aside: TokenBuffer | None = None
+        self._aside: Storage | None = None
         self.aside_start = self.aside_stop = 0
         self._offloaded = False
+        self._device = keys.device
         self.index_bytes = 0
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -127,16 +186,20 @@ class KVStore:
         return torch.cat([self._ragged_kept, self._static_ids.expand(*self._ragged_kept.shape[:2], -1)], dim=-1)
 
     @property
-    def aside_keys(self) -> Tensor:
-        """Keys [B, G, m, d] of the set-aside tokens `aside_start` to `aside_stop` − 1, in order, where they lie."""
+    def aside(self) -> Storage:
+        """The set-aside tokens `aside_start` to `aside_stop` − 1, in order, where they lie."""
         assert self._aside is not None, "no tokens are set aside"
-        return self._aside.keys
+        return self._aside
+
+    @property
+    def aside_keys(self) -> Tensor:
+        """Keys [B, G, m, d] of the set-aside tokens, in order, where they lie."""
+        return self.aside.keys
 
     @property
     def aside_values(self) -> Tensor:
         """Values [B, G, m, d] of the set-aside tokens, in order, where they lie."""
-        assert self._aside is not None, "no tokens are set aside"
-        return self._aside.values
+        return self.aside.values
 
     def static_parts(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """The static set as keys [B, G, t, d], values [B, G, t, d] and a mask [B, G, t] or None."""
@@ -150,22 +213,23 @@ class KVStore:
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Copy the set-aside tokens `ids` [B, H or G, k] (−1 gives any token) as keys and values [B, H or G, k, d].
 
-        The copies lie where the tokens lie: on the host where they are offloaded.
+        The copies lie where the tokens lie: on the host where they are offloaded, unless the storage brings them back.
         """
         assert self._aside is not None, "a policy selected tokens, but set none aside"
-        slots = (ids.to(self._aside.keys.device) - self.aside_start).clamp_min(0)
+        slots = (ids.to(self._device) - self.aside_start).clamp_min(0)
         return self._aside.pick(slots, ids.shape[1])
 
     @property
     def resident_bytes(self) -> int:
         """Bytes on the model's device."""
-        aside = self._aside.nbytes if self._aside is not None and not self._offloaded else 0
-        return self._static.nbytes + (self._ragged.nbytes if self._ragged is not None else 0) + aside
+        ragged = self._ragged.nbytes if self._ragged is not None else 0
+        aside = 0 if self._aside is None else self._aside.nbytes - self.offloaded_bytes
+        return self._static.nbytes + ragged + aside
 
     @property
     def offloaded_bytes(self) -> int:
         """Bytes in the host's memory, the set-aside tier of policies that offload."""
-        return self._aside.nbytes if self._aside is not None and self._offloaded else 0
+        return self._aside.nbytes - self._aside.resident_bytes if self._aside is not None and self._offloaded else 0
 
     # -- what policies do --------------------------------------------------------------------------------------------
 
@@ -193,16 +257,17 @@ class KVStore:
         ))  # fmt: skip
         self._static_ids = kept.clone()
 
-    def set_aside(self, start: int, stop: int, *, offload: bool) -> None:
+    def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory = TokenBuffer) -> None:
         """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
 
-        Called once, in `prefill`; later tokens follow with `advance`.
+        `storage` makes what holds them from then on, from copies of their keys and values [B, G, t, d] on the device
+        where they shall lie. Called once, in `prefill` or `after_prompt`; later tokens follow with `advance`.
         """
         assert self._aside is None, "tokens were set aside before"
         keys, values = self._static.keys, self._static.values
-        device = HOST if offload else keys.device
-        self._aside = TokenBuffer(
-            keys[:, :, start:stop].to(device, copy=True), values[:, :, start:stop].to(device, copy=True)
+        self._device = HOST if offload else keys.device
+        self._aside = storage(
+            keys[:, :, start:stop].to(self._device, copy=True), values[:, :, start:stop].to(self._device, copy=True)
         )
         rest = torch.cat([torch.arange(start), torch.arange(stop, self.tokens)]).to(keys.device)
         self._static = TokenBuffer(keys[:, :, rest], values[:, :, rest])

@@ -5,6 +5,7 @@ from kvbench.hookspecs import hookimpl
 from kvbench.policy import KVCachePolicy
 from kvbench.strategies.flat import Flat
 from kvbench.strategies.full import Full
+from kvbench.strategies.full_no_cache import FullNoCache
 from kvbench.strategies.hnsw import HNSW
 from kvbench.strategies.ivf import IVF
 from kvbench.strategies.ivfpq import IVFPQ
@@ -21,7 +22,7 @@ from kvbench.strategies.vamana import Vamana
 @hookimpl
 def kvbench_policies() -> list[type[KVCachePolicy]]:
     """Register the built-in policies."""
-    return [Full, StreamingLLM, SnapKV, Quest, Flat, Retrieval, RobustVamana, Vamana, IVF, HNSW, IVFPQ]
+    return [Full, FullNoCache, StreamingLLM, SnapKV, Quest, Flat, Retrieval, RobustVamana, Vamana, IVF, HNSW, IVFPQ]
 
 
 @hookimpl

@@ -9,4 +9,5 @@ class Full(KVCachePolicy):
     name = "full"
     summary = "Exact attention over the whole cache: the baseline of every table."
     exact = True
+    takes_budget = False
     query_window = 0
