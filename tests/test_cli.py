@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
 
 import pytest
 from test_tasks import make_tokenizer
 from tiny import tiny_model
 
-from kvbench import cli, runner
+from kvbench import runner
 
 
 @pytest.fixture(scope="module")
@@ -18,24 +17,6 @@ def model_folder(tmp_path_factory):
     tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def kvbench(monkeypatch, capfd):
-    """Run the command; give its exit code, stdout and stderr."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["kvbench", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
-
-    return command
 
 
 @pytest.fixture

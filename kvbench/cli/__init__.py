@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from kvbench.cli import analyze, capture, index, lists, run  # noqa: F401  importing them registers the commands
+from kvbench.cli import analyze, capture, compare, index, lists, run  # noqa: F401  importing them registers the commands
 from kvbench.cli.common import app, err
 from kvbench.errors import KVBenchError
 
