@@ -121,8 +121,8 @@ class Selection:
     ids select nothing, unless `everything` selects all that is set aside, for the key/value heads in `heads`, bool
     [B or 1, G], where given. `queries` [B, H, 1, d] meet the set-aside tokens in place of the step's own (another
     position encoding). `log_weights` [B, H, k] are added to the scaled scores (importance sampling). `summary`: logits,
-    float32 [B, H, s], and values [B, H, s, d] of rows that stand for many tokens (estimation zones). `evaluations`:
-    distance evaluations per query head that finding the tokens took, for the scanned fraction.
+    float32 [B, H, s], and values [B, H or G, s, d] of rows that stand for many tokens (estimation zones).
+    `evaluations`: distance evaluations per query head that finding the tokens took, for the scanned fraction.
     """
 
     ids: Tensor | None = None
@@ -165,6 +165,10 @@ class KVCachePolicy(_Pluggable):
     """False for the baseline without a cache: the model computes the whole context anew for every token."""
     uses_hidden: ClassVar[bool] = False
     """True for a policy that looks at the inputs of attention layers while decoding (`Layer.hidden`, `queries_for`)."""
+    grows: ClassVar[bool] = False
+    """True for a policy that attends to all generated tokens in any case, so that long answers outgrow its budget."""
+    adaptive: ClassVar[bool] = False
+    """True for a policy whose number of tokens depends on the data, with the budget as its upper bound."""
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
 

@@ -123,6 +123,14 @@ class TokenBuffer:
         )
         return keys, values
 
+    def fill_from_end(self, slots: Tensor) -> None:
+        """Overwrite, for each row and head, the token in `slots` [B, G] by the last one, and forget the last slot."""
+        last = self.length - 1
+        for buffer in (self._keys, self._values):
+            places = slots[:, :, None, None].expand(*slots.shape, 1, buffer.shape[3])
+            buffer.scatter_(2, places, buffer[:, :, last : last + 1].clone())
+        self.length = last
+
     def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
         """Move the tokens in slots `sources` [c] to `targets` [c] and forget all slots from `length` on."""
         for buffer in (self._keys, self._values):
@@ -141,6 +149,11 @@ class RaggedBuffer:
         first = (self.lengths.reshape(-1).cumsum(0) - self.lengths.reshape(-1)).view(self.lengths.shape)
         self.mask = rank < self.lengths[..., None]
         self._slots = torch.where(self.mask, first[..., None] + rank, 0)
+
+    def replace(self, slots: Tensor, where: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put `keys` and `values` [B, G, d] into `slots` [B, G] of the rows and heads that `where` [B, G] marks."""
+        places = self._slots.gather(-1, slots.clamp(max=self._slots.shape[-1] - 1)[..., None]).squeeze(-1)[where]
+        self.keys[places], self.values[places] = keys[where], values[where]
 
     @property
     def nbytes(self) -> int:
@@ -299,6 +312,28 @@ class KVStore:
     def evict(self, start: int, count: int) -> None:
         """Evict the static tokens `start` to `start + count − 1`, held by all heads alike."""
         self._drop(self._slots_of(start, count))
+
+    def evict_slots(self, slots: Tensor) -> None:
+        """Evict a static token of each row and head, the one in `slots` [B, G]; the last slot's token takes its place.
+
+        Slots count as in `static_ids`, in `static_parts` and in the weights that `attend` gives on request; slots that
+        `static_ids` marks with −1 hold nothing to evict.
+        """
+        last, fixed = self._static.length - 1, 0
+        self._static_ids = self._static_ids.expand(*slots.shape, -1).contiguous()
+        newest = self._static_ids[..., last:]
+        if self._ragged is not None:
+            assert self._ragged_kept is not None
+            fixed = self._ragged_kept.shape[-1]
+            inside = slots < fixed
+            self._ragged.replace(slots, inside, self._static.keys[:, :, last], self._static.values[:, :, last])
+            held = self._ragged_kept.gather(-1, slots.clamp(max=fixed - 1)[..., None])
+            self._ragged_kept.scatter_(
+                -1, slots.clamp(max=fixed - 1)[..., None], torch.where(inside[..., None], newest, held)
+            )
+            slots = torch.where(inside, last + fixed, slots)
+        self._static.fill_from_end(slots - fixed)
+        self._static_ids = self._static_ids.scatter(-1, (slots - fixed)[..., None], newest)[..., :last]
 
     def _slots_of(self, start: int, count: int) -> Tensor:
         slots = ((self._static_ids >= start) & (self._static_ids < start + count)).nonzero().squeeze(-1)

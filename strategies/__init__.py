@@ -6,15 +6,22 @@ from kvbench.policy import KVCachePolicy
 from kvbench.strategies.flat import Flat
 from kvbench.strategies.full import Full
 from kvbench.strategies.full_no_cache import FullNoCache
+from kvbench.strategies.h2o import H2O
 from kvbench.strategies.hnsw import HNSW
 from kvbench.strategies.ivf import IVF
 from kvbench.strategies.ivfpq import IVFPQ
+from kvbench.strategies.keydiff import KeyDiff
+from kvbench.strategies.knorm import KNorm
+from kvbench.strategies.oracle_topk import OracleTopK
+from kvbench.strategies.oracle_topp import OracleTopP
 from kvbench.strategies.pyramid import Pyramid
 from kvbench.strategies.quest import Quest
+from kvbench.strategies.random import Random
 from kvbench.strategies.retrieval import Retrieval
 from kvbench.strategies.robust_vamana import RobustVamana
 from kvbench.strategies.snapkv import SnapKV
 from kvbench.strategies.streaming_llm import StreamingLLM
+from kvbench.strategies.tova import TOVA
 from kvbench.strategies.uniform import Uniform
 from kvbench.strategies.vamana import Vamana
 
@@ -22,7 +29,13 @@ from kvbench.strategies.vamana import Vamana
 @hookimpl
 def kvbench_policies() -> list[type[KVCachePolicy]]:
     """Register the built-in policies."""
-    return [Full, FullNoCache, StreamingLLM, SnapKV, Quest, Flat, Retrieval, RobustVamana, Vamana, IVF, HNSW, IVFPQ]
+    return [
+        Full, FullNoCache,
+        StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm,
+        Quest,
+        Flat, Retrieval, RobustVamana, Vamana, IVF, HNSW, IVFPQ,
+        Random, OracleTopK, OracleTopP,
+    ]  # fmt: skip
 
 
 @hookimpl

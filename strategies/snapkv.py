@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from kvbench.extension import Options
 from kvbench.policy import KVCachePolicy, Layer
+from kvbench.strategies.eviction import keep_best
 
 
 def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -26,6 +27,7 @@ class SnapKV(KVCachePolicy):
 
     name = "snapkv"
     summary = "Keeps what the prompt's last queries attend to most, per head, and the last tokens; evicts the rest."
+    grows = True
     reference = "Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469"
 
     class Options(Options):
@@ -53,6 +55,4 @@ class SnapKV(KVCachePolicy):
         pool = functional.avg_pool1d if self.options.pooling == "avg" else functional.max_pool1d
         pooled = pool(votes, self.options.kernel, stride=1, padding=self.options.kernel // 2)
         per_head = pooled.view(layer.rows, layer.kv_heads, -1, before).mean(2)
-        top = per_head.topk(layer.budget.tokens - window, dim=-1).indices.sort(-1).values
-        recent = torch.arange(before, layer.tokens, device=keys.device).expand(*top.shape[:2], -1)
-        layer.store.keep(torch.cat([top, recent], dim=-1))
+        keep_best(layer, per_head, window)

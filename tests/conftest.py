@@ -1,4 +1,4 @@
-"""Shared settings of the tests."""
+"""Shared settings and fixtures of the tests."""
 
 import sys
 
@@ -30,3 +30,19 @@ def kvbench(monkeypatch, capfd):
         return code, captured.out, captured.err
 
     return command
+
+
+@pytest.fixture(scope="session")
+def real_vectors(tmp_path_factory):
+    """Vectors of one middle layer of the embedded model on real text: 9 query and 3 key/value heads of dimension 64."""
+    from drive import Vectors
+
+    from kvbench.capture import capture, plan_capture, read_text
+    from kvbench.models import load_model
+
+    loaded, text = load_model("smollm2-135m"), read_text("default")
+    config = plan_capture(loaded, text, context_length=280, decode_tokens=24, layers="14")
+    layer = capture(config, loaded, text, tmp_path_factory.mktemp("capture") / "small").layer(14)
+    parts = [torch.cat([getattr(layer.prompt, name), getattr(layer.decode, name)], dim=1)[None].float()
+             for name in ("queries", "keys", "values")]  # fmt: skip
+    return Vectors(*parts, prompt=256)

@@ -4,15 +4,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_model, tokens
+from tiny import ARCHITECTURES, budgeted_policies, small_options, tiny_model, tokens
 
 import kvbench
 from kvbench.attention import softmax_parts
 from kvbench.errors import KVBenchError
-
-SELECTING = ["quest", "flat", "retrieval"]
-EVICTING = ["streaming_llm", "snapkv"]
-SMALL = {"flat": {"sinks": 2, "window": 8}, "retrieval": {"sinks": 2, "window": 8}, "snapkv": {"window": 8}}
+from kvbench.plugins import registry
 
 
 def padded_batch(lengths=(40, 61, 50), seed=1):
@@ -42,13 +39,25 @@ def test_full_gives_the_tokens_and_logits_of_plain_transformers(architecture):
         assert all(torch.equal(a, b) for a, b in zip(plain.scores, ours.scores, strict=True))
 
 
-@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "mistral"])
-@pytest.mark.parametrize("policy", SELECTING + EVICTING)
+def options_of(policy):
+    return small_options(registry().find("policy", policy))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "policy"),
+    [("llama", policy) for policy in budgeted_policies()]
+    + [
+        (architecture, policy)
+        for architecture in ARCHITECTURES
+        for policy in ("quest", "retrieval", "streaming_llm", "snapkv")
+        if architecture not in ("llama", "mistral")
+    ],
+)
 def test_a_budget_that_covers_everything_gives_the_tokens_of_plain_transformers(architecture, policy):
     model = tiny_model(architecture)
     for ids, mask in [(tokens(1, 60), None), padded_batch()]:
         plain = generate(model, ids, mask, steps=40)
-        with kvbench.attach(model, policy=policy, budget=1.0, options=SMALL.get(policy)):
+        with kvbench.attach(model, policy=policy, budget=1.0, options=options_of(policy)):
             ours = generate(model, ids, mask, steps=40)
         assert torch.equal(plain, ours)
 
@@ -62,23 +71,23 @@ def test_a_model_of_sliding_windows_only_is_refused_by_name():
         generate(model, tokens(1, 60))
 
 
-@pytest.mark.parametrize("policy", SELECTING + EVICTING)
+@pytest.mark.parametrize("policy", budgeted_policies())
 def test_a_padded_batch_gives_the_tokens_of_its_rows_alone(policy):
     model = tiny_model()
     ids, mask = padded_batch()
-    with kvbench.attach(model, policy=policy, budget=24, options=SMALL.get(policy)):
+    with kvbench.attach(model, policy=policy, budget=24, options=options_of(policy)):
         together = generate(model, ids, mask, steps=30)
         alone = [generate(model, ids[row : row + 1, mask[row] == 1], steps=30) for row in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("policy", ["full", *SELECTING, *EVICTING])
+@pytest.mark.parametrize("policy", ["full", *budgeted_policies()])
 def test_a_prompt_in_chunks_gives_the_tokens_of_a_prompt_in_one_call(policy):
     model, ids = tiny_model(), tokens(2, 70)
     budget = None if policy == "full" else 24
-    with kvbench.attach(model, policy=policy, budget=budget, options=SMALL.get(policy)):
+    with kvbench.attach(model, policy=policy, budget=budget, options=options_of(policy)):
         whole = generate(model, ids)
-    with kvbench.attach(model, policy=policy, budget=budget, options=SMALL.get(policy), prompt_tokens=70):
+    with kvbench.attach(model, policy=policy, budget=budget, options=options_of(policy), prompt_tokens=70):
         chunked = generate(model, ids, prefill_chunk_size=17)
     assert torch.equal(whole, chunked)
 
@@ -98,7 +107,10 @@ def test_tokens_after_the_prompt_go_through_the_policy_one_by_one():
 def test_leaving_the_block_restores_the_model():
     model = tiny_model()
     before = dict(model.__dict__), model.config.to_dict(), model.config._attn_implementation
-    with pytest.raises(ZeroDivisionError), kvbench.attach(model, policy="snapkv", budget=0.5, options=SMALL["snapkv"]):
+    with (
+        pytest.raises(ZeroDivisionError),
+        kvbench.attach(model, policy="snapkv", budget=0.5, options=options_of("snapkv")),
+    ):
         generate(model, tokens(1, 60))
         raise ZeroDivisionError
     assert not model._forward_pre_hooks and not model._forward_hooks

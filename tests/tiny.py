@@ -20,6 +20,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kvbench.plugins import registry
+
 COMMON: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
     "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1,
@@ -48,6 +50,20 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> An
     model = model_class(config_class(**{**COMMON, **extra, **changes})).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+SMALL_OPTIONS = {"sinks": 2, "window": 8, "page_size": 4, "subspaces": 2}
+"""For the options of these names, values that leave a policy a choice in contexts of tens of tokens."""
+
+
+def small_options(policy: type[Any]) -> dict[str, Any]:
+    """Options that fit a policy to contexts of tens of tokens."""
+    return {name: value for name, value in SMALL_OPTIONS.items() if name in policy.Options.model_fields}
+
+
+def budgeted_policies() -> list[str]:
+    """Every registered policy that takes a budget, so that none is forgotten in the tests that hold for all."""
+    return sorted(name for name, policy in registry().classes["policy"].items() if policy.takes_budget)
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
