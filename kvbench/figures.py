@@ -55,15 +55,23 @@ def style(place: int) -> Style:
 
 
 @contextmanager
+def styled(name: str) -> Iterator[None]:
+    """The style, for drawing and saving inside the block; texts are plain, no TeX. `name` makes an SVG's ids."""
+    from matplotlib import rc_context  # noqa: PLC0415 - slow
+
+    with rc_context({**_RC, "svg.hashsalt": name}):
+        yield
+
+
+@contextmanager
 def drawing(folder: Path, name: str, size: tuple[float, float] = (6.0, 3.8)) -> Iterator[Figure]:
     """Give an empty figure of `size` inches; leaving the block saves it as `NAME.svg` and `NAME.png` in the folder.
 
-    Everything that is drawn belongs inside the block, where the style holds. Texts are plain: no TeX.
+    Everything that is drawn belongs inside the block, where the style holds.
     """
-    from matplotlib import rc_context  # noqa: PLC0415 - slow
     from matplotlib.figure import Figure  # noqa: PLC0415 - slow
 
-    with rc_context({**_RC, "svg.hashsalt": name}):
+    with styled(name):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -5,7 +5,15 @@ from __future__ import annotations
 import os
 import sys
 
-from kvbench.cli import analyze, capture, compare, index, lists, run  # noqa: F401  importing them registers the commands
+from kvbench.cli import (  # noqa: F401  importing them registers the commands
+    analyze,
+    capture,
+    compare,
+    index,
+    lists,
+    report,
+    run,
+)
 from kvbench.cli.common import app, err
 from kvbench.errors import KVBenchError
 

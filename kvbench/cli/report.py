@@ -1,0 +1,48 @@
+"""`kvbench report`: finished runs as a page to read and send on."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvbench.cli.common import Json, app, err, out
+
+
+@app.command()
+def report(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders of runs and analyses, or folders that hold such."),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("kvbench-report"),
+    formats: Annotated[str, typer.Option("--format", help="html, md or pdf; several separated by commas.")] = "html",
+    as_json: Json = False,
+) -> None:
+    """Write a report of runs: leaderboard, figures and how each was made; HTML that opens without a network."""
+    from kvbench.report import build  # noqa: PLC0415  torch takes seconds to import; --help stays quick
+
+    names = [name.strip() for name in formats.split(",") if name.strip()]
+    command = shlex.join(
+        ["kvbench", "report", *map(str, folders), "--format", ",".join(names), "--output", str(output)]
+    )
+    done = build(folders, output, names, command=command)
+    for problem in done.found.problems:
+        err.print(f"Warning: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps(done.document(), indent=2))
+        return
+    partial = sum(run.partial for run in done.found.runs)
+    out.print(
+        f"{len(done.found.runs)} runs{f' ({partial} partial)' if partial else ''}, "
+        f"{len(done.found.analyses)} analyses, {sum(chart.paint is not None for chart in done.charts)} figures.",
+        highlight=False,
+    )
+    for chart in done.charts:
+        if chart.missing:
+            out.print(f"{chart.title}: {chart.missing}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    for name in names:
+        out.print(str(output / f"report.{name}"), style="dim", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,254 @@
+"""Finds runs and analyses in folders, and pairs each run with exact attention on the same examples."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvbench.errors import KVBenchError
+from kvbench.results import read, read_rows, summarise
+from kvbench.statistics import PairedDifference, holm, paired_difference
+from kvbench.traces import Trace, read_trace
+
+BASELINE = "full"
+SAME_EXAMPLES = (
+    "model", "model_fingerprint", "dtype", "task", "task_options", "task_data", "context_length", "seed", "question",
+)  # fmt: skip
+"""What a run and its baseline have in common, beside the examples' ids."""
+
+
+Setting = tuple[str, str, int, str]
+"""Model, task, context length and question mode: what runs shown beside each other have in common."""
+
+
+@dataclass
+class ReportRun:
+    """One run folder: what `run.json` says, its finished `rows`, and its metrics, computed for a partial run too."""
+
+    path: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    status: str
+    rows: list[dict[str, Any]]
+    metrics: dict[str, Any]
+    baseline: ReportRun | None = None
+    paired: PairedDifference | None = None
+    p_adjusted: float | None = None
+
+    @property
+    def policy(self) -> str:
+        """Name of the policy."""
+        return str(self.config["policy"])
+
+    @property
+    def partial(self) -> bool:
+        """Whether examples are missing."""
+        return self.status != "complete"
+
+    @property
+    def accuracy(self) -> float:
+        """Mean score of the finished examples."""
+        return float(self.metrics["accuracy"]["mean"])
+
+    @property
+    def total_bytes(self) -> float:
+        """Bytes of all tiers and the index together, as realised, averaged over the examples."""
+        return float(sum(self.metrics["bytes"].values()))
+
+    @property
+    def setting(self) -> Setting:
+        """What must be the same for two policies to be shown beside each other."""
+        config = self.config
+        return config["model"], config["task"], config["context_length"], config["question"]
+
+    @cached_property
+    def traces(self) -> list[Trace]:
+        """The per-step traces of the probed examples."""
+        return [read_trace(self.path / row["trace"]) for row in self.rows if row.get("trace")]
+
+    def probed(self, name: str) -> list[float]:
+        """The values that probes gave for `name`, one for each probed example that has one."""
+        return [row["probes"][name] for row in self.rows if (row.get("probes") or {}).get(name) is not None]
+
+
+@dataclass
+class Analysis:
+    """The output of `kvbench analyze`: its rows and where they came from."""
+
+    path: Path
+    name: str
+    source: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+@dataclass
+class Collection:
+    """All that the folders hold, and what could not be shown (`problems`, a sentence each)."""
+
+    runs: list[ReportRun] = field(default_factory=list)
+    analyses: list[Analysis] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def settings(self, runs: Iterable[ReportRun] | None = None) -> dict[Setting, list[ReportRun]]:
+        """Runs by setting, in the order of model, task, context length and question."""
+        found: dict[Setting, list[ReportRun]] = {}
+        for run in self.runs if runs is None else runs:
+            found.setdefault(run.setting, []).append(run)
+        return dict(sorted(found.items()))
+
+
+def collect(folders: Sequence[Path]) -> Collection:
+    """Read every run and analysis at or below the folders.
+
+    A run that cannot be read becomes a problem, and the others are shown. Raises KVBenchError for a folder that does
+    not exist, and where nothing is left to show.
+    """
+    found = Collection()
+    seen: set[Path] = set()
+    for folder in folders:
+        if not folder.is_dir():
+            raise KVBenchError(f"{folder} is no folder: give folders that `kvbench run` or `kvbench analyze` wrote.")
+        for file in _candidates(folder):
+            if file.resolve() in seen:
+                continue
+            seen.add(file.resolve())
+            if file.name == "run.json":
+                _add_run(found, file.parent)
+            else:
+                _add_analysis(found, file)
+    if not found.runs and not found.analyses:
+        where = ", ".join(map(str, folders))
+        if found.problems:
+            raise KVBenchError(f"Nothing in {where} can be shown: {' '.join(found.problems)}")
+        raise KVBenchError(
+            f"There is no run in {where}: a run is a folder with run.json; `kvbench run --output DIR` makes them."
+        )
+    found.runs.sort(key=_order)
+    _pair(found.runs)
+    return found
+
+
+def _candidates(folder: Path) -> Iterator[Path]:
+    """Files `run.json`, and other `.json` files outside of runs, in sorted order; hidden folders are left out."""
+    for parent, folders, files in os.walk(folder):
+        if "run.json" in files:
+            folders.clear()
+            yield Path(parent) / "run.json"
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(parent) / name for name in sorted(files) if name.endswith(".json"))
+
+
+def _add_run(found: Collection, path: Path) -> None:
+    try:
+        content = read(path)
+        rows = read_rows(path)
+        if not rows:
+            raise KVBenchError(
+                f"{path} has no finished example ({content['status']}): continue it with the same command."
+            )
+        run = ReportRun(path, content["config"], content["environment"], content["status"], rows, summarise(rows))
+        _ = run.traces, run.total_bytes
+    except KVBenchError as error:
+        found.problems.append(str(error))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        found.problems.append(
+            f"{path / 'examples.jsonl'} lacks what a run's examples hold ({type(error).__name__}: {error}): move the "
+            "folder away and run it again."
+        )
+    else:
+        found.runs.append(run)
+
+
+def _add_analysis(found: Collection, file: Path) -> None:
+    """Add a file that `kvbench analyze` wrote; any other JSON file is none of ours."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if not isinstance(content, dict) or content.get("analysis") != file.stem or not content.get("rows"):
+        return
+    if content.get("schema") != 1:
+        found.problems.append(f"{file} has schema version {content.get('schema')!r}; this kvbench reads version 1.")
+        return
+    found.analyses.append(Analysis(file.parent, content["analysis"], content.get("source", {}), content["rows"]))
+
+
+def _order(run: ReportRun) -> tuple[Any, ...]:
+    budget = run.config["budget"] or {}
+    return (
+        *run.setting, run.policy == BASELINE, run.policy, budget.get("allocator", ""),
+        json.dumps(run.config["policy_options"], sort_keys=True), budget.get("ratio") or 0, budget.get("tokens") or 0,
+        run.config["seed"], str(run.path),
+    )  # fmt: skip
+
+
+def _pair(runs: Sequence[ReportRun]) -> None:
+    """Give each run its baseline and the paired difference, p-values adjusted over all of them (Holm)."""
+    for run in runs:
+        if run.policy == BASELINE:
+            continue
+        mine = {row["id"] for row in run.rows}
+        partners = [
+            (len(mine & {row["id"] for row in other.rows}), other.path.parent == run.path.parent, other)
+            for other in runs
+            if other.policy == BASELINE and all(other.config[key] == run.config[key] for key in SAME_EXAMPLES)
+        ]
+        common, _, best = max(partners, key=lambda partner: partner[:2], default=(0, False, None))
+        if best is None or not common:
+            continue
+        run.baseline, seed = best, run.config["seed"]
+        scores = ({seed: {row["id"]: float(row["score"]) for row in one.rows}} for one in (best, run))
+        run.paired = paired_difference(*scores)
+    compared = [run for run in runs if run.paired is not None]
+    for run, p in zip(compared, holm([run.paired.p_value for run in compared if run.paired]), strict=True):
+        run.p_adjusted = p
+
+
+def labels(runs: Sequence[ReportRun], apart: Sequence[str] = ()) -> dict[int, str]:
+    """The shortest names (by `id(run)`) that tell the runs apart: policy, budget, and what differs within a policy.
+
+    Keys in `apart` are shown elsewhere and left out.
+    """
+    facts = {id(run): _facts(run, apart) for run in runs}
+    names = {}
+    for run in runs:
+        peers = [facts[id(other)] for other in runs if other.policy == run.policy]
+        mine = facts[id(run)]
+        differing = [key for key in mine if any(peer.get(key) != mine[key] for peer in peers)]
+        parts = [mine[key] if key == "budget" else f"{key.split('.')[-1]} {mine[key]}" for key in differing]
+        name = ", ".join([run.policy, *parts])
+        names[id(run)] = f"{name} (partial)" if run.partial else name
+    return names
+
+
+def _facts(run: ReportRun, apart: Sequence[str]) -> dict[str, str]:
+    config = run.config
+    found = {"budget": budget_text(config["budget"])}
+    for key in ("policy_options", "task_options"):
+        found |= {f"{key}.{name}": str(value) for name, value in config[key].items()}
+    for key, value in config.items():
+        if key not in (
+            "budget", "policy_options", "task_options", "task_data", "model_fingerprint", "probes", "probe_examples",
+            "policy", *apart,
+        ):  # fmt: skip
+            found[key.replace("_", " ")] = str(value)
+    return found
+
+
+def budget_text(budget: dict[str, Any] | None) -> str:
+    """A budget in words."""
+    if budget is None:
+        return "none"
+    if budget.get("ratio") is not None:
+        size = f"{100 * budget['ratio']:g}%"
+    elif budget.get("tokens") is not None:
+        size = f"{budget['tokens']} tokens"
+    else:
+        size = f"{budget['bytes'] / 2**20:g} MiB"
+    return size if budget["allocator"] == "uniform" else f"{size} {budget['allocator']}"
