@@ -22,13 +22,15 @@ class Step:
     """One decoding step of one layer against exact attention over the whole context of n tokens.
 
     `logits`: scaled scores q·k/√d, float32 [B, H, n]. `attended`: bool [B, H, n]. `candidates`: bool [n], the tokens
-    that the policy chooses from (all but sinks and window). `wanted`: how many of them the budget lets it choose.
+    that the policy chooses from (all but sinks and window). `wanted`: how many of them the budget lets it choose;
+    `counts`, int64 [B, H], where heads have different budgets, of which `wanted` is the largest.
     """
 
     logits: Tensor
     attended: Tensor
     candidates: Tensor
     wanted: int
+    counts: Tensor | None = None
 
     @property
     def weights(self) -> Tensor:
@@ -96,8 +98,11 @@ def _step(layer: Layer, queries: Tensor, selection: Selection) -> Step:
     else:
         candidates = (positions >= sinks) & (positions < tokens - window)
         static_tokens = sinks + window
-    wanted = layer.budget.beside(static_tokens, int(candidates.sum()))
-    return Step(scores(queries, keys, layer.scaling), attended[..., :tokens], candidates, wanted)
+    available = int(candidates.sum())
+    return Step(
+        scores(queries, keys, layer.scaling), attended[..., :tokens], candidates,
+        layer.budget.beside(static_tokens, available), layer.budget.counts(static_tokens, available, layer.heads),
+    )  # fmt: skip
 
 
 def _check(layer: Layer, ids: Tensor, attended: Tensor) -> None:

@@ -37,14 +37,14 @@ class _Means:
         self._trace: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)
 
     def add(self, name: str, layer: Layer, values: Tensor) -> None:
-        """Add values [B, H], [B, H, 1] or one for all."""
-        self._sums[name] += float(values.sum(dtype=torch.float64))
-        self._counts[name] += values.numel()
+        """Add values [B, H], [B, H, 1] or one for all; NaN where a head has none."""
+        self._sums[name] += float(values.nansum(dtype=torch.float64))
+        self._counts[name] += int(values.isfinite().sum())
         if layer.rows == 1:
             self._trace[name][layer.tokens, layer.number] = values.reshape(-1).tolist()
 
     def result(self) -> dict[str, float | None]:
-        return {name: self._sums[name] / self._counts[name] for name in self._sums}
+        return {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
 
 
 class MeasuringProbe(ContextProbe):
@@ -67,7 +67,7 @@ class Recall(MeasuringProbe):
     """Recall@k of the policy's choice against the exact top-k by inner product, and the share of keys it scanned.
 
     Over the tokens that the policy chooses from (neither sinks nor window), per query head; k is the smaller of the
-    option `k` and the number that the layer's budget lets it choose, so that exact search scores 1. Layers whose budget
+    option `k` and the number that the head's budget lets it choose, so that exact search scores 1. Heads whose budget
     leaves no choice are left out.
     """
 
@@ -87,7 +87,11 @@ class Recall(MeasuringProbe):
         if k:
             masked = step.logits.masked_fill(~step.candidates, -torch.inf)
             best = masked.topk(k, dim=-1).indices
-            self._means.add("recall_at_k", layer, step.attended.gather(2, best).double().mean(-1))
+            hits = step.attended.gather(2, best)
+            own = torch.full(hits.shape[:2], k) if step.counts is None else step.counts.clamp_max(k)
+            own = own.to(hits.device)[..., None]
+            hits = hits & (torch.arange(k, device=hits.device) < own)
+            self._means.add("recall_at_k", layer, hits.sum(-1).double() / own.squeeze(-1))
         if selection.evaluations is not None:
             scanned = torch.as_tensor(selection.evaluations, dtype=torch.float64) / max(int(step.candidates.sum()), 1)
             self._means.add("scanned_fraction", layer, scanned)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import torch
 from pydantic import BaseModel
 from torch import Tensor, nn
 
@@ -112,6 +113,21 @@ class Layer:
         assert self.rotary is not None
         return self.rotary.unrotate(x, positions)
 
+    def keep_top(self, scores: Tensor, first: int = 0) -> None:
+        """Evict all of the tokens from `first` on but those of the best `scores` [B, G, m], as the budget allows.
+
+        The other tokens, before `first` and after the m scored ones, stay. Heads keep different numbers where the
+        budget says so (`LayerBudget.heads`). Nothing is evicted where the budget covers the whole prompt.
+        """
+        if self.budget.covers_all:
+            return
+        batch, groups, scored = scores.shape
+        top = self.budget.top(scores, self.tokens - scored)
+        kept = torch.ones(batch, groups, self.tokens + 1, dtype=torch.bool, device=scores.device)
+        kept[:, :, first : first + scored] = False
+        kept.scatter_(2, torch.where(top < 0, self.tokens, top + first), True)
+        self.store.keep(kept[:, :, : self.tokens])
+
 
 @dataclass
 class Selection:
@@ -169,6 +185,8 @@ class KVCachePolicy(_Pluggable):
     """True for a policy that attends to all generated tokens in any case, so that long answers outgrow its budget."""
     adaptive: ClassVar[bool] = False
     """True for a policy whose number of tokens depends on the data, with the budget as its upper bound."""
+    head_budgets: ClassVar[bool] = False
+    """True for a policy that honours `LayerBudget.heads`; others are refused with head-wise budgets, never averaged."""
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
 

@@ -18,12 +18,21 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvbench.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate
+from kvbench.budget import (
+    Budget,
+    BudgetAllocator,
+    BudgetRequest,
+    LayerBudget,
+    PromptLayer,
+    allocate,
+    allocate_heads,
+)
 from kvbench.errors import KVBenchError
 from kvbench.hookspecs import PROJECT, PolicyHooks
 from kvbench.plugins import registry
 from kvbench.policy import DefaultPolicy, KVCachePolicy, Layer, ModelView, Observe, Probe
 from kvbench.replay import ReplayCache
+from kvbench.residual import watch_residual
 from kvbench.rotary import Rotary
 from kvbench.storage import KVStore, TokenBuffer
 
@@ -76,6 +85,10 @@ class Lane:
     rows: Tensor | None
     padding: int
 
+    def tokens(self, tensor: Tensor) -> int:
+        """Tokens of the lane's rows in a padded tensor [B, G, n, d]."""
+        return tensor.shape[2] - self.padding
+
     def take(self, tensor: Tensor, *, padded: bool = False) -> Tensor:
         """The lane's rows of a tensor [B, ...], without the padding of [B, G, n, d] where `padded`."""
         part = tensor if self.rows is None else tensor[self.rows]
@@ -88,7 +101,7 @@ class PolicyCache(Cache):
     def __init__(self, session: Session, padding: Tensor | None) -> None:
         self.session = session
         layers = DynamicCache(config=session.config).layers
-        governed = _governed(layers)
+        governed = governed_layers(layers)
         if not governed and not session.policy.exact:
             raise KVBenchError(
                 f"{type(session.model).__name__} has no full-attention layer for policy '{session.policy.name}' to "
@@ -99,14 +112,18 @@ class PolicyCache(Cache):
             layers[layer.number] = layer
         super().__init__(layers=layers)
         self.lanes = self._lanes(padding)
-        self.budgets: dict[int, list[LayerBudget]] = {}
+        self.budgets: dict[int, tuple[BudgetRequest | None, list[LayerBudget]]] = {}
         self.index_s = 0.0
         self.prompt_ids: list[Tensor | None] = []
         self.complete = False
         """Whether the policy has taken over the whole prompt."""
 
     def _lanes(self, padding: Tensor | None) -> list[Lane]:
-        if padding is None or self.session.policy.exact or not bool(padding.any()):
+        if self.session.policy.exact or padding is None:
+            return [Lane(None, 0)]
+        if self.session.defers:  # a budget for each row
+            return [Lane(torch.tensor([row]), pad) for row, pad in enumerate(padding.tolist())]
+        if not bool(padding.any()):
             return [Lane(None, 0)]
         return [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
 
@@ -124,11 +141,24 @@ class PolicyCache(Cache):
             "index": sum(store.index_bytes for store in stores),
         }
 
-    def budget_of(self, index: int, tokens: int) -> LayerBudget:
-        """The budget of governed layer `index` for rows of `tokens` prompt tokens."""
-        if tokens not in self.budgets:
-            self.budgets[tokens] = self.session.allocate(len(self.governed), tokens)
-        return self.budgets[tokens][index]
+    def allocate(self, lane: int, tokens: int) -> tuple[BudgetRequest | None, list[LayerBudget]]:
+        """What was asked for a lane, rows of `tokens` prompt tokens, and the budgets of the governed layers."""
+        key = lane if self.session.defers else tokens
+        if key not in self.budgets:
+            numbers = [layer.number for layer in self.governed]
+            measured = [layer.measured(self.lanes[lane]) for layer in self.governed] if self.session.defers else []
+            self.budgets[key] = self.session.allocate(numbers, tokens, measured)
+        return self.budgets[key]
+
+    def finish_prompt(self) -> None:
+        """Let the policy take over the layers that waited, once the whole prompt has passed through the model."""
+        if all(layer.waiting is not None for layer in self.governed):
+            start = self.session.now()
+            for place, lane in enumerate(self.lanes):
+                self.allocate(place, lane.tokens(self.governed[0].prompt_keys))
+            self.index_s += self.session.now() - start
+            for layer in self.governed:
+                layer.finish_prompt()
 
 
 class PolicyCacheLayer(CacheLayerMixin):
@@ -147,6 +177,10 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.attended = 0
         """Tokens that came through the attention function, to notice a model that goes around it."""
         self.new: tuple[Tensor, Tensor] | None = None
+        self.waiting: tuple[nn.Module, float, int] | None = None
+        """Attention module, scaling and query heads, once the prompt's attention is done."""
+        self.hidden: list[Tensor] = []
+        """What the allocator keeps of the prompt's hidden states, call by call."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare before the first tokens come."""
@@ -178,26 +212,67 @@ class PolicyCacheLayer(CacheLayerMixin):
             self.prompt.append(key_states, value_states)
         return self.prompt.keys, self.prompt.values
 
-    def finish_prompt(self, module: nn.Module, scaling: float, heads: int) -> None:
-        """Split the prompt into groups of equally long rows and let the policy take them over."""
+    def end_prompt(self, module: nn.Module, scaling: float, heads: int) -> None:
+        """Note that the prompt's attention is done; the policy takes over now, or when the allocator has measured."""
         assert self.prompt is not None
-        session, window = self.session, self.session.query_window(self.number)
+        session = self.session
         keys, values = self.prompt.keys, self.prompt.values
+        self.waiting = module, scaling, heads
         if not session.policy.exact and not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
             raise KVBenchError(
                 f"Layer {self.number} of {type(session.model).__name__} gave keys or values that are NaN or infinite: "
                 "load the model in another dtype (--dtype float32), or check its weights."
             )
+        if not session.defers:
+            self.finish_prompt()
+
+    @property
+    def prompt_keys(self) -> Tensor:
+        """The prompt's keys [B, G, n, d], until the policy takes over."""
+        assert self.prompt is not None
+        return self.prompt.keys
+
+    def measured(self, lane: Lane) -> Any:
+        """What the allocator measures in this layer for a lane."""
+        assert self.session.allocator is not None
+        return self.session.allocator.measure(self._prompt_layer(lane))
+
+    def _prompt_layer(self, lane: Lane) -> PromptLayer:
+        assert self.waiting is not None and self.session.allocator is not None
+        keys = lane.take(self.prompt_keys, padded=True)
+        queries = torch.cat(self.prompt_queries, dim=2)
+        queries = _last(lane.take(queries), min(self.session.allocator.query_window, keys.shape[2]))
+        hidden = torch.cat(self.hidden, dim=1) if self.hidden else None
+        if hidden is not None and lane.rows is not None:
+            hidden = hidden[lane.rows, lane.padding :]
+        return PromptLayer(self.index, self.number, self.waiting[1], queries, keys, hidden)
+
+    def finish_prompt(self) -> None:
+        """Split the prompt into groups of equally long rows; each gets its budget and is taken over by the policy."""
+        assert self.prompt is not None and self.waiting is not None
+        session, window = self.session, self.session.query_window(self.number)
+        module, scaling, heads = self.waiting
+        keys, values = self.prompt.keys, self.prompt.values
         queries = torch.cat(self.prompt_queries, dim=2) if len(self.prompt_queries) > 1 else self.prompt_queries[0]
-        self.prompt, self.prompt_queries = None, []
-        for lane in self.cache.lanes:
+        self.prompt_queries = [queries]
+        budgets = []
+        start = session.now()
+        for place, lane in enumerate(self.cache.lanes):
+            request, shares = self.cache.allocate(place, lane.tokens(keys))
+            budget = shares[self.index]
+            if session.allocator is not None and request is not None:
+                budget = allocate_heads(session.allocator, self._prompt_layer(lane), request, budget)
+            budgets.append(budget)
+        self.cache.index_s += session.now() - start
+        self.prompt, self.prompt_queries, self.waiting, self.hidden = None, [], None, []
+        for lane, budget in zip(self.cache.lanes, budgets, strict=True):
             lane_keys, lane_values = lane.take(keys, padded=True), lane.take(values, padded=True)
             tokens = lane_keys.shape[2]
             lane_queries = _last(lane.take(queries), tokens if window is None else min(window, tokens))
             layer = Layer(
                 index=self.index, count=len(self.cache.governed), number=self.number, heads=heads,
                 kv_heads=keys.shape[1], head_dim=keys.shape[3], scaling=scaling, rows=lane_keys.shape[0],
-                store=KVStore(lane_keys, lane_values), budget=self.cache.budget_of(self.index, tokens),
+                store=KVStore(lane_keys, lane_values), budget=budget,
                 static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
                 rotary=Rotary(session.model, session.config, module, self.number),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
@@ -257,6 +332,10 @@ class Session:
         self.allocator: BudgetAllocator | None = (
             registry().make("budget", budget.allocator, budget.options) if policy.takes_budget and budget else None
         )
+        if self.allocator is not None:
+            check_head_budgets(policy, self.allocator)
+        self.defers = self.allocator is not None and self.allocator.measures
+        """Whether the policy's `prefill` waits until the prompt has passed through the whole model."""
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(PolicyHooks)
         for plugin in (DefaultPolicy(), policy, *probes):
@@ -305,7 +384,17 @@ class Session:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
         ]
+        if self.allocator is not None and self.allocator.reads_hidden:
+            numbers = governed_layers(DynamicCache(config=self.config).layers)
+            self._handles += watch_residual(self.model, numbers, self._hidden)
         return self
+
+    def _hidden(self, number: int, before: Tensor, after: Tensor) -> None:
+        """Keep what the allocator needs of a layer's hidden states [B, m, D] while the prompt passes."""
+        assert self.cache is not None and self.allocator is not None
+        cached = self.cache.layers[number]
+        if isinstance(cached, PolicyCacheLayer) and not cached.groups:
+            cached.hidden.append(self.allocator.reduce_hidden(before, after))
 
     def _is_text(self, key: str) -> bool:
         config = self.model.config if key == "" else getattr(self.model.config, key)
@@ -325,7 +414,7 @@ class Session:
         tokenizer = self.tokenizer
         return ModelView(
             name=type(self.model).__name__,
-            numbers=tuple(_governed(DynamicCache(config=self.config).layers)),
+            numbers=tuple(governed_layers(DynamicCache(config=self.config).layers)),
             heads=heads,
             kv_heads=getattr(self.config, "num_key_value_heads", None) or heads,
             config=self.config.to_dict(),
@@ -351,7 +440,11 @@ class Session:
             raise KVBenchError("The cache passed to the model was filled without the policy: start from the prompt.")
         if kwargs.get("use_cache") is False:
             raise KVBenchError("A KV-cache policy needs use_cache=True.")
-        self.cache = PolicyCache(self, _left_padding(kwargs.get("attention_mask")))
+        padding = _left_padding(kwargs.get("attention_mask"))
+        if padding is None and self.defers:
+            given = kwargs.get("inputs_embeds") if ids is None else ids
+            padding = torch.zeros(given.shape[0], dtype=torch.int64)
+        self.cache = PolicyCache(self, padding)
         self.cache.prompt_ids.append(ids)
         return args, {**kwargs, "past_key_values": self.cache, "use_cache": True}
 
@@ -359,6 +452,8 @@ class Session:
         cache = self.cache
         if cache is None or self._replay is not None:
             return
+        if self.defers:
+            cache.finish_prompt()
         if any(layer.seen != layer.attended for layer in cache.governed):
             raise KVBenchError(
                 f"{type(model).__name__} does not pass its attention through transformers' attention interface in "
@@ -381,21 +476,26 @@ class Session:
         windows = [probe.query_window(number) for probe in self.probes]
         if policy:
             windows.append(self.policy.query_window)
+            windows.append(0 if self.allocator is None else self.allocator.query_window)
         return None if None in windows else max((window for window in windows if window is not None), default=0)
 
-    def allocate(self, layers: int, tokens: int) -> list[LayerBudget]:
-        """Share the budget over `layers` layers for a prompt of `tokens` tokens."""
+    def allocate(
+        self, numbers: Sequence[int], tokens: int, measured: Sequence[Any]
+    ) -> tuple[BudgetRequest | None, list[LayerBudget]]:
+        """Share the budget over the layers `numbers` of the model for a prompt of `tokens` tokens."""
         if self.allocator is None or self.budget is None:
-            return [LayerBudget(tokens, covers_all=True)] * layers
+            return None, [LayerBudget(tokens, covers_all=True)] * len(numbers)
         sinks, window = self.policy.static_tokens(tokens)
         request = BudgetRequest(
-            layers=layers,
-            tokens=self.budget.size(tokens),
+            layers=len(numbers),
+            tokens=self.budget.size(tokens, token_bytes(self.model)),
             context=tokens,
             minimum=max(sinks + window, 1),
             window=window,
+            numbers=numbers,
+            measured=measured,
         )
-        return allocate(self.allocator, request)
+        return request, allocate(self.allocator, request)
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a policy hook; an error in a plugin is reported with the plugin's name."""
@@ -496,6 +596,8 @@ class Session:
         cached.attended += query.shape[2]
         scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         if not cached.groups:
+            if cached.waiting is not None:
+                raise KVBenchError(f"{type(self.model).__name__} calls layer {cached.number} twice in a forward pass.")
             output, weights = own(module, query, key, value, mask, **kwargs)
             window = self.query_window(cached.number)
             if window is None:
@@ -504,7 +606,7 @@ class Session:
                 last = torch.cat([*cached.prompt_queries, query], dim=2)
                 cached.prompt_queries = [last[:, :, max(last.shape[2] - window, 0) :].clone()]
             if cached.seen == cached.cache_prompt_tokens:
-                cached.finish_prompt(module, scaling, query.shape[1])
+                cached.end_prompt(module, scaling, query.shape[1])
             return output, weights
         if self.policy.exact:
             return self._exact_step(cached, query, lambda: own(module, query, key, value, mask, **kwargs)[0]), None
@@ -560,6 +662,32 @@ class Session:
         return function
 
 
+def governed_layers(layers: Sequence[CacheLayerMixin]) -> list[int]:
+    """The places of the layers that a policy governs: those of full attention, not sliding-window or linear ones."""
+    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of one token's keys and values, in the model's dtype, over the layers that a policy governs.
+
+    layers × 2 × key/value heads × head dimension × bytes of a number, from the model's configuration.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = len(governed_layers(DynamicCache(config=config).layers))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(max(layers, 1) * 2 * heads * dim * model.dtype.itemsize)
+
+
+def check_head_budgets(policy: KVCachePolicy | type[KVCachePolicy], allocator: BudgetAllocator) -> None:
+    """Refuse an allocator that gives heads different budgets to a policy that cannot honour them."""
+    if allocator.head_wise and not policy.head_budgets:
+        raise KVBenchError(
+            f"Budget '{allocator.name}' gives each head its own number of tokens, which policy '{policy.name}' cannot "
+            "honour: choose a budget that only shares over layers (uniform, pyramid, squeeze), or another policy."
+        )
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
@@ -582,11 +710,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input [B, m, D] that an attention module was called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
-
-
-def _governed(layers: Sequence[CacheLayerMixin]) -> list[int]:
-    """The places of the full-attention layers, which a policy governs."""
-    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
 def _left_padding(mask: Tensor | None) -> Tensor | None:

@@ -3,6 +3,7 @@
 from kvbench.budget import BudgetAllocator
 from kvbench.hookspecs import hookimpl
 from kvbench.policy import KVCachePolicy
+from kvbench.strategies.ada import Ada
 from kvbench.strategies.flat import Flat
 from kvbench.strategies.full import Full
 from kvbench.strategies.full_no_cache import FullNoCache
@@ -14,12 +15,14 @@ from kvbench.strategies.keydiff import KeyDiff
 from kvbench.strategies.knorm import KNorm
 from kvbench.strategies.oracle_topk import OracleTopK
 from kvbench.strategies.oracle_topp import OracleTopP
+from kvbench.strategies.profile import Profile
 from kvbench.strategies.pyramid import Pyramid
 from kvbench.strategies.quest import Quest
 from kvbench.strategies.random import Random
 from kvbench.strategies.retrieval import Retrieval
 from kvbench.strategies.robust_vamana import RobustVamana
 from kvbench.strategies.snapkv import SnapKV
+from kvbench.strategies.squeeze import Squeeze
 from kvbench.strategies.streaming_llm import StreamingLLM
 from kvbench.strategies.tova import TOVA
 from kvbench.strategies.uniform import Uniform
@@ -41,4 +44,4 @@ def kvbench_policies() -> list[type[KVCachePolicy]]:
 @hookimpl
 def kvbench_budgets() -> list[type[BudgetAllocator]]:
     """Register the built-in budget allocators."""
-    return [Uniform, Pyramid]
+    return [Uniform, Pyramid, Ada, Squeeze, Profile]

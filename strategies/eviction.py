@@ -10,17 +10,6 @@ from kvbench.attention import Attention, attend
 from kvbench.policy import KVCachePolicy, Layer, Selection
 
 
-def keep_best(layer: Layer, scores: Tensor, window: int) -> None:
-    """Keep, per head, the prompt's best tokens by `scores` [B, G, n − window] and the last `window`; evict the rest.
-
-    Exactly the layer's budget is kept; the caller leaves layers whose budget covers everything alone.
-    """
-    before = layer.tokens - window
-    best = scores.topk(layer.budget.tokens - window, dim=-1).indices.sort(-1).values
-    recent = torch.arange(before, layer.tokens, device=scores.device).expand(*best.shape[:2], -1)
-    layer.store.keep(torch.cat([best, recent], dim=-1))
-
-
 def static_keys(layer: Layer) -> Tensor:
     """Keys [B, G, t, d] of the static tokens in slot order; anything where `static_ids` is −1."""
     parts = [keys for keys, _, _ in layer.store.static_parts()]
@@ -37,9 +26,16 @@ class DecodingEviction(KVCachePolicy):
         """The newest token."""
         return 0, 1
 
-    def protected(self, layer: Layer) -> int:
-        """How many of the most recent tokens are never evicted, the newest one included."""
+    head_budgets = True
+
+    def protected(self, layer: Layer) -> int | Tensor:
+        """How many of the most recent tokens are never evicted, the newest one included; per head [B, G] or for all."""
         return layer.static[1]
+
+    def _spared(self, layer: Layer, ids: Tensor) -> Tensor:
+        """Which of the tokens `ids` [t] or [B, G, t] are never evicted."""
+        protected = self.protected(layer)
+        return ids >= layer.tokens - (protected if isinstance(protected, int) else protected[..., None])
 
     def evicts(self, layer: Layer) -> bool:
         """Whether the layer evicts anything."""
@@ -56,8 +52,9 @@ class DecodingEviction(KVCachePolicy):
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep the best tokens of the prompt and the protected ones."""
         if self.evicts(layer):
-            scores, recent = self.prompt_scores(layer, queries, keys), self.protected(layer)
-            keep_best(layer, scores[..., : layer.tokens - recent], recent)
+            scores = self.prompt_scores(layer, queries, keys)
+            spared = self._spared(layer, torch.arange(layer.tokens, device=scores.device))
+            layer.keep_top(scores.masked_fill(spared, torch.inf))
             layer.state["scores"] = scores.gather(-1, layer.store.static_ids.clamp_min(0))
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
@@ -65,7 +62,7 @@ class DecodingEviction(KVCachePolicy):
         if not self.evicts(layer):
             return
         ids = layer.store.static_ids
-        spared = (ids < 0) | (ids >= layer.tokens - self.protected(layer))
+        spared = (ids < 0) | self._spared(layer, ids)
         scores = self.step_scores(layer, keys)
         worst = scores.masked_fill(spared, torch.inf).argmin(-1, keepdim=True)
         layer.store.evict_slots(worst.squeeze(-1))

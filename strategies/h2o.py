@@ -48,9 +48,12 @@ class H2O(AttentionEviction):
 
         recent: float = Field(0.5, ge=0, lt=1, description="share of the budget that the most recent tokens take")
 
-    def protected(self, layer: Layer) -> int:
+    def protected(self, layer: Layer) -> int | Tensor:
         """The share of the budget that goes to recent tokens."""
-        return max(round(float(self.options.recent) * layer.budget.tokens), 1)
+        share = float(self.options.recent)
+        if layer.budget.heads is not None:
+            return (layer.budget.heads * share).round().long().clamp_min(1)
+        return max(round(share * layer.budget.tokens), 1)
 
     def prompt_scores(self, layer: Layer, queries: Tensor, keys: Tensor) -> Tensor:
         """The attention that each token of the prompt gathered from it and from later ones."""

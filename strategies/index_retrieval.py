@@ -31,6 +31,7 @@ class IndexRetrieval(SelectingPolicy):
     """
 
     offload = True
+    head_budgets = True
     index: ClassVar[type[Index]]
 
     def __init__(self, options: BaseModel | None = None) -> None:

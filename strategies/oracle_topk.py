@@ -16,6 +16,7 @@ class OracleTopK(SelectingPolicy):
 
     name = "oracle_topk"
     summary = "Yardstick: the tokens with the largest exact attention weights, per query head; saves nothing."
+    head_budgets = True
     query_window = 0
 
     def static_tokens(self, context: int) -> tuple[int, int]:
@@ -25,5 +26,5 @@ class OracleTopK(SelectingPolicy):
     def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
         """Take the largest inner products."""
         keys = layer.store.aside_keys
-        best = scores(queries, keys, layer.scaling).topk(wanted, dim=-1, sorted=False).indices
+        best = scores(queries, keys, layer.scaling).topk(wanted, dim=-1).indices
         return Selection(best + layer.store.aside_start, evaluations=float(keys.shape[2]))

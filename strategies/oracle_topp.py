@@ -23,6 +23,7 @@ class OracleTopP(SelectingPolicy):
     summary = "Yardstick: the fewest tokens whose exact attention weights reach a share p, per query head."
     reference = "Lin et al., Twilight: Adaptive Attention Sparsity with Hierarchical Top-p Pruning, arXiv 2502.02770"
     adaptive = True
+    head_budgets = True
     query_window = 0
 
     class Options(Options):

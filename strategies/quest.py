@@ -19,6 +19,7 @@ class Quest(KVCachePolicy):
     name = "quest"
     summary = "Selects pages of 16 tokens at each step, by the bounds of their keys; keeps everything on the device."
     reference = "Tang et al., Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774"
+    head_budgets = True
     query_window = 0
 
     class Options(Options):
@@ -60,7 +61,7 @@ class Quest(KVCachePolicy):
         grouped = queries.reshape(layer.rows, layer.kv_heads, -1, layer.head_dim)
         bounds = grouped.clamp_min(0) @ high.transpose(-1, -2) + grouped.clamp_max(0) @ low.transpose(-1, -2)
         pages = low.shape[2]
-        wanted = budget.beside(layer.store.static_tokens, pages * size) // size
-        best = bounds.view(layer.rows, layer.heads, pages).topk(wanted, dim=-1).indices
-        ids = (best[..., None] * size + torch.arange(size, device=best.device)).flatten(-2)
-        return Selection(ids, evaluations=float(pages))
+        best = budget.top(bounds.view(layer.rows, layer.heads, pages), layer.store.static_tokens, unit=size)
+        ids = best[..., None] * size + torch.arange(size, device=best.device)
+        ids = ids.masked_fill(best[..., None] < 0, -1).flatten(-2)
+        return Selection(ids, padded=budget.heads is not None, evaluations=float(pages))

@@ -17,6 +17,7 @@ class Random(SelectingPolicy):
 
     name = "random"
     summary = "Yardstick: sinks, window and random tokens, drawn per query head at each step."
+    head_budgets = True
     query_window = 0
 
     class Options(StaticSetOptions):
@@ -32,5 +33,5 @@ class Random(SelectingPolicy):
         """Draw without replacement."""
         store = layer.store
         lots = torch.rand(layer.heads, store.aside_stop - store.aside_start, generator=layer.state["draws"])
-        drawn = lots.topk(wanted, dim=-1, sorted=False).indices + store.aside_start
+        drawn = lots.topk(wanted, dim=-1).indices + store.aside_start
         return Selection(drawn.to(queries.device).expand(layer.rows, -1, -1), evaluations=0.0)

@@ -1,6 +1,7 @@
 """What selecting policies share: sinks and window that stay, all else set aside, and a choice from it at each step."""
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,10 @@ class SelectingPolicy(KVCachePolicy):
 
     @abstractmethod
     def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
-        """Choose at most `wanted` set-aside tokens per head, more than 0 and fewer than there are, for `queries`."""
+        """Choose at most `wanted` set-aside tokens per head, more than 0, for `queries`.
+
+        With `head_budgets = True` the ids come best first, and `select` cuts each head's down to its own budget.
+        """
 
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Build structures over the set-aside `keys` and `values` [B, G, m, d]; `queries` are the prompt's."""
@@ -55,9 +59,13 @@ class SelectingPolicy(KVCachePolicy):
         wanted = budget.beside(store.static_tokens, available)
         if not wanted:
             return Selection()
-        if wanted == available:
+        whole = budget.heads is None or budget.covers_all
+        if wanted == available and whole:
             return Selection(everything=True, evaluations=0.0)
-        return self.choose(layer, queries, wanted)
+        chosen = self.choose(layer, queries, wanted)
+        if whole or chosen.ids is None:
+            return chosen
+        return replace(chosen, ids=budget.cut(chosen.ids, store.static_tokens), padded=True)
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Set aside what has grown out of the window."""
@@ -65,7 +73,7 @@ class SelectingPolicy(KVCachePolicy):
         beyond = store.static_tokens - sum(layer.static)
         if store.aside_stop == store.aside_start or beyond <= 0:
             return
-        over_budget = store.static_tokens > layer.budget.tokens and not layer.budget.covers_all
+        over_budget = store.static_tokens > layer.budget.least and not layer.budget.covers_all
         if over_budget or self.moves(layer, beyond):
             self.grow(layer, *store.advance(beyond))
 

@@ -9,7 +9,6 @@ from torch.nn import functional
 
 from kvbench.extension import Options
 from kvbench.policy import KVCachePolicy, Layer
-from kvbench.strategies.eviction import keep_best
 
 
 def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -22,12 +21,20 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     return logits.masked_fill_(future, -torch.inf).softmax(-1)
 
 
+def pooled(votes: Tensor, kv_heads: int, kernel: int, pooling: Literal["avg", "max"]) -> Tensor:
+    """Pool votes [B, H, n] over `kernel` neighbouring tokens, then average each key/value head's queries: [B, G, n]."""
+    pool = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
+    wide = pool(votes, kernel, stride=1, padding=kernel // 2)[..., : votes.shape[2]]
+    return wide.view(votes.shape[0], kv_heads, -1, votes.shape[2]).mean(2)
+
+
 class SnapKV(KVCachePolicy):
     """Keeps, per key/value head, the tokens that the observation window attends to most, and that window."""
 
     name = "snapkv"
     summary = "Keeps what the prompt's last queries attend to most, per head, and the last tokens; evicts the rest."
     grows = True
+    head_budgets = True
     reference = "Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469"
 
     class Options(Options):
@@ -49,10 +56,6 @@ class SnapKV(KVCachePolicy):
         """Vote with the observation window's attention, pool, and keep the top of the budget."""
         if layer.budget.covers_all:
             return
-        window = queries.shape[2]
-        before = layer.tokens - window
+        before = layer.tokens - queries.shape[2]
         votes = window_attention(queries, keys, layer.scaling)[..., :before].sum(2)
-        pool = functional.avg_pool1d if self.options.pooling == "avg" else functional.max_pool1d
-        pooled = pool(votes, self.options.kernel, stride=1, padding=self.options.kernel // 2)
-        per_head = pooled.view(layer.rows, layer.kv_heads, -1, before).mean(2)
-        keep_best(layer, per_head, window)
+        layer.keep_top(pooled(votes, layer.kv_heads, self.options.kernel, self.options.pooling))

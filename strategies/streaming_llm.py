@@ -14,6 +14,7 @@ class StreamingLLM(KVCachePolicy):
     name = "streaming_llm"
     summary = "Keeps the first tokens (sinks) and a sliding window of recent ones; evicts the rest."
     reference = "Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
+    head_budgets = True
     query_window = 0
 
     class Options(Options):
@@ -30,6 +31,10 @@ class StreamingLLM(KVCachePolicy):
         if layer.budget.covers_all:
             return
         sinks = self.options.sinks
+        if layer.budget.heads is not None:
+            recency = torch.arange(layer.tokens - sinks, device=keys.device, dtype=torch.float32)
+            layer.keep_top(recency.expand(layer.rows, layer.kv_heads, -1), first=sinks)
+            return
         oldest = layer.tokens - (layer.budget.tokens - sinks)
         kept = torch.cat([torch.arange(sinks), torch.arange(oldest, layer.tokens)])
         layer.store.keep(kept.to(keys.device))
@@ -37,6 +42,11 @@ class StreamingLLM(KVCachePolicy):
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Slide the window: each new token drives the oldest one out."""
-        if not layer.budget.covers_all:
+        if layer.budget.covers_all:
+            return
+        if layer.budget.heads is not None:
+            ids = layer.store.static_ids
+            layer.store.evict_slots(ids.masked_fill(ids < self.options.sinks, layer.tokens).argmin(-1))
+        else:
             layer.store.evict(layer.state["oldest"], keys.shape[2])
             layer.state["oldest"] += keys.shape[2]
