@@ -21,7 +21,7 @@ from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.policy import Probe
 from kvbench.results import Run, RunConfig, environment
-from kvbench.session import attach
+from kvbench.session import attach, check_head_budgets, token_bytes
 from kvbench.tasks.base import Example, Prompt, Task, encode
 from kvbench.traces import write_trace
 
@@ -62,9 +62,10 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     task_options = found.options("task", request.task, request.task_options)
     budget = request.budget if policy.takes_budget else None
     if budget is not None:
-        allocator = found.options("budget", budget.allocator, budget.options)
-        budget = budget.model_copy(update={"options": allocator.model_dump(mode="json")})
-        budget.size(request.context_length)
+        allocator = found.make("budget", budget.allocator, budget.options)
+        check_head_budgets(policy, allocator)
+        budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
+        budget.size(request.context_length, token_bytes(loaded.model))
     check_context(loaded, request.context_length)
     task: Task = found.find("task", request.task)(task_options)
     return RunConfig(
@@ -198,7 +199,8 @@ def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
     """Compile and load what a first use compiles and loads, so that no example's time includes it."""
     policy = registry().make("policy", config.policy, config.policy_options)
     length = min(config.context_length, max(256, 2 * sum(policy.static_tokens(config.context_length))))
-    budget = None if config.budget is None else config.budget.model_copy(update={"tokens": None, "ratio": 1.0})
+    whole = {"tokens": None, "bytes": None, "ratio": 1.0}
+    budget = None if config.budget is None else config.budget.model_copy(update=whole)
     ids = [3 + i % 50 for i in range(length)]
     with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
         generate(session, ids, prompt_tokens=length, max_new_tokens=3)

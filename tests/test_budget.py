@@ -42,6 +42,7 @@ def requests(draw):
     "allocator",
     [Uniform(), Pyramid(), Pyramid(Pyramid.Options(beta=2)), Pyramid(Pyramid.Options(variant="code"))],
 )
+@settings(deadline=None)
 @given(request_=requests())
 def test_every_allocator_sums_to_the_total_and_keeps_the_bounds(allocator, request_):
     shares = [share.tokens for share in allocate(allocator, request_)]
@@ -82,6 +83,7 @@ def test_pyramid_follows_the_published_code_up_to_what_its_integers_overspend(le
     assert all(abs(share - wish + over) <= 1 for share, wish in zip(shares, expected, strict=True))
 
 
+@settings(deadline=None)
 @given(request_=requests(), data=st.data())
 def test_fit_keeps_the_order_of_the_wishes(request_, data):
     wishes = data.draw(st.lists(st.floats(-1e4, 1e5), min_size=request_.layers, max_size=request_.layers))

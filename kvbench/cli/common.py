@@ -13,6 +13,8 @@ from rich.console import Console
 from kvbench.errors import KVBenchError
 
 if TYPE_CHECKING:
+    from pydantic import ByteSize
+
     from kvbench.plugins import Registry
 
 app = typer.Typer(
@@ -73,6 +75,21 @@ def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
         return tuple(sorted({int(part) for part in text.split(",")}))
     except ValueError:
         raise KVBenchError(f"{name} {text} is not a list of whole numbers separated by commas.") from None
+
+
+def byte_size(name: str, text: str | None) -> ByteSize | None:
+    """A number of bytes with or without a unit (64MiB, 1.5GB); `name` is the option's, for the error."""
+    if text is None:
+        return None
+    from pydantic import ByteSize, TypeAdapter, ValidationError  # noqa: PLC0415  --help stays quick
+
+    try:
+        size = TypeAdapter(ByteSize).validate_python(text)
+    except ValidationError:
+        size = ByteSize(0)
+    if size < 1:
+        raise KVBenchError(f"{name} {text} is not a number of bytes: give one such as 4000000 or 64MiB.")
+    return size
 
 
 def mib(value: float | None) -> str:

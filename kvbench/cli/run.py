@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from kvbench.cli.common import Json, app, err, interruptible, load_registry, mib, out, pairs, seconds, share
+from kvbench.cli.common import Json, app, byte_size, err, interruptible, load_registry, mib, out, pairs, seconds, share
 from kvbench.errors import KVBenchError
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ def run(
     budget: Annotated[str, typer.Option(help="Allocator that shares the budget over the layers.")] = "uniform",
     tokens: Annotated[int | None, typer.Option(help="Tokens attended at a step, static set included.")] = None,
     ratio: Annotated[float | None, typer.Option(help="The same as a share of the context. [default: 0.1]")] = None,
+    size_bytes: Annotated[
+        str | None, typer.Option("--bytes", help="The same as key/value bytes over all layers, such as 64MiB.")
+    ] = None,
     model: Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")] = "smollm2-135m",
     task: Annotated[str, typer.Option(help="Task; `kvbench tasks` lists them.")] = "niah_single_1",
     context_length: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")] = 2048,
@@ -56,8 +59,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run policies on a task, beside exact attention, and print accuracy, recall, bytes and latency."""
-    if tokens is not None and ratio is not None:
-        raise KVBenchError("Both --tokens and --ratio were given; a budget has one size: give one of them.")
+    if sum(size is not None for size in (tokens, ratio, size_bytes)) > 1:
+        raise KVBenchError("A budget has one size: give one of --tokens, --ratio and --bytes.")
     if tokens is not None and tokens < 1:
         raise KVBenchError(f"--tokens {tokens} is not a positive number of tokens.")
     if ratio is not None and not 0 < ratio <= 1:
@@ -79,8 +82,10 @@ def run(
     from kvbench.models import load_model  # noqa: PLC0415
     from kvbench.runner import Request, execute, plan  # noqa: PLC0415
 
-    size = {"tokens": tokens} if tokens is not None else {"ratio": 0.1 if ratio is None else ratio}
-    shared = Budget(**size, allocator=budget, options=pairs(budget_option))
+    shared = Budget(
+        tokens=tokens, bytes=byte_size("--bytes", size_bytes), allocator=budget, options=pairs(budget_option),
+        ratio=0.1 if ratio is None and tokens is None and size_bytes is None else ratio,
+    )  # fmt: skip
     requests = [
         Request(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
@@ -180,8 +185,11 @@ def _budget(documents: list[dict[str, Any]]) -> str:
     budgets = [document["budget"] for document in documents if document["budget"]]
     if not budgets:
         return "no budget"
-    size = f"{budgets[0]['tokens']} tokens" if budgets[0]["tokens"] is not None else f"ratio {budgets[0]['ratio']}"
-    return f"budget {size}, {budgets[0]['allocator']}"
+    first = budgets[0]
+    size = f"{first['tokens']} tokens" if first["tokens"] is not None else f"ratio {first['ratio']}"
+    if first["bytes"] is not None:
+        size = f"{mib(first['bytes'])} MiB"
+    return f"budget {size}, {first['allocator']}"
 
 
 def _provenance(document: dict[str, Any]) -> str:
