@@ -443,7 +443,7 @@ class Session:
         padding = _left_padding(kwargs.get("attention_mask"))
         if padding is None and self.defers:
             given = kwargs.get("inputs_embeds") if ids is None else ids
-            padding = torch.zeros(given.shape[0], dtype=torch.int64)
+            padding = torch.zeros(0 if given is None else given.shape[0], dtype=torch.int64)
         self.cache = PolicyCache(self, padding)
         self.cache.prompt_ids.append(ids)
         return args, {**kwargs, "past_key_values": self.cache, "use_cache": True}
