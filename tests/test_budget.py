@@ -23,7 +23,9 @@ from kvbench.strategies.uniform import Uniform
 SMALL = {"sinks": 2, "window": 8, "page_size": 4}
 """Values of options that fit short prompts, for the policies that have them."""
 POLICIES = registry().classes["policy"]
-OPTIONS = {name: {key: SMALL[key] for key in SMALL if key in cls.Options.model_fields} for name, cls in POLICIES.items()}
+OPTIONS = {
+    name: {key: SMALL[key] for key in SMALL if key in cls.Options.model_fields} for name, cls in POLICIES.items()
+}
 HEAD_WISE = [
     name for name, cls in POLICIES.items()
     if cls.head_budgets and name not in ("vamana", "robust_vamana", "ivf", "ivfpq", "hnsw")  # as flat and retrieval
