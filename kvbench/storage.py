@@ -7,8 +7,8 @@ Attention does not depend on the order of its keys, so the static set is kept in
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,56 +18,67 @@ from kvbench.attention import scores, weighted_sum
 HOST = torch.device("cpu")
 
 
-class Storage(Protocol):
+class Storage(ABC):
     """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
 
     A policy hands a factory, called with the tokens' keys and values [B, G, t, d] where they shall lie, to
     `KVStore.set_aside(..., storage=...)`. Slots count from 0, in the tokens' order. What is held between steps is plain
-    tensors; whatever is decoded for a step is dropped after it.
+    tensors; whatever is decoded for a step is dropped after it. The defaults decode everything.
     """
 
     length: int
     """Tokens held."""
 
     @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of all memory held, spare room and quantisation parameters included."""
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes of it that stay on the model's device even where the tokens are offloaded."""
+        """Bytes of it that stay on the model's device even where the tokens are offloaded; none by default."""
+        return 0
 
     @property
+    @abstractmethod
     def keys(self) -> Tensor:
         """All keys [B, G, t, d], decoded."""
 
     @property
+    @abstractmethod
     def values(self) -> Tensor:
         """All values [B, G, t, d], decoded."""
 
+    @abstractmethod
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens, `keys` and `values` [B, G, m, d], at the end."""
 
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values, two [B, H or G, k, d], of the tokens in `slots` [B, H or G, k]; `heads` is H or G."""
+        return TokenBuffer(self.keys, self.values).pick(slots, heads)
 
     def scores(self, queries: Tensor, scaling: float) -> Tensor:
         """Scaled inner products, float32 [B, H, t], of `queries` [B, H, 1, d] with all keys; −inf masks a token."""
+        keys = self.keys
+        return scores(queries.to(keys.device), keys, scaling)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """Sum, float32 [B, H, 1, d], of all values with `weights` [B, H, t]."""
+        return weighted_sum(weights, self.values)
 
 
 StorageFactory = Callable[[Tensor, Tensor], Storage]
 
 
-class TokenBuffer:
+class TokenBuffer(Storage):
     """Keys and values of a growing number of tokens, [B, G, t, d], in memory that grows by a sixteenth at a time."""
 
-    resident_bytes = 0
+    def __init__(self, keys: Tensor, values: Tensor, room: int = 64) -> None:
+        """Take over `keys` and `values` [B, G, t, d] without a copy where they are contiguous.
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Take over `keys` and `values` [B, G, t, d] without a copy where they are contiguous."""
+        Memory that has to grow gets room for at least `room` more tokens.
+        """
+        self._room = room
         self._keys = keys.contiguous()
         self._values = values.contiguous()
         self.length = keys.shape[2]
@@ -87,19 +98,11 @@ class TokenBuffer:
         """Bytes of the memory held, spare room included."""
         return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
 
-    def scores(self, queries: Tensor, scaling: float) -> Tensor:
-        """Scaled inner products, float32 [B, H, t], of `queries` [B, H, 1, d] with all keys."""
-        return scores(queries.to(self._keys.device), self.keys, scaling)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Sum, float32 [B, H, 1, d], of all values with `weights` [B, H, t]."""
-        return weighted_sum(weights, self.values)
-
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens at the end."""
         start, stop = self.length, self.length + keys.shape[2]
         if stop > self._keys.shape[2]:
-            capacity = stop + max(64, stop // 16)
+            capacity = stop + max(self._room, stop // 16)
             self._keys = self._grown(self._keys, capacity)
             self._values = self._grown(self._values, capacity)
         self._keys[:, :, start:stop] = keys
@@ -265,9 +268,10 @@ class KVStore:
             kept = kept.nonzero()[:, -1].view(*kept.shape[:2], -1)
         shared = kept.dim() == 1
         slots = kept if not shared else kept.expand(*keys.shape[:2], -1)
-        self._static = TokenBuffer(*(
+        kept_keys, kept_values = (
             part.gather(2, slots[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (keys, values)
-        ))  # fmt: skip
+        )
+        self._static = TokenBuffer(kept_keys, kept_values)
         self._static_ids = kept.clone()
 
     def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory = TokenBuffer) -> None:

@@ -9,7 +9,7 @@ from tiny import ARCHITECTURES, tiny_model, tokens
 
 import kvbench
 from kvbench.errors import KVBenchError
-from kvbench.storage import TokenBuffer
+from kvbench.storage import Storage, TokenBuffer
 
 GOVERNED = [name for name in ARCHITECTURES if name != "mistral"]
 YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
@@ -137,10 +137,8 @@ def test_a_rotation_that_cannot_be_undone_is_refused():
         unrotated_keys(model, tokens(1, 40))
 
 
-class HalfPrecision:
+class HalfPrecision(Storage):
     """Set-aside tokens in float16."""
-
-    resident_bytes = 0
 
     def __init__(self, keys, values):
         self.keys16, self.values16, self.length = keys.half(), values.half(), keys.shape[2]
@@ -153,18 +151,6 @@ class HalfPrecision:
         self.keys16 = torch.cat([self.keys16, keys.half()], dim=2)
         self.values16 = torch.cat([self.values16, values.half()], dim=2)
         self.length += keys.shape[2]
-
-    def _whole(self):
-        return TokenBuffer(self.keys, self.values)
-
-    def pick(self, slots, heads):
-        return self._whole().pick(slots, heads)
-
-    def scores(self, queries, scaling):
-        return self._whole().scores(queries, scaling)
-
-    def weighted_sum(self, weights):
-        return self._whole().weighted_sum(weights)
 
 
 @pytest.mark.parametrize("offload", [False, True])
