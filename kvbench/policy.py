@@ -187,6 +187,8 @@ class KVCachePolicy(_Pluggable):
     """True for a policy whose number of tokens depends on the data, with the budget as its upper bound."""
     head_budgets: ClassVar[bool] = False
     """True for a policy that honours `LayerBudget.heads`; others are refused with head-wise budgets, never averaged."""
+    across_layers: ClassVar[bool] = False
+    """True for a policy that shares the model's whole budget over the layers itself: a layer may exceed its own."""
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
 

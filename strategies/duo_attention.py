@@ -75,6 +75,8 @@ class DuoAttention(KVCachePolicy):
         "arXiv 2410.10819"
     )
 
+    across_layers = True
+
     class Options(Options):
         """Options of DuoAttention."""
 

@@ -24,6 +24,8 @@ class ExpectedAttention(KVCachePolicy):
         "Distribution, arXiv 2510.00636"
     )
 
+    grows = True
+
     class Options(Options):
         """Options of Expected Attention."""
 

@@ -29,6 +29,7 @@ class InfiniGen(KVCachePolicy):
         "Management, OSDI 2024, arXiv 2406.19707"
     )
     uses_hidden = True
+    adaptive = True
 
     class Options(Options):
         """Options of InfiniGen."""

@@ -51,8 +51,8 @@ class InfLLM(KVCachePolicy):
 
         init: int | None = Field(None, ge=0, description="initial tokens; by default 128, at most 1/128 of the context")
         local: int | None = Field(None, ge=1, description="local window; by default 4096, at most 1/32 of the context")
-        block: int | None = Field(
-            None, ge=1, description="tokens in a block; by default 128, at most 1/128, at least 8"
+        block_size: int | None = Field(
+            None, ge=1, description="tokens in a block; by default 128, at most 1/128 of the context, at least 8"
         )
         representatives: int = Field(4, ge=1, description="representative tokens of a block")
 
@@ -60,7 +60,7 @@ class InfLLM(KVCachePolicy):
             """Initial tokens, local window and block, in tokens, for a prompt of `context` tokens."""
             init = min(128, context // 128) if self.init is None else self.init
             local = max(1, min(4096, context // 32)) if self.local is None else self.local
-            return init, local, max(8, min(128, context // 128)) if self.block is None else self.block
+            return init, local, max(8, min(128, context // 128)) if self.block_size is None else self.block_size
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Initial tokens and local window."""

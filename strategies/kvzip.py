@@ -26,6 +26,7 @@ class KVzip(KVCachePolicy):
     summary = "Replays the prompt and keeps the keys that repeating it attends to; heads keep different numbers."
     reference = "Kim et al., KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction, arXiv 2505.23416"
     query_window = 0
+    grows = True
 
     class Options(Options):
         """Options of KVzip."""

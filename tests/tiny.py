@@ -52,7 +52,10 @@ def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> An
     return model
 
 
-SMALL_OPTIONS = {"sinks": 2, "window": 8, "page_size": 4, "subspaces": 2}
+SMALL_OPTIONS = {
+    "sinks": 2, "window": 8, "page_size": 4, "subspaces": 2, "init": 2, "local": 8, "recent": 8, "block_size": 4,
+    "chunk_size": 4, "instruction": "", "continuation": "",
+}  # fmt: skip
 """For the options of these names, values that leave a policy a choice in contexts of tens of tokens."""
 
 
