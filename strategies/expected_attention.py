@@ -25,6 +25,7 @@ class ExpectedAttention(KVCachePolicy):
     )
 
     grows = True
+    head_budgets = True
 
     class Options(Options):
         """Options of Expected Attention."""
@@ -55,8 +56,7 @@ class ExpectedAttention(KVCachePolicy):
             exponents = exponents + quadratic[:, :, :, None] * (layer.scaling**2 / 2)
         weights = exponents.squeeze(3).softmax(-1).mean(2)
         score = (weights + self.options.epsilon) * values.float().norm(dim=-1)
-        score[..., :sinks] = torch.inf
-        layer.store.keep(score.topk(layer.budget.tokens, dim=-1).indices.sort(-1).values)
+        layer.keep_top(score[..., sinks:], sinks)
 
     @staticmethod
     def _per_group(layer: Layer, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class InfiniGen(KVCachePolicy):
     )
     uses_hidden = True
     adaptive = True
+    head_budgets = True
 
     class Options(Options):
         """Options of InfiniGen."""
@@ -80,4 +81,5 @@ class InfiniGen(KVCachePolicy):
         counts = (below > -self.options.alpha).sum(-1).float().mean(-1).ceil().long().clamp(max=wanted)
         best = below.topk(int(counts.max()), dim=-1).indices
         beyond = torch.arange(best.shape[-1], device=best.device) >= counts[:, None, None]
-        return Selection(best.masked_fill(beyond, -1), padded=True, evaluations=float(available))
+        ids = budget.cut(best.masked_fill(beyond, -1), layer.store.static_tokens)
+        return Selection(ids, padded=True, evaluations=float(available))

@@ -63,9 +63,9 @@ class InfLLM(KVCachePolicy):
             return init, local, max(8, min(128, context // 128)) if self.block_size is None else self.block_size
 
     def static_tokens(self, context: int) -> tuple[int, int]:
-        """Initial tokens and local window."""
-        init, local, _ = self.options.sizes(context)
-        return init, local
+        """Initial tokens, and the local window with a block that is not full yet."""
+        init, local, block = self.options.sizes(context)
+        return init, local + block - 1
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Offload the initial tokens and all full blocks before the local window; note the blocks' representatives."""

@@ -87,6 +87,7 @@ class ShadowKV(KVCachePolicy):
         "Sun et al., ShadowKV: KV Cache in Shadows for High-Throughput Long-Context LLM Inference, arXiv 2410.21465"
     )
     query_window = 0
+    head_budgets = True
 
     class Options(Options):
         """Options of ShadowKV."""
@@ -113,7 +114,7 @@ class ShadowKV(KVCachePolicy):
         parts = mine.view(*mine.shape[:2], chunks, chunk, -1)
         landmarks = parts.mean(3)
         agreement = torch.cosine_similarity(parts, landmarks[:, :, :, None], dim=-1).amin(-1)
-        budget = layer.budget.tokens - self.options.local
+        budget = layer.budget.least - self.options.local
         outliers = min(48, budget // chunk // 6) if self.options.outliers is None else self.options.outliers
         outliers = min(outliers, budget // chunk, chunks)
         odd = agreement.topk(outliers, dim=-1, largest=False).indices
@@ -130,13 +131,12 @@ class ShadowKV(KVCachePolicy):
         if "landmarks" not in layer.state:
             return Selection()
         landmarks, outliers, chunk = layer.state["landmarks"], layer.state["outliers"], self.options.chunk_size
-        chunks = landmarks.shape[2]
-        wanted = budget.beside(layer.store.static_tokens, chunks * chunk) // chunk
         grouped = queries.view(layer.rows, layer.kv_heads, -1, layer.head_dim)
         logits = (grouped @ landmarks.transpose(-1, -2)).float() * layer.scaling
         odd = torch.zeros(landmarks.shape[:3], dtype=torch.bool, device=logits.device).scatter_(2, outliers, True)
         weights = logits.masked_fill_(odd[:, :, None], -torch.inf).softmax(-1).amax(2)
-        best = weights.masked_fill_(odd, -1).topk(max(wanted - outliers.shape[2], 0), dim=-1).indices
-        chosen = torch.cat([outliers, best], dim=-1)
-        ids = (chosen[..., None] * chunk + torch.arange(chunk, device=chosen.device)).flatten(2)
-        return Selection(ids, evaluations=float(chunks))
+        exact = layer.store.static_tokens + outliers.shape[2] * chunk
+        best = budget.top(weights.masked_fill_(odd, -1), exact, unit=chunk)
+        chosen = torch.cat([outliers, best], dim=-1)[..., None]
+        ids = (chosen * chunk + torch.arange(chunk, device=chosen.device)).masked_fill(chosen < 0, -1).flatten(2)
+        return Selection(ids, padded=budget.heads is not None, evaluations=float(landmarks.shape[2]))

@@ -177,7 +177,8 @@ class Watch(kvbench.Probe):
         if selection.everything:
             counts = counts + layer.store.aside_stop - layer.store.aside_start
         elif selection.ids is not None:
-            counts = counts + (selection.ids >= 0).sum(-1)
+            chosen = (selection.ids >= 0).sum(-1)
+            counts = counts + chosen.repeat_interleave(layer.heads // chosen.shape[1], dim=1)
         self.steps.append((layer, counts, layer.tokens - layer.prompt_tokens))
         return selection
 
@@ -200,7 +201,7 @@ def test_every_head_attends_to_its_own_number_of_tokens(policy):
     shares = torch.stack([layer.groups[0].budget.heads for layer in session.cache.governed])
     assert (shares.sum(-1) == 80).all()
     assert shares.min() < 40 < shares.max()
-    page = 4 if policy == "quest" else 0
+    page = {"quest": 4, "shadowkv": 8}.get(policy, 0)
     for layer, counts, generated in probe.steps:
         wanted = layer.budget.heads.repeat_interleave(3, dim=1) + (generated if POLICIES[policy].grows else 0)
         assert (counts <= wanted).all()
