@@ -19,17 +19,21 @@ from kvbench.strategies.keydiff import KeyDiff
 from kvbench.strategies.kivi import KIVI
 from kvbench.strategies.knorm import KNorm
 from kvbench.strategies.kvzip import KVzip
+from kvbench.strategies.magicpig import MagicPIG
 from kvbench.strategies.oracle_topk import OracleTopK
 from kvbench.strategies.oracle_topp import OracleTopP
+from kvbench.strategies.pqcache import PQCache
 from kvbench.strategies.profile import Profile
 from kvbench.strategies.pyramid import Pyramid
 from kvbench.strategies.quest import Quest
 from kvbench.strategies.random import Random
 from kvbench.strategies.retrieval import Retrieval
+from kvbench.strategies.retroinfer import RetroInfer
 from kvbench.strategies.robust_vamana import RobustVamana
 from kvbench.strategies.shadowkv import ShadowKV
 from kvbench.strategies.snapkv import SnapKV
 from kvbench.strategies.squeeze import Squeeze
+from kvbench.strategies.squeezed_attention import SqueezedAttention
 from kvbench.strategies.streaming_llm import StreamingLLM
 from kvbench.strategies.think import ThinK
 from kvbench.strategies.tova import TOVA
@@ -43,7 +47,7 @@ def kvbench_policies() -> list[type[KVCachePolicy]]:
     return [
         Full, FullNoCache,
         StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm, ExpectedAttention, KVzip, DuoAttention,
-        Quest, InfLLM, InfiniGen, ShadowKV,
+        Quest, InfLLM, InfiniGen, ShadowKV, SqueezedAttention, PQCache, MagicPIG, RetroInfer,
         Flat, Retrieval, RobustVamana, Vamana, IVF, HNSW, IVFPQ,
         KIVI, ThinK,
         Random, OracleTopK, OracleTopP,

@@ -44,7 +44,7 @@ class IndexRetrieval(SelectingPolicy):
         """Index the offloaded keys."""
         index = self.index(self._index_options)
         index.build(
-            keys.flatten(0, 1),
+            layer.store.aside_keys.flatten(0, 1),
             queries.flatten(0, 1).cpu() if self.index.uses_queries else None,
             heads=layer.rows * layer.heads,
         )

@@ -17,6 +17,7 @@ class OracleTopK(SelectingPolicy):
     name = "oracle_topk"
     summary = "Yardstick: the tokens with the largest exact attention weights, per query head; saves nothing."
     head_budgets = True
+    batch = 1
     query_window = 0
 
     def static_tokens(self, context: int) -> tuple[int, int]:

@@ -24,6 +24,7 @@ class OracleTopP(SelectingPolicy):
     reference = "Lin et al., Twilight: Adaptive Attention Sparsity with Hierarchical Top-p Pruning, arXiv 2502.02770"
     adaptive = True
     head_budgets = True
+    batch = 1
     query_window = 0
 
     class Options(Options):

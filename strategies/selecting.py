@@ -21,6 +21,8 @@ class SelectingPolicy(KVCachePolicy):
 
     offload: ClassVar[bool] = False
     """Whether the set-aside tokens lie in the host's memory."""
+    batch: ClassVar[int] = 16
+    """Tokens that leave the window at a time."""
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Sinks and window, as the options say."""
@@ -34,15 +36,21 @@ class SelectingPolicy(KVCachePolicy):
         With `head_budgets = True` the ids come best first, and `select` cuts each head's down to its own budget.
         """
 
+    def room(self, layer: Layer, wanted: int, heads: int) -> int | Tensor:
+        """Tokens that each of `heads` H or G heads may choose: `wanted`, or [B, H or G, 1] where heads differ."""
+        store = layer.store
+        counts = layer.budget.counts(store.static_tokens, store.aside_stop - store.aside_start, heads)
+        return wanted if counts is None else counts[..., None]
+
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Build structures over the set-aside `keys` and `values` [B, G, m, d]; `queries` are the prompt's."""
+        """Build structures over set-aside `keys` and `values` [B, G, m, d], on the device, given prompt `queries`."""
 
     def grow(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Add `keys` and `values` [B, G, m, d], the latest set-aside ones, to the structures."""
 
     def moves(self, layer: Layer, beyond: int) -> bool:
         """Whether the `beyond` oldest tokens of the window, more than 0, shall be set aside now."""
-        return True
+        return beyond >= self.batch
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Set the tokens between sinks and window aside and build."""
@@ -50,7 +58,7 @@ class SelectingPolicy(KVCachePolicy):
         stop = layer.tokens - window
         if stop > sinks:
             layer.store.set_aside(sinks, stop, offload=self.offload)
-            self.build(layer, queries, layer.store.aside_keys, layer.store.aside_values)
+            self.build(layer, queries, keys[:, :, sinks:stop], values[:, :, sinks:stop])
 
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
         """Choose what the budget leaves beside the static set; everything without asking where all of it fits."""
