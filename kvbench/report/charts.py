@@ -86,10 +86,15 @@ def setting_text(setting: Setting, found: Collection) -> str:
     model, task, length, question = setting
     parts = [task, f"{length} tokens"]
     if len({run.config["model"] for run in found.runs}) > 1:
-        parts.insert(0, model)
+        parts.insert(0, model_text(model))
     if len({run.config["question"] for run in found.runs}) > 1:
         parts.append(f"question {question}")
     return ", ".join(parts)
+
+
+def model_text(model: str) -> str:
+    """A model's name; of a local folder, the last part of its path."""
+    return Path(model).name if Path(model).is_absolute() else model
 
 
 # -- what the figures share --------------------------------------------------------------------------------------------
@@ -213,6 +218,7 @@ def _paint_accuracy(figure: FigureBase, groups: Mapping[Setting, list[ReportRun]
             else:
                 axis.set_xlim(0, 1.1 * max(*positive, 1) / MIB)
                 axis.set_xlabel(f"{title} (MiB)")
+                axis.locator_params(axis="x", nbins=4)
             axis.set_ylim(-4, 104)
         row[0].set_ylabel("accuracy (%)")
         row[0].set_title(setting_text(setting, found), loc="left")
@@ -448,8 +454,8 @@ def _latency(found: Collection) -> list[Chart]:
             "latency" if not place else f"latency-{place + 1}",
             _title(title, (model, task, question), groups),
             "Left: time to first token, prefill and index construction, means over the examples. Right: a decoding "
-            "step of the undisturbed generation (the tick: its median), split by the latency probe; other is the rest "
-            "of the step: the model's own layers.",
+            "step of the probed examples' undisturbed generation, split by the latency probe; other is the rest of the "
+            "step: the model's own layers. The tick is the median step of all examples.",
             rows, words + ".", commands=_commands(ordered),
             paint=partial(_paint_latency, splits=splits, names=names),
             size=(WIDTH, 1.3 + 0.24 * len(runs) + 0.12 * len({run.config["context_length"] for run in runs})),
@@ -563,6 +569,8 @@ def _paint_steps(
     figure: FigureBase, groups: Mapping[Setting, list[ReportRun]], curves: Mapping[int, list[tuple[int, float, int]]],
     found: Collection,
 ) -> None:  # fmt: skip
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - slow
+
     styles = _styles(found.runs)
     grid = figure.subplots(len(groups), 1, squeeze=False)
     for axis, (setting, runs) in zip(grid.flat, groups.items(), strict=True):
@@ -577,6 +585,7 @@ def _paint_steps(
                 points[:, 0], points[:, 1], color=look.color, linestyle=look.dashes, marker=look.marker, markersize=4,
                 markevery=max(1, len(points) // 12), label=names[id(run)],
             )  # fmt: skip
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylim(-4, 104)
         axis.set_ylabel("recall@k (%)")
         axis.set_title(setting_text(setting, found), loc="left")
@@ -625,6 +634,8 @@ def _ood(found: Collection) -> list[Chart]:
 
 
 def _paint_ood(figure: FigureBase, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - slow
+
     axis = figure.subplots()
     layers = sorted({row["layer"] for row in rows})
     for place, (key, name) in enumerate(_OOD.items()):
@@ -636,6 +647,7 @@ def _paint_ood(figure: FigureBase, rows: Sequence[Row]) -> None:
                           color=look.color, alpha=0.15, linewidth=0)  # fmt: skip
     axis.axhline(rows[0]["dimension"] ** 0.5, color=figures.REFERENCE, linewidth=0.8, linestyle=(0, (1, 1)), label="√d")
     axis.set_ylim(bottom=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("layer")
     axis.set_ylabel("Mahalanobis distance (σ)")
     _legend(figure, [axis])

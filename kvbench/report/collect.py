@@ -10,15 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvbench.comparison import SAME
 from kvbench.errors import KVBenchError
 from kvbench.results import read, read_rows, summarise
 from kvbench.statistics import PairedDifference, holm, paired_difference
 from kvbench.traces import Trace, read_trace
 
 BASELINE = "full"
-SAME_EXAMPLES = (
-    "model", "model_fingerprint", "dtype", "task", "task_options", "task_data", "context_length", "seed", "question",
-)  # fmt: skip
+SAME_EXAMPLES = (*SAME, "dtype", "seed")
 """What a run and its baseline have in common, beside the examples' ids."""
 
 
@@ -26,7 +25,7 @@ Setting = tuple[str, str, int, str]
 """Model, task, context length and question mode: what runs shown beside each other have in common."""
 
 
-@dataclass
+@dataclass(eq=False)
 class ReportRun:
     """One run folder: what `run.json` says, its finished `rows`, and its metrics, computed for a partial run too."""
 

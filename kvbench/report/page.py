@@ -17,7 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from kvbench.report.charts import MIB, Chart, Row, setting_text
+from kvbench.report.charts import MIB, Chart, Row, model_text, setting_text
 from kvbench.report.collect import BASELINE, Collection, ReportRun, budget_text, labels
 from kvbench.report.commands import analyze_command, run_command
 
@@ -97,7 +97,8 @@ def percent(value: float | None) -> str:
 
 def _points(value: float) -> str:
     """A difference of fractions in percentage points."""
-    return f"{100 * value:+.1f}".replace("-", "−")
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return "0.0" if text in ("+0.0", "−0.0") else text
 
 
 def partial_text(run: ReportRun) -> str:
@@ -111,7 +112,7 @@ def anchor(run: ReportRun, found: Collection) -> str:
 
 
 def _heading(found: Collection) -> str:
-    models = sorted({run.config["model"] for run in found.runs})
+    models = sorted({model_text(run.config["model"]) for run in found.runs})
     if not models:
         return "KV-cache analyses"
     return f"KV-cache policies on {', '.join(models)}"
@@ -131,7 +132,9 @@ def _subtitle(found: Collection) -> str:
 
 def _device(run: ReportRun) -> str:
     found = run.environment
-    return f"{found.get('device_name', 'unknown device')}, {found.get('threads', '?')} threads, {run.config['dtype']}"
+    threads = found.get("threads", "?")
+    count = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"{found.get('device_name', 'unknown device')}, {count}, {run.config['dtype']}"
 
 
 def _glance(found: Collection) -> list[tuple[str, str]]:
@@ -204,7 +207,7 @@ def _board(found: Collection) -> Board:
     ]  # fmt: skip
     caption = (
         f"One row for each run. Differences are from {BASELINE} on the same examples, with 95% intervals; p-values are "
-        "adjusted for all comparisons of the table (Holm). Click a heading to sort, again to turn the order round."
+        "adjusted for all comparisons of the table (Holm)."
     )
     return Board(columns, rows, caption)
 
@@ -230,7 +233,7 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
         return len({run.config[key] for run in found.runs}) > 1
 
     def mib(value: float) -> str:
-        return f"{value / MIB:.1f}"
+        return f"{value / MIB:.1f}" if value >= 10 * MIB or not value else f"{value / MIB:.3g}"
 
     columns = [Column("policy", "Policy", "Policy and what tells it from others of its name",
                       lambda run: Cell(names[id(run)].removesuffix(" (partial)"), names[id(run)]), "text",
@@ -241,8 +244,10 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
     ))  # fmt: skip
     if several("model"):
         columns.append(config("model", "Model", "Model"))
-    columns.append(config("task", "Task", "Task"))
-    columns.append(config("context_length", "Context, tokens", "Context length asked for", "number"))
+    if several("task"):
+        columns.append(config("task", "Task", "Task"))
+    if several("context_length"):
+        columns.append(config("context_length", "Context, tokens", "Context length asked for", "number"))
     if several("question"):
         columns.append(config("question", "Question", "Whether the policy sees the question in the prompt"))
     if several("seed"):

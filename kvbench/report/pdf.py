@@ -109,7 +109,7 @@ def _leaderboard(content: Content, pdf: PdfPages) -> None:
     for start in range(0, len(board.rows), _ROWS):
         page = Figure(figsize=A4[::-1])
         page.text(MARGIN / A4[1], 1 - MARGIN / A4[0], "Leaderboard", fontsize=14, fontweight="bold")
-        page.text(MARGIN / A4[1], 1 - (MARGIN + 0.45) / A4[0], textwrap.fill(board.caption.split(" Click")[0], 150),
+        page.text(MARGIN / A4[1], 1 - (MARGIN + 0.45) / A4[0], textwrap.fill(board.caption, 150),
                   fontsize=8, color=figures.REFERENCE)  # fmt: skip
         rows = board.rows[start : start + _ROWS]
         heads = [textwrap.fill(board.columns[place].title, 11) for place in chosen]
