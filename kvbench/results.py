@@ -354,6 +354,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),
         "probed_examples": len(probed),
+        "truncated_examples": sum("truncated_tokens" in row.get("info", {}) for row in rows),
         **measured,
     }
 

@@ -490,7 +490,7 @@ class Session:
             layers=len(numbers),
             tokens=self.budget.size(tokens, token_bytes(self.model)),
             context=tokens,
-            minimum=max(sinks + window, 1),
+            minimum=min(max(sinks + window, 1), tokens),
             window=window,
             numbers=numbers,
             measured=measured,

@@ -506,7 +506,12 @@ def test_the_task_of_the_documentation_works(tokenizer):
 
 def test_the_documentation_names_every_task():
     page = (Path(__file__).parent.parent / "docs" / "tasks.md").read_text("utf-8")
-    assert [task.name for task in kvbench_tasks() if f"`{task.name}`" not in page] == []
+
+    def named(name: str) -> bool:
+        forms = {name, name.removeprefix("longbench_"), "_" + name.removeprefix("scbench_")}  # tables of families
+        return any(f"`{form}`" in page for form in forms)
+
+    assert [task.name for task in kvbench_tasks() if not named(task.name)] == []
 
 
 # The embedded model

@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import get_args
 
 import pytest
 from test_tasks import make_tokenizer, one
@@ -9,7 +10,7 @@ from test_tasks import make_tokenizer, one
 from kvbench.errors import KVBenchError
 from kvbench.tasks import encode, prompt_length
 from kvbench.tasks.infinitebench import CodeRun, KVRetrieval, MathFind, NumberString, Passkey
-from kvbench.tasks.jsonl import JsonLines
+from kvbench.tasks.jsonl import JsonLines, Metric
 from kvbench.tasks.metrics import METRICS, exact_match, f1
 from kvbench.tasks.ruler import NeedleGrid
 from kvbench.tasks.ruler_more import CommonWords, FrequentWords, HotpotQA, Squad, VariableTracking
@@ -119,6 +120,7 @@ def test_fwe_answers_are_the_most_frequent_after_the_dots(tokenizer, length):
 SQUAD = {
     "data": [
         {
+            "title": f"Article {a}",
             "paragraphs": [
                 {
                     "context": f"Paragraph {a}.{p} of article {a}. " + "Some words follow here. " * 10,
@@ -132,7 +134,7 @@ SQUAD = {
                     ],
                 }
                 for p in range(3)
-            ]
+            ],
         }
         for a in range(40)
     ]
@@ -374,7 +376,7 @@ def test_lines_become_examples(tokenizer, file):
         ({"input": "", "outputs": ["a"]}, r"\(input: String should have at least 1 character\)"),
         ({"input": "a", "outputs": []}, r"\(outputs: List should have at least 1 item"),
         ({"input": "a", "outputs": [1]}, r"\(outputs\.0: Input should be a valid string\)"),
-        ({"input": "a", "outputs": ["a"], "metric": "bleu"}, r"\(metric: Input should be 'string_match_all'"),
+        ({"input": "a", "outputs": ["a"], "metric": "accuracy"}, r"\(metric: Input should be 'string_match_all'"),
         ({"input": "a", "outputs": ["a"], "max_new_tokens": 0}, r"\(max_new_tokens: "),
     ],
 )
@@ -420,4 +422,21 @@ def test_f1_and_exact_match(prediction, references, expected_f1, expected_exact)
 
 
 def test_metrics_are_known_by_name():
-    assert set(METRICS) == {"string_match_all", "string_match_part", "exact_match", "f1"}
+    assert set(METRICS) == set(get_args(Metric))
+
+
+@pytest.mark.parametrize("length", [600, 900, 1300])
+def test_documents_too_long_for_what_is_left_give_way_to_shorter_ones(tokenizer, tmp_path, length):
+    rows = [
+        {
+            "title": f"t{n}",
+            "context": f"{n}. " + "word " * (20 + 37 * n % 190),
+            "question": "Q?",
+            "answers": {"text": ["a"]},
+        }
+        for n in range(200)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    task = Squad(Squad.Options(path=str(tmp_path / "rows.json")))
+    for example in task.examples(tokenizer, context_length=length, count=10, seed=1):
+        assert 0.9 * length <= prompt_length(tokenizer, example) + 32 <= length

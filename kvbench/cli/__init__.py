@@ -11,6 +11,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     compare,
     index,
     lists,
+    lm_eval,
     report,
     run,
 )

@@ -194,8 +194,11 @@ def _budget(documents: list[dict[str, Any]]) -> str:
 
 def _provenance(document: dict[str, Any]) -> str:
     config, environment, metrics = document["config"], document["environment"], document["metrics"]
+    cut = metrics.get("truncated_examples")
     return (
-        f"{metrics['accuracy']['n']} examples, seed {config['seed']}, question {config['question']}, "
+        f"{metrics['accuracy']['n']} examples"
+        + (f" ({cut} with the middle of the context cut out)" if cut else "")
+        + f", seed {config['seed']}, question {config['question']}, "
         f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
         f"{environment['device_name']}, {environment['threads']} threads; "
         "times, bytes and answers are of undisturbed generations"

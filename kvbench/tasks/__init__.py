@@ -2,7 +2,7 @@
 
 import pluggy
 
-from kvbench.tasks import infinitebench, jsonl, ruler, ruler_more
+from kvbench.tasks import code, infinitebench, infinitebench_files, jsonl, longbench, ruler, ruler_more, shared
 from kvbench.tasks.base import Example, Prompt, Task, encode, fill, prompt_length
 
 __all__ = ["Example", "Prompt", "Task", "encode", "fill", "kvbench_tasks", "prompt_length"]
@@ -33,5 +33,18 @@ def kvbench_tasks() -> list[type[Task]]:
         infinitebench.KVRetrieval,
         infinitebench.MathFind,
         infinitebench.CodeRun,
+        infinitebench_files.BookQA,
+        infinitebench_files.BookChoice,
+        infinitebench_files.BookSummary,
+        infinitebench_files.Dialogue,
+        infinitebench_files.ChineseBookQA,
+        infinitebench_files.CodeDebug,
+        infinitebench_files.MathCalc,
+        *longbench.LONGBENCH,
+        longbench.LongBenchV2,
+        shared.SharedNeedles,
+        *shared.SCBENCH,
+        code.LongCode,
+        code.ClassEval,
         jsonl.JsonLines,
     ]

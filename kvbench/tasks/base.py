@@ -20,7 +20,8 @@ class Example:
 
     The user's turn is `context` followed by `question`; `answer_prefix` begins the assistant's turn; the model then
     writes at most `max_new_tokens` tokens. `info` says where the example comes from (text and its hash, depth in
-    percent, ...).
+    percent, ...). Without `chat` the text is given as it is, without the tokenizer's chat template, as some benchmarks
+    have it for completions and few-shot examples.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Example:
     references: tuple[str, ...]
     max_new_tokens: int
     info: dict[str, str | int | float] = field(default_factory=dict)
+    chat: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _render(tokenizer: Any, example: Example) -> tuple[str, int, list[int]]:
     content = example.context + example.question
     if not content.strip():
         raise KVBenchError(f"Example {example.id} has neither context nor question: give it some text.")
-    if not getattr(tokenizer, "chat_template", None):
+    if not (example.chat and getattr(tokenizer, "chat_template", None)):
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("", verbose=False)["input_ids"][:1] == [bos]
         text = f"{content} {example.answer_prefix}" if example.answer_prefix else content

@@ -14,7 +14,10 @@ from kvbench.errors import KVBenchError
 from kvbench.tasks.base import Example, Task, prompt_length
 from kvbench.tasks.metrics import METRICS
 
-Metric = Literal["string_match_all", "string_match_part", "exact_match", "f1"]
+Metric = Literal[
+    "string_match_all", "string_match_part", "exact_match", "f1", "rouge_l", "rouge_lsum", "bleu", "chrf",
+    "edit_similarity",
+]  # fmt: skip
 
 
 class _Line(BaseModel):

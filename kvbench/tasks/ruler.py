@@ -7,12 +7,13 @@ from collections.abc import Container, Iterator
 from itertools import cycle, islice
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field, field_validator
+from pydantic import BaseModel, Field, field_validator
 
 import kvbench.extension
 from kvbench.tasks.base import Example, Task, fill
+from kvbench.tasks.files import FileOptions
 from kvbench.tasks.metrics import string_match_all
-from kvbench.tasks.texts import NOISE, essays, words
+from kvbench.tasks.texts import NOISE, Text, essays, words
 
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 """40 evenly spaced depths in percent."""
@@ -28,10 +29,11 @@ class NeedleTask(Task):
     """
 
     reference = "RULER, arXiv:2404.06654"
+    Options: ClassVar[type[BaseModel]] = FileOptions
     haystack: ClassVar[Literal["noise", "essays", "needles"]] = "essays"
     key_type: ClassVar[Literal["words", "uuids"]] = "words"
     value_type: ClassVar[Literal["numbers", "uuids"]] = "numbers"
-    keys: ClassVar[int] = 1
+    keys: int = 1
     values_per_key: ClassVar[int] = 1
     queries: ClassVar[int] = 1
 
@@ -39,7 +41,7 @@ class NeedleTask(Task):
         """Name the haystack's text and its hash."""
         if self.haystack != "essays":
             return {"haystack": self.haystack}
-        text = essays()
+        text = self._essays()
         return {"haystack": text.name, "haystack_sha256": text.sha256}
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
@@ -56,18 +58,22 @@ class NeedleTask(Task):
         """Share of the asked values that occur in the prediction."""
         return string_match_all(prediction, example.references)
 
-    def _build(self, units: int, context_length: int, seed: int, index: int) -> Example:
+    def _essays(self) -> Text:
+        return essays(self.options) if isinstance(self.options, FileOptions) else essays()
+
+    def _build(self, units: int, context_length: int, seed: int, index: int, request: int = 0) -> Example:
+        """Make example `index` with `units` of haystack; its requests differ in the keys that are asked for."""
         # A string seeds the same stream in every process and Python version.
         rng = random.Random(f"{seed} {self.name} {index}")
         keys: dict[str, list[str]] = {}
         for _ in range(self.keys):
             keys[self._new_key(rng, keys)] = [_draw(rng, self.value_type) for _ in range(self.values_per_key)]
-        asked = rng.sample(list(keys), self.queries)
+        asked = rng.sample(list(keys), self.keys)[request : request + self.queries]
         needles = [(key, self._needle(key, value)) for key, values in keys.items() for value in values]
         rng.shuffle(needles)
 
         if self.haystack == "essays":
-            text = " ".join(islice(cycle(essays().words), units))
+            text = " ".join(islice(cycle(self._essays().words), units))
             parts = re.split(r"(?<=[.!?])\s+", text)
             depths = self._depths(rng, index, len(needles))
             positions = [int(len(parts) * depth / 100) for depth in depths]
@@ -96,7 +102,7 @@ class NeedleTask(Task):
         if len(asked_depths) > 1:
             info["depths"] = ", ".join(f"{depth:.4g}" for depth in asked_depths)
         return Example(
-            id=f"{self.name}/{context_length}/{seed}/{index}",
+            id=f"{self.name}/{context_length}/{seed}/{index}" + (f".{request}" if request else ""),
             context=(
                 f"{'A' if one else 'Some'} special magic {noun} {are} hidden within the following "
                 f"text. Make sure to memorize it. I will quiz you about the {noun} afterwards.\n{body}\n"
@@ -134,6 +140,7 @@ class NiahSingle1(NeedleTask):
 
     name = "niah_single_1"
     summary = "RULER: find one number in repeated noise sentences"
+    Options = kvbench.extension.Options
     haystack = "noise"
 
 
@@ -151,8 +158,8 @@ class NeedleGrid(NeedleTask):
     summary = "One number in essays at chosen depths in turn: depth by length with a run for each length"
     reference = "RULER, arXiv:2404.06654; github.com/gkamradt/LLMTest_NeedleInAHaystack"
 
-    class Options(kvbench.extension.Options):
-        """Where the needles are."""
+    class Options(FileOptions):
+        """Where the needles are, and the essays."""
 
         depths: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
             (0, 25, 50, 75, 100), min_length=1, description="Depths in percent, separated by commas, taken in turn."
@@ -189,6 +196,7 @@ class NiahMultikey2(NeedleTask):
 
     name = "niah_multikey_2"
     summary = "RULER: find one number in a haystack made of needles"
+    Options = kvbench.extension.Options
     haystack = "needles"
 
 
@@ -197,6 +205,7 @@ class NiahMultikey3(NeedleTask):
 
     name = "niah_multikey_3"
     summary = "RULER: find one UUID by a UUID in a haystack made of needles"
+    Options = kvbench.extension.Options
     haystack = "needles"
     key_type = "uuids"
     value_type = "uuids"

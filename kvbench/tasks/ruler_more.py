@@ -1,22 +1,20 @@
 """RULER's tracing, aggregation and question tasks (Hsieh et al. 2024, arXiv:2404.06654)."""
 
-import hashlib
 import itertools
-import json
 import math
 import random
 import string
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task, fill
+from kvbench.tasks.base import Example, Task, fill, prompt_length
+from kvbench.tasks.files import FileOptions, Published, load
 from kvbench.tasks.metrics import string_match_all, string_match_part
-from kvbench.tasks.texts import NOISE, data_file, words
+from kvbench.tasks.texts import NOISE, words
 
 
 class VariableTracking(Task):
@@ -191,26 +189,30 @@ class _Question:
 
 @dataclass(frozen=True)
 class _Questions:
+    name: str
+    sha256: str
     documents: tuple[str, ...]
     questions: tuple[_Question, ...]
-    sha256: str
 
 
 class QuestionTask(Task):
     """A question with the documents that answer it among others; subclasses read a published file."""
 
     reference = "RULER, arXiv:2404.06654"
-    file: ClassVar[str]
+    Options = FileOptions
+    patterns: ClassVar[tuple[str, ...]]
     published: ClassVar[str]
+    max_new_tokens: ClassVar[int] = 32
 
     @staticmethod
     @abstractmethod
     def read(content: Any) -> tuple[Sequence[str], Sequence[_Question]]:
-        """Give the documents and the questions of the file's JSON content."""
+        """Give the documents and the questions of the file's content."""
 
     def data(self) -> dict[str, str]:
         """Name the published file and its hash."""
-        return {"haystack": self.file, "haystack_sha256": self._load().sha256}
+        found = self._load()
+        return {"haystack": found.name, "haystack_sha256": found.sha256}
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
         """Yield examples with as many documents as fit, the questions in an order drawn by the seed."""
@@ -222,10 +224,9 @@ class QuestionTask(Task):
             related = rng.sample(asked.related, len(asked.related))
             known = {*asked.needed, *related}
             others = [document for document in range(len(content.documents)) if document not in known]
-            chosen = [*asked.needed, *related, *rng.sample(others, len(others))]
+            candidates = [*related, *rng.sample(others, len(others))]
 
-            def build(size: int, index: int = index, asked: _Question = asked, chosen: list[int] = chosen) -> Example:
-                shown = chosen[:size]
+            def made(shown: list[int], index: int = index, asked: _Question = asked) -> Example:
                 random.Random(f"{seed} {self.name} {index} order").shuffle(shown)
                 listed = "\n\n".join(f"Document {place}:\n{content.documents[d]}" for place, d in enumerate(shown, 1))
                 return Example(
@@ -234,19 +235,36 @@ class QuestionTask(Task):
                     question=f"{_QA_INSTRUCTION}\n\nQuestion: {asked.question}",
                     answer_prefix="Answer:",
                     references=asked.answers,
-                    max_new_tokens=32,
-                    info={"haystack": self.file, "haystack_sha256": content.sha256, "haystack_units": len(shown)},
+                    max_new_tokens=self.max_new_tokens,
+                    info={"haystack": content.name, "haystack_sha256": content.sha256, "haystack_units": len(shown)},
                 )
 
+            room = context_length - prompt_length(tokenizer, made([*asked.needed])) - self.max_new_tokens
+            chosen = [*asked.needed, *self._fitting(tokenizer, candidates, room)]
+
+            def build(size: int, chosen: list[int] = chosen, made: Callable[[list[int]], Example] = made) -> Example:
+                return made(chosen[:size])
+
             yield fill(tokenizer, build, context_length=context_length, smallest=len(asked.needed), largest=len(chosen))
+
+    def _fitting(self, tokenizer: Any, candidates: Sequence[int], room: int) -> Iterator[int]:
+        """Give the documents, in order, that fit into `room` tokens together, leaving out those that are too long."""
+        documents, misses = self._load().documents, 0
+        for number in candidates:
+            text = f"Document {len(documents)}:\n{documents[number]}\n\n"
+            size = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            if size <= room:
+                room, misses = room - size, 0
+                yield number
+            elif (misses := misses + 1) == 100:  # what is left is too little for any
+                return
 
     def score(self, prediction: str, example: Example) -> float:
         """1 if any of the answers occurs in the prediction, else 0."""
         return string_match_part(prediction, example.references)
 
     def _load(self) -> _Questions:
-        file = data_file(self.file, self.published)
-        return _load_questions(type(self), file, file.stat().st_mtime_ns)
+        return _read(type(self), load(cast("FileOptions", self.options), self.patterns, self.published))
 
 
 _QA_INSTRUCTION = (
@@ -255,55 +273,71 @@ _QA_INSTRUCTION = (
 
 
 @cache
-def _load_questions(task: type[QuestionTask], file: Path, _mtime: int) -> _Questions:
-    content = file.read_bytes()
+def _read(task: type[QuestionTask], found: Published) -> _Questions:
     try:
-        documents, questions = task.read(json.loads(content))
+        documents, questions = task.read(found.content)
+        if not questions:
+            raise ValueError
     except (ValueError, KeyError, TypeError, IndexError):
-        raise KVBenchError(f"{file} is not {task.published}: put the published file there.") from None
-    return _Questions(tuple(documents), tuple(questions), hashlib.sha256(content).hexdigest())
+        raise KVBenchError(f"{found.place} is not {task.published}: put the published file there.") from None
+    return _Questions(found.name, found.sha256, tuple(documents), tuple(questions))
 
 
 class Squad(QuestionTask):
     """SQuAD 2.0: one paragraph answers; paragraphs of the same article come before others as distractors."""
 
     name = "qa_1"
-    summary = "RULER: answer a question of SQuAD 2.0 among paragraphs (needs KVBENCH_DATA)"
-    file = "dev-v2.0.json"
-    published = "SQuAD 2.0's development set (https://rajpurkar.github.io/SQuAD-explorer)"
+    summary = "RULER: answer a question of SQuAD 2.0 among paragraphs (needs its published file)"
+    patterns = ("dev-v2.0.json", "squad_v2/validation-*.parquet")
+    published = "SQuAD 2.0's development set (https://rajpurkar.github.io/SQuAD-explorer, or rajpurkar/squad_v2)"
 
     @staticmethod
     def read(content: Any) -> tuple[Sequence[str], Sequence[_Question]]:
-        """Read SQuAD's articles, leaving out the questions without an answer."""
-        articles = [[paragraph["context"] for paragraph in article["paragraphs"]] for article in content["data"]]
-        documents = sorted({text for article in articles for text in article})
+        """Read SQuAD's articles, or the hub's table of questions, leaving out the questions without an answer."""
+        rows = content if isinstance(content, list) else _squad_rows(content)
+        articles: dict[str, dict[str, None]] = {}
+        for row in rows:
+            articles.setdefault(row["title"], {})[row["context"]] = None
+        documents = sorted({text for texts in articles.values() for text in texts})
         numbers = {text: number for number, text in enumerate(documents)}
         questions = []
-        for article, texts in zip(content["data"], articles, strict=True):
-            for paragraph in article["paragraphs"]:
-                own = numbers[paragraph["context"]]
-                related = tuple(dict.fromkeys(numbers[text] for text in texts if numbers[text] != own))
-                for asked in paragraph["qas"]:
-                    if not asked["is_impossible"]:
-                        answers = tuple(answer["text"] for answer in asked["answers"])
-                        questions.append(_Question(asked["question"], answers, (own,), related))
+        for row in rows:
+            own = numbers[row["context"]]
+            related = tuple(numbers[text] for text in articles[row["title"]] if numbers[text] != own)
+            if row["answers"]["text"]:
+                questions.append(_Question(row["question"], tuple(row["answers"]["text"]), (own,), related))
         return documents, questions
+
+
+def _squad_rows(content: Any) -> list[dict[str, Any]]:
+    """The published file's questions as the hub's table has them."""
+    return [
+        {
+            "title": article["title"], "context": paragraph["context"], "question": asked["question"],
+            "answers": {"text": [] if asked["is_impossible"] else [answer["text"] for answer in asked["answers"]]},
+        }
+        for article in content["data"]
+        for paragraph in article["paragraphs"]
+        for asked in paragraph["qas"]
+    ]  # fmt: skip
 
 
 class HotpotQA(QuestionTask):
     """HotpotQA with distractors: the question's own ten paragraphs, then others."""
 
     name = "qa_2"
-    summary = "RULER: answer a question of HotpotQA among paragraphs (needs KVBENCH_DATA)"
-    file = "hotpot_dev_distractor_v1.json"
-    published = "HotpotQA's development set with distractors (https://hotpotqa.github.io)"
+    summary = "RULER: answer a question of HotpotQA among paragraphs (needs its published file)"
+    patterns = ("hotpot_dev_distractor_v1.json", "distractor/validation-*.parquet")
+    published = "HotpotQA's development set with distractors (https://hotpotqa.github.io, or hotpotqa/hotpot_qa)"
 
     @staticmethod
     def read(content: Any) -> tuple[Sequence[str], Sequence[_Question]]:
-        """Read HotpotQA's questions with their paragraphs."""
+        """Read HotpotQA's questions with their paragraphs, of the published file or of the hub's table."""
 
         def texts(asked: Any) -> list[str]:
-            return [f"{title}\n{''.join(sentences)}" for title, sentences in asked["context"]]
+            context = asked["context"]
+            pairs = zip(context["title"], context["sentences"], strict=True) if isinstance(context, dict) else context
+            return [f"{title}\n{''.join(sentences)}" for title, sentences in pairs]
 
         documents = sorted({text for asked in content for text in texts(asked)})
         numbers = {text: number for number, text in enumerate(documents)}

@@ -1,14 +1,13 @@
 """Texts that haystacks are made of: noise, essays from the user's data folder, or Python's own documentation."""
 
 import hashlib
-import json
-import os
 import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from kvbench.errors import KVBenchError
+from kvbench.tasks.files import FileOptions, Published, data_folder, load
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 """RULER's noise sentence."""
@@ -33,48 +32,45 @@ def words(*kinds: str) -> tuple[str, ...]:
     return tuple(sorted({word for kind in kinds for word in source.filter(include_categories=[kind])}))
 
 
-def data_folder() -> Path | None:
-    """Give the folder that KVBENCH_DATA names, or None where it is not set; raises KVBenchError where it is missing."""
-    name = os.environ.get("KVBENCH_DATA")
-    if not name:
-        return None
-    if not Path(name).is_dir():
-        raise KVBenchError(f"KVBENCH_DATA names {name}, which is not a folder: create it, or unset KVBENCH_DATA.")
-    return Path(name)
+def essays(options: FileOptions | None = None) -> Text:
+    """Give RULER's essays from where the options say or KVBENCH_DATA, or else the text of Python's own documentation.
 
-
-def data_file(name: str, what: str) -> Path:
-    """Give the file `name` in KVBENCH_DATA; raises KVBenchError, naming `what` it is, where it is not there."""
-    folder = data_folder()
-    if folder is None or not (folder / name).is_file():
-        where = "a folder that KVBENCH_DATA names" if folder is None else f"{folder} (KVBENCH_DATA)"
-        raise KVBenchError(f"This task needs {what}, which is not part of kvbench: put the file {name} into {where}.")
-    return folder / name
-
-
-def essays() -> Text:
-    """Give RULER's essays from KVBENCH_DATA, or else the text of Python's own documentation.
-
-    Essays: `PaulGrahamEssays.json` (an object with the member `text`) or a folder `PaulGrahamEssays` of .txt files.
-    Otherwise: `pydoc_data.topics`, which comes with Python; its name says so, and its hash varies by Python version.
+    Essays: `PaulGrahamEssays.json` (an object with the member `text`), a folder `PaulGrahamEssays` of .txt files, or a
+    table with a column `text`, as hub datasets have it. Otherwise: `pydoc_data.topics`, which comes with Python; its
+    name says so, and its hash varies by Python version.
     """
-    folder = data_folder()
-    if folder and (file := folder / "PaulGrahamEssays.json").is_file():
-        return _essays_json(file, file.stat().st_mtime_ns)
-    if folder and (files := tuple(sorted((folder / "PaulGrahamEssays").glob("*.txt")))):
-        return _text("paul_graham_essays", "\n".join(file.read_text("utf-8") for file in files))
-    return _python_documentation()
+    options = options or FileOptions()
+    folder = Path(options.path).expanduser() if options.path else None if options.hub else data_folder()
+    has_json = folder is not None and (folder / _ESSAYS[0]).is_file()
+    if folder and not has_json and (files := tuple(sorted((folder / "PaulGrahamEssays").glob("*.txt")))):
+        return _essay_files(files, tuple(file.stat().st_mtime_ns for file in files))
+    if not (options.path or options.hub or has_json):
+        return _python_documentation()
+    found = load(options, _ESSAYS, "RULER's essays")
+    return _essay_rows(f"{options.hub} {found.name}" if options.hub else "paul_graham_essays", found)
+
+
+_ESSAYS = ("PaulGrahamEssays.json", "data/train-*.parquet", "*.parquet", "*.jsonl")
 
 
 @cache
-def _essays_json(file: Path, _mtime: int) -> Text:
+def _essay_files(files: tuple[Path, ...], _mtimes: tuple[int, ...]) -> Text:
+    return _text("paul_graham_essays", "\n".join(file.read_text("utf-8") for file in files))
+
+
+@cache
+def _essay_rows(name: str, found: Published) -> Text:
+    rows = [found.content] if isinstance(found.content, dict) else found.content
     try:
-        content = json.loads(file.read_text("utf-8"))["text"]
-    except (ValueError, KeyError, TypeError):
-        content = None
-    if not isinstance(content, str) or not content.strip():
-        raise KVBenchError(f'{file} is not a JSON object with the essays as one string in "text": write it like that.')
-    return _text("paul_graham_essays", content)
+        joined = "\n".join(row["text"] for row in rows)
+    except (KeyError, TypeError):
+        joined = ""
+    if not joined.strip():
+        raise KVBenchError(
+            f'{found.place} is neither a JSON object with the essays as one string in "text" nor a table with such a '
+            "column: write it like that."
+        )
+    return _text(name, joined)
 
 
 @cache
