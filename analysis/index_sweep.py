@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
 
 from kvbench import figures
 from kvbench.capture import Capture, CapturedLayer
@@ -211,8 +210,9 @@ def _efforts(config: SweepConfig, name: str) -> tuple[int, ...]:
 def _measure(
     name: str, vectors: Vectors, exact: Sequence[NDArray[np.int64]], config: SweepConfig
 ) -> list[dict[str, Any]]:
-    _warm_up(name, vectors, config)
-    index = registry().make("index", name, config.options.get(name, {}))
+    chosen = registry().options("index", name, config.options.get(name, {}))
+    warm_up(name, chosen, vectors.keys, vectors.training, config.k)
+    index = registry().find("index", name)(chosen)
     began = time.perf_counter()
     index.build(vectors.keys, vectors.training if index.uses_queries else None, heads=len(vectors.heads))
     build_s = time.perf_counter() - began
@@ -221,7 +221,7 @@ def _measure(
     points: list[tuple[dict[str, Any], list[float], NDArray[np.float64], float]] = []
     before: NDArray[np.int64] | None = None
     for effort in _efforts(config, name) or (None,):
-        with _one_thread():
+        with one_thread():
             found = index.search(vectors.queries, config.k, effort=effort)
         if before is not None and np.array_equal(found.evaluations, before):
             continue  # this effort changes nothing: below k, or more lists than there are
@@ -248,7 +248,7 @@ def _time(index: Any, vectors: Vectors, config: SweepConfig, effort: int | None)
     """Seconds per query on one thread, one step of all heads at a time; each step's fastest pass counts."""
     steps = [np.ascontiguousarray(vectors.queries[:, i : i + 1]) for i in range(vectors.queries.shape[1])]
     seconds = np.empty((config.passes, len(steps)))
-    with _one_thread():
+    with one_thread():
         for times in seconds:
             for step, queries in enumerate(steps):
                 began = time.perf_counter()
@@ -257,18 +257,18 @@ def _time(index: Any, vectors: Vectors, config: SweepConfig, effort: int | None)
     return float(seconds.min(0).mean() / len(vectors.heads))
 
 
-def _warm_up(name: str, vectors: Vectors, config: SweepConfig) -> None:
-    """Build, search and extend a small index, so that no time includes compilation."""
-    small = min(vectors.keys.shape[1], max(2 * config.k, 512))
-    index = registry().make("index", name, config.options.get(name, {}))
-    index.build(vectors.keys[:, :small].copy(), vectors.training[:, -64:].copy() if index.uses_queries else None,
-                heads=len(vectors.heads))  # fmt: skip
-    index.search(vectors.queries[:, :1].copy(), config.k)
-    index.insert(vectors.new_keys[:, :2].copy())
+def warm_up(name: str, options: Any, keys: Float, training: Float, k: int) -> None:
+    """Build, search and extend a small index over some of the keys, so that no time includes compilation."""
+    small = min(keys.shape[1], max(2 * k, 512))
+    index = registry().find("index", name)(options)
+    index.build(keys[:, :small].copy(), training[:, -64:].copy() if index.uses_queries else None, heads=len(training))
+    index.search(training[:, -1:].copy(), min(k, small))
+    index.insert(keys[:, :2].copy())
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """Keep torch, faiss and numba to one thread."""
     import faiss  # noqa: PLC0415 - slow
     import numba  # noqa: PLC0415 - slow
 
@@ -329,6 +329,8 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float] | None:
+    from scipy import stats  # noqa: PLC0415 - slow
+
     if len(values) < 2:
         return None
     if np.ptp(values) == 0:

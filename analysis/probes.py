@@ -24,7 +24,7 @@ SINKS = 4
 
 Wrapper = Generator[None, Any, Any]
 
-_ATTENDED = "kvbench.analysis.attended"
+_ATTENDED, _FIRST = "kvbench.analysis.attended", "kvbench.analysis.first"
 _PARTS = ("retrieval_s", "attention_s", "insertion_s")
 
 
@@ -103,20 +103,38 @@ class Recall(MeasuringProbe):
 
 
 class Recovery(MeasuringProbe):
-    """Share of exact attention's mass that falls on the tokens attended, with and without the first four tokens."""
+    """Share of exact attention's mass on the tokens attended, and on as many tokens chosen in two other ways.
+
+    For the c tokens that a head attends to at a step: `recovered_mass`; the most that any c tokens hold,
+    `dynamic_mass` (the exact top-c of this step); and what the first step's exact top-c holds when it is used again,
+    `static_mass`. Each also with the first four tokens left out, of the mass and of the count (arXiv 2409.10516).
+    """
 
     name = "recovery"
-    summary = "Recovered attention mass: the exact softmax weight of the attended tokens, with and without sinks."
+    summary = "Recovered attention mass of the attended tokens, of the exact top and of the first step's, ± sinks."
+    reference = "Liu et al., RetrievalAttention, arXiv 2409.10516"
 
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
-        """Sum the exact weights of the attended tokens."""
+        """Sum the exact weights of the attended tokens, of the largest, and of the first step's largest."""
         selection: Selection = yield
         step = self.step(layer, queries, selection)
-        recovered = step.weights * step.attended
-        self._means.add("recovered_mass", layer, recovered.sum(-1))
-        beyond = step.weights[..., SINKS:].sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        self._means.add("recovered_mass_without_sinks", layer, recovered[..., SINKS:].sum(-1) / beyond)
+        weights = step.weights
+        first: Tensor = layer.state.setdefault(_FIRST, weights)
+        for name, sinks in (("", 0), ("_without_sinks", SINKS)):
+            rest, attended = weights[..., sinks:], step.attended[..., sinks:]
+            total = rest.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            count = attended.sum(-1, keepdim=True)
+            self._means.add(f"recovered_mass{name}", layer, (rest * attended).sum(-1) / total)
+            self._means.add(f"dynamic_mass{name}", layer, _of_largest(rest, rest, count) / total)
+            self._means.add(f"static_mass{name}", layer, _of_largest(rest, first[..., sinks:], count) / total)
         return selection
+
+
+def _of_largest(weights: Tensor, ranking: Tensor, count: Tensor) -> Tensor:
+    """Sum [B, H] of the weights [B, H, n] of the `count` [B, H, 1] tokens ranked first by `ranking` [B, H, m ≤ n]."""
+    order = ranking.sort(dim=-1, descending=True, stable=True).indices
+    taken = torch.arange(order.shape[-1], device=order.device) < count
+    return (weights.gather(-1, order) * taken).sum(-1)
 
 
 class Density(MeasuringProbe):

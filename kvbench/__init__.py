@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from kvbench.extension import Extension, Options
     from kvbench.policy import KVCachePolicy, Layer, ModelView, Probe, Selection
     from kvbench.session import Session, attach
+    from kvbench.study import Analysis
 
 _HOMES = {
+    "Analysis": "study",
     "Attention": "attention",
     "Budget": "budget",
     "BudgetAllocator": "budget",
@@ -34,6 +36,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Analysis",
     "Attention",
     "Budget",
     "BudgetAllocator",

@@ -90,7 +90,10 @@ class CaptureConfig(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A capture's `manifest.json`: configuration, shapes, environment, the decoded tokens' ids and the files."""
+    """A capture's `manifest.json`: configuration, shapes, environment, the decoded tokens' ids and the files.
+
+    `scaling` multiplies q·k before the softmax; captures that lack it are of models with 1/√d.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -100,6 +103,7 @@ class Manifest(BaseModel):
     heads: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
     head_dim: int = Field(ge=1)
+    scaling: float | None = Field(None, gt=0)
     prefill_chunk: int
     decoded_ids: tuple[int, ...]
     environment: dict[str, Any]
@@ -164,6 +168,11 @@ class Capture:
         """The captured layers, as places in the model."""
         return self.manifest.config.layers
 
+    @property
+    def scaling(self) -> float:
+        """What multiplies q·k before the softmax."""
+        return self.manifest.scaling or self.manifest.head_dim**-0.5
+
     def layer(self, number: int) -> CapturedLayer:
         """The vectors of layer `number`; raises KVBenchError where it was not captured."""
         if number not in self.layers:
@@ -206,6 +215,7 @@ class CaptureProbe(Probe):
         self.folder, self.layers, self.dtype = folder, frozenset(layers), dtype
         self.shape = (0, 0, 0)
         """Query heads, key/value heads and head dimension."""
+        self.scaling: float | None = None
         self._prompts: dict[int, int] = {}
         self._decoded: dict[int, dict[str, list[Tensor]]] = {}
 
@@ -219,7 +229,7 @@ class CaptureProbe(Probe):
             if layer.rows != 1 or layer.number in self._prompts:
                 raise KVBenchError("A capture takes one sequence, in a batch of one: run the others one by one.")
             assert layer.prompt_queries is not None
-            self.shape = layer.heads, layer.kv_heads, layer.head_dim
+            self.shape, self.scaling = (layer.heads, layer.kv_heads, layer.head_dim), layer.scaling
             self._prompts[layer.number] = layer.tokens
             self._decoded[layer.number] = {name: [] for name in TENSORS}
             self._write(layer.number, "prompt", {"queries": layer.prompt_queries, "keys": keys, "values": values})
@@ -392,7 +402,7 @@ def capture(
         heads, kv_heads, head_dim = probe.shape
         manifest = Manifest(
             schema=SCHEMA, config=config, prompt_tokens=config.prompt_tokens, heads=heads, kv_heads=kv_heads,
-            head_dim=head_dim, prefill_chunk=prefill_chunk, decoded_ids=tuple(decoded),
+            head_dim=head_dim, scaling=probe.scaling, prefill_chunk=prefill_chunk, decoded_ids=tuple(decoded),
             environment=_environment(loaded),
             files=tuple(
                 CapturedFile(name=file.name, bytes=file.stat().st_size, sha256=_sha256(file))

@@ -48,6 +48,10 @@ class Registration:
     def kvbench_probes(self) -> list[type[Probe]]:  # type: ignore[empty-body]
         """Return the probe classes of this plugin."""
 
+    @hookspec
+    def kvbench_analyses(self) -> list[type[Extension]]:  # type: ignore[empty-body]
+        """Return the analysis classes of this plugin."""
+
 
 class PolicyHooks:
     """Called by the session while the model runs; probes wrap these same hooks."""

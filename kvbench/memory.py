@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
+import gc
+import platform
 import re
 import threading
 from pathlib import Path
@@ -22,6 +26,18 @@ def method(device: torch.device) -> str:
     except OSError:
         return "sampled resident size"
     return "kernel high-water mark"
+
+
+def release() -> None:
+    """Give freed memory back to the system, so that one peak does not include another's leftovers."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    libc = ctypes.util.find_library("c")
+    if platform.system() == "Linux" and libc:
+        trim = getattr(ctypes.CDLL(libc), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class PeakMemory:

@@ -22,8 +22,12 @@ KINDS = {
     "index": "kvbench_indexes",
     "task": "kvbench_tasks",
     "probe": "kvbench_probes",
+    "analysis": "kvbench_analyses",
 }
-PLURALS = {"policy": "policies", "budget": "budgets", "index": "indexes", "task": "tasks", "probe": "probes"}
+PLURALS = {
+    "policy": "policies", "budget": "budgets", "index": "indexes", "task": "tasks", "probe": "probes",
+    "analysis": "analyses",
+}  # fmt: skip
 
 E = TypeVar("E", bound=Extension)
 

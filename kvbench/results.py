@@ -355,8 +355,19 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),
         "probed_examples": len(probed),
         "truncated_examples": sum("truncated_tokens" in row.get("info", {}) for row in rows),
+        "probe_overhead": _probe_overhead(rows),
         **measured,
     }
+
+
+def _probe_overhead(rows: list[dict[str, Any]]) -> float | None:
+    """What the probes add to a decoding step, as a share of the undisturbed step of the same examples (medians)."""
+    both = [row for row in rows if row["step_s"] and row.get("probed_step_s")]
+    if not both:
+        return None
+    (plain,) = percentiles([step for row in both for step in row["step_s"]], 50)
+    (probed,) = percentiles([step for row in both for step in row["probed_step_s"]], 50)
+    return probed / plain - 1
 
 
 def _mean(values: list[float]) -> float | None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import ctypes.util
-import gc
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ import torch
 from kvbench.budget import Budget
 from kvbench.errors import KVBenchError
 from kvbench.generation import Generation, generate
-from kvbench.memory import PeakMemory, method
+from kvbench.memory import PeakMemory, method, release
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.policy import Probe
@@ -128,7 +125,7 @@ def _measure(config: RunConfig, loaded: LoadedModel, task: Task, example: Exampl
     """Generate an answer undisturbed, timed; its row, and its tokens."""
     prompt = encode(loaded.tokenizer, example)
     check_context(loaded, len(prompt.input_ids) + example.max_new_tokens)
-    _release_memory()
+    release()
     with PeakMemory(loaded.device) as peak:
         result = _generate(config, loaded, prompt, example.max_new_tokens, [])
     prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
@@ -213,18 +210,6 @@ def stop_tokens(loaded: LoadedModel) -> set[int]:
     if loaded.tokenizer.eos_token_id is not None:
         found.add(int(loaded.tokenizer.eos_token_id))
     return found
-
-
-def _release_memory() -> None:
-    """Give freed memory back to the system, so that one example's peak does not include another's leftovers."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    libc = ctypes.util.find_library("c")
-    if platform.system() == "Linux" and libc:
-        trim = getattr(ctypes.CDLL(libc), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _processor() -> str:

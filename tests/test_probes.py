@@ -32,7 +32,9 @@ def measured(policy, budget, options=None, **recall):
 )
 def test_recall_recovery_and_density_follow_their_definitions(policy, options):
     result, watch = measured(policy, 30, options, k=7)
-    recalls, masses, beyond, densities = [], [], [], []
+    recalls, masses, beyond, densities, firsts = [], [], [], [], {}
+    compared = {name: [] for name in ("dynamic_mass", "static_mass")}
+    compared |= {f"{name}_without_sinks": [] for name in compared}
     for layer, queries, static, selection, budget, now in watch.steps:
         keys = watch.keys[layer.index][:, :, :now].double()
         sinks, window = layer.static
@@ -44,6 +46,14 @@ def test_recall_recovery_and_density_follow_their_definitions(policy, options):
             masses.append(float(weights[ids].sum()))
             beyond.append(float(weights[[i for i in ids if i >= 4]].sum() / weights[4:].sum()))
             densities.append(len(ids) / now)
+            first = firsts.setdefault((layer.index, row, head), weights)
+            for name, left_out in (("", 0), ("_without_sinks", 4)):
+                count, rest = len([i for i in ids if i >= left_out]), weights[left_out:]
+                compared[f"dynamic_mass{name}"].append(
+                    float(rest.sort(descending=True).values[:count].sum() / rest.sum())
+                )
+                reused = first[left_out:].sort(descending=True).indices[:count]
+                compared[f"static_mass{name}"].append(float(rest[reused].sum() / rest.sum()))
             candidates = (
                 sorted(set(range(now)) - set(static.tolist())) if store_choice else list(range(sinks, now - window))
             )
@@ -55,6 +65,8 @@ def test_recall_recovery_and_density_follow_their_definitions(policy, options):
     assert result["recall_at_k"] == pytest.approx(sum(recalls) / len(recalls), abs=1e-9)
     assert result["recovered_mass"] == pytest.approx(sum(masses) / len(masses), rel=1e-5)
     assert result["recovered_mass_without_sinks"] == pytest.approx(sum(beyond) / len(beyond), rel=1e-4)
+    for name, values in compared.items():
+        assert result[name] == pytest.approx(sum(values) / len(values), rel=1e-4), name
     assert result["density"] == pytest.approx(sum(densities) / len(densities), rel=1e-6)
 
 
@@ -67,6 +79,18 @@ def test_exact_search_has_recall_one_and_full_attention_no_error():
     assert full["recovered_mass"] == pytest.approx(1, abs=1e-6)
     assert full["density"] == 1
     assert full["output_error"] < 1e-5
+
+
+def test_without_probes_nothing_wraps_the_hooks_and_no_second_copy_is_kept():
+    model = tiny_model()
+    with kvbench.attach(model, policy="quest", budget=30) as session:
+        for name in ("prefill", "select", "attend", "insert"):
+            hooks = getattr(session.hook, name).get_hookimpls()
+            assert not any(hook.wrapper or hook.hookwrapper for hook in hooks)
+            assert {type(hook.plugin).__name__ for hook in hooks} <= {"Quest", "DefaultPolicy"}
+        model.generate(tokens(1, 80), max_new_tokens=4, do_sample=False)
+        layers = [layer for cached in session.cache.governed for layer in cached.groups]
+        assert not any(key.startswith("kvbench.analysis") for layer in layers for key in layer.state)
 
 
 @pytest.mark.parametrize(("ids", "message"), [([0, 5], "attended already"), ([20, 20], "selected a token twice")])

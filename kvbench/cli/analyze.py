@@ -1,51 +1,119 @@
-"""`kvbench analyze`: one analysis of a capture or a run, its table, CSV and figure."""
+"""`kvbench analyze`: one analysis of a model and text, a capture or finished runs, its table, CSV and figure."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from kvbench.cli.common import Json, app, numbers, out
+from kvbench.cli.capture import (
+    DecodeTokens,
+    Decoding,
+    PrefillChunk,
+    RopeScaling,
+    SourceTextName,
+    StoreDtype,
+    captured,
+)  # fmt: skip
+from kvbench.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    app,
+    err,
+    grouped,
+    interruptible,
+    load_registry,
+    numbers,
+    out,
+    pairs,
+)  # fmt: skip
+from kvbench.errors import KVBenchError
 
 
 @app.command()
+@interruptible
 def analyze(
-    name: Annotated[str, typer.Argument(help="ood, recovery, recall, sparsity or overlap.")],
-    capture: Annotated[Path | None, typer.Option(help="Folder that `kvbench capture` wrote.")] = None,
-    run_folder: Annotated[Path | None, typer.Option("--run", help="Folder of a finished run, for its traces.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all captured]")] = None,
+    name: Annotated[str, typer.Argument(help="Analysis; `kvbench analyses` lists them and their options.")],
+    capture: Annotated[
+        Path | None, typer.Option(help="Folder of a capture; without it and --run one is made first.")
+    ] = None,
+    run: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a finished run, for its traces; again for more runs.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all]")] = None,
     heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
-    output: Annotated[Path, typer.Option(help="Folder for the table, the CSV and the figure.")] = Path(
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Option of the analysis, name=value.")
+    ] = None,
+    model: Model = "smollm2-135m",
+    text: SourceTextName = "default",
+    context_length: Annotated[int, typer.Option(min=2, help="Tokens to capture, prompt and decoding together.")] = 4096,
+    decode_tokens: DecodeTokens = 128,
+    decoding: Decoding = "text",
+    rope_scaling: RopeScaling = None,
+    prefill_chunk: PrefillChunk = 1024,
+    store_dtype: StoreDtype = None,
+    seed: Annotated[int, typer.Option(help="Where in the text the prompt starts; 0 is its beginning.")] = 0,
+    device: Device = None,
+    dtype: Dtype = None,
+    output: Annotated[Path, typer.Option(help="Folder for the table, the CSV, the figure and a capture.")] = Path(
         "kvbench-analysis"
     ),
     as_json: Json = False,
 ) -> None:
-    """Analyse a capture or a run: a table, its CSV and its figure."""
+    """Analyse a model over a text, a capture, or runs: a table, its CSV and its figure."""
+    found = load_registry()
+    given = grouped(pairs(option), "index_options")
+    found.options("analysis", name, given)
+    if capture is not None and run:
+        raise KVBenchError("Both --capture and --run were given; an analysis has one source: give one of them.")
+    if run and (layers is not None or heads is not None):
+        raise KVBenchError(
+            "--layers and --heads choose captured vectors; the table of --run lists all: leave them out."
+        )
     from kvbench.analysis import studies  # noqa: PLC0415
     from kvbench.capture import load_capture  # noqa: PLC0415
 
-    source = load_capture(capture) if capture is not None else None
-    rows = studies.analyse(
-        name, source, run_folder, layers=numbers("--layers", layers), heads=numbers("--heads", heads)
-    )
-    config = source.manifest.config if source is not None else None
-    title = f"{config.model}, {config.context_length} tokens" if config is not None else (run_folder or Path()).name
-    studies.write(name, rows, output, {"title": title, "folder": str(capture or run_folder)})
+    if run:
+        document = studies.analyse_runs(name, run, given)
+    else:
+        chosen, chosen_heads = numbers("--layers", layers), numbers("--heads", heads)
+        if capture is not None:
+            source = load_capture(capture)
+        else:
+            source = captured(
+                model, text, context_length, layers or "all", lambda name: output / f"capture-{name}",
+                decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling,
+                prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
+            )  # fmt: skip
+        with err.status("") as status:
+            document = studies.analyse_capture(
+                name, source, given, layers=chosen, heads=chosen_heads, progress=status.update
+            )
+    studies.write(document, output)
     if as_json:
-        print(json.dumps({"schema": 1, "analysis": name, "rows": rows, "folder": str(output)}, indent=1))
+        print(json.dumps({**document, "folder": str(output)}, indent=1))
         return
-    table = Table(title=f"{name}: {title}", title_justify="left")
-    columns = [key for key in rows[0] if key != "missing"]
+    out.print(_table(document, studies.cell))
+    for note in document["partial"]:
+        out.print(f"Partial: {note}.", style="yellow", highlight=False)
+    rows = len(document["rows"])
+    out.print(f"{rows} row{'s' * (rows != 1)} in {output / name}.csv; figure {output / name}.svg and .png", style="dim",
+              highlight=False, soft_wrap=True)  # fmt: skip
+
+
+def _table(document: dict[str, Any], cell: Any) -> Table:
+    table = Table(title=f"{document['analysis']}: {document['source']['title']}", title_justify="left", box=None,
+                  pad_edge=False, header_style="bold")  # fmt: skip
+    columns = list(document["summary"][0])
     for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    for row in rows[:60]:
-        cells = [row.get(column) for column in columns]
-        table.add_row(*("–" if c is None else f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells))
-    out.print(table)
-    if len(rows) > 60:
-        out.print(f"{len(rows) - 60} more rows are in the CSV.", style="dim", highlight=False)
-    out.print(str(output), style="dim", highlight=False, soft_wrap=True)
+        numeric = not isinstance(document["summary"][0][column], str)
+        table.add_column(column.replace("_", " "), justify="right" if numeric else "left")
+    for row in document["summary"]:
+        table.add_row(*(cell(row.get(column)) for column in columns))
+    return table

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
@@ -65,6 +65,17 @@ def pairs(values: list[str] | None) -> dict[str, str]:
             raise KVBenchError(f"Option '{value}' is not of the form name=value.")
         found[key.replace("-", "_")] = text
     return found
+
+
+def grouped(values: dict[str, str], into: str) -> dict[str, Any]:
+    """Options of the form part.name=value put together by part under the option `into`, the others left as they are."""
+    found: dict[str, Any] = {key: text for key, text in values.items() if "." not in key}
+    parts: dict[str, dict[str, str]] = {}
+    for key, text in values.items():
+        part, dot, name = key.partition(".")
+        if dot:
+            parts.setdefault(part, {})[name] = text
+    return {**found, into: parts} if parts else found
 
 
 def numbers(name: str, text: str | None) -> tuple[int, ...] | None:

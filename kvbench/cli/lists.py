@@ -1,4 +1,4 @@
-"""`kvbench policies|budgets|indexes|tasks|probes|models`: what is installed, and one of each described."""
+"""`kvbench policies|budgets|indexes|tasks|probes|analyses|models`: what is installed, and one of each described."""
 
 from __future__ import annotations
 
@@ -105,6 +105,12 @@ def tasks(name: Name = None, as_json: Json = False) -> None:
 def probes(name: Name = None, as_json: Json = False) -> None:
     """List the probes, or describe one."""
     _list("probe", name, as_json)
+
+
+@app.command()
+def analyses(name: Name = None, as_json: Json = False) -> None:
+    """List the analyses, or describe one."""
+    _list("analysis", name, as_json)
 
 
 @app.command()

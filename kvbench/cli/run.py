@@ -105,7 +105,7 @@ def run(
         print(json.dumps({"schema": 1, "runs": documents}, indent=2))
         return
     out.print(_results_table(documents, context_length))
-    out.print(_provenance(documents[0]), style="dim", highlight=False)
+    out.print(_provenance(documents), style="dim", highlight=False)
     for document in documents:
         out.print(f"{document['policy']}: {document['folder']}", style="dim", highlight=False, soft_wrap=True)
 
@@ -192,7 +192,8 @@ def _budget(documents: list[dict[str, Any]]) -> str:
     return f"budget {size}, {first['allocator']}"
 
 
-def _provenance(document: dict[str, Any]) -> str:
+def _provenance(documents: list[dict[str, Any]]) -> str:
+    document = documents[0]
     config, environment, metrics = document["config"], document["environment"], document["metrics"]
     cut = metrics.get("truncated_examples")
     return (
@@ -201,5 +202,11 @@ def _provenance(document: dict[str, Any]) -> str:
         + f", seed {config['seed']}, question {config['question']}, "
         f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
         f"{environment['device_name']}, {environment['threads']} threads; "
-        "times, bytes and answers are of undisturbed generations"
+        f"times, bytes and answers are of undisturbed generations{_overhead(documents)}"
     )
+
+
+def _overhead(documents: list[dict[str, Any]]) -> str:
+    shares = {d["policy"]: d["metrics"].get("probe_overhead") for d in documents}
+    found = [f"{100 * share:+.0f}% ({policy})" for policy, share in shares.items() if share is not None]
+    return f"; probes change a step's time by {', '.join(found)}" if found else ""
