@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from kvbench.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
-from kvbench.indexes.kernels import count_reached, quantize_rows, search_graph
+from kvbench.indexes.kernels import Int32, Int64, count_reached, kernel, move_links, quantize_rows, search_graph
 from kvbench.indexes.threads import on_threads
 
 
@@ -31,15 +33,16 @@ class GraphIndex(Index):
     start: NDArray[np.int64]
     entries: NDArray[np.int32]
     codes: NDArray[np.uint8]
+    low: NDArray[np.float32]
+    scale: NDArray[np.float32]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of links, entry points, codes and whatever else `save` writes besides the keys."""
+        """Bytes of links, entry points and codes, with the places kept free for keys inserted later."""
         if not self.keys.n:
             return 0
-        state = self._state()
-        spare = self.links.nbytes + self.start.nbytes - state["links"].nbytes - state["start"].nbytes
-        return spare + sum(array.nbytes for array in state.values())
+        coded = self.codes.nbytes + self.low.nbytes + self.scale.nbytes if self.options.sq8 else 0
+        return self.links.nbytes + self.start.nbytes + self.entries.nbytes + coded
 
     @property
     def graphs(self) -> int:
@@ -48,15 +51,20 @@ class GraphIndex(Index):
 
     @property
     def unreached(self) -> NDArray[np.float64]:
-        """Share of keys of each graph [S] that no chain of links reaches from the entry points."""
+        """Share of keys of each graph [S] that no search from the entry points can reach, whatever its effort."""
         n = self.keys.n
-        reached = [count_reached(self.links, self.start[s], self.entries[s], n) for s in range(self.graphs if n else 0)]
+        reached = [
+            count_reached(self.links, self.start[s], self._eager, self.entries[s], n)
+            for s in range(self.graphs if n else 0)
+        ]
         return np.asarray(1 - np.array(reached, np.float64) / max(n, 1))
 
     @property
     def _degree(self) -> int:
         """Most links of a key."""
         return int(self.options.degree)
+
+    _spare: ClassVar[int] = 0  # free places that `_reserve` gives every key
 
     @property
     def _eager(self) -> int:
@@ -100,25 +108,30 @@ class GraphIndex(Index):
             self.low = np.stack([keys.float32(g).min(0) for g in range(keys.groups)])
             high = np.stack([keys.float32(g).max(0) for g in range(keys.groups)])
             self.scale = np.maximum((high - self.low) / np.float32(255), np.float32(1e-30))
-            self.codes = np.empty((keys.groups, 0, keys.d), np.uint8)
-        added = [quantize_rows(keys.float32(g, first), self.low[g], self.scale[g]) for g in range(keys.groups)]
-        self.codes = np.concatenate([self.codes[:, :first], np.stack(added)], axis=1)
+            self.codes = np.empty((keys.groups, keys.n, keys.d), np.uint8)
+        elif keys.n > self.codes.shape[1]:
+            grown = np.empty((keys.groups, keys.n + max(64, keys.n // 16), keys.d), np.uint8)
+            grown[:, :first] = self.codes[:, :first]
+            self.codes = grown
+        for group in range(keys.groups):
+            added = quantize_rows(keys.float32(group, first), self.low[group], self.scale[group])
+            self.codes[group, first : keys.n] = added
 
     def _reserve(self) -> None:
-        """Make rows of `_degree` links for the keys that have none, with room for some more."""
+        """Make rows of `_degree` places for the keys that have none, with room for some more.
+
+        The other keys get `_spare` free places, if they have fewer, up to `_degree`.
+        """
         n, known = self.keys.n, self.start.shape[1] - 1
         if n <= known:
             return
-        room = n + max(64, n // 16)
-        added = (room - known) * self._degree
-        sizes = self.start[:, known] - self.start[:, 0]
-        begins = np.concatenate([[0], np.cumsum(sizes + added)])
-        links = np.full(begins[-1], -1, np.int32)
-        start = np.empty((len(sizes), room + 1), np.int64)
-        for s, (begin, size) in enumerate(zip(begins[:-1], sizes, strict=True)):
-            links[begin : begin + size] = self.links[self.start[s, 0] : self.start[s, known]]
-            start[s, : known + 1] = self.start[s] - self.start[s, 0] + begin
-            start[s, known + 1 :] = begin + size + np.arange(1, room - known + 1) * self._degree
+        places = np.full((len(self.start), n + max(64, n // 16)), self._degree, np.int64)
+        places[:, :known] = np.diff(self.start, axis=1)
+        if self._spare:
+            on_threads(widen_places, len(self.start), self.links, self.start, self._spare, self._degree, places)
+        start = starts(places)
+        links = np.empty(int(start[-1, -1]), np.int32)
+        on_threads(move_links, len(start), self.links, self.start, links, start)
         self.links, self.start = links, start
 
     def _state(self) -> State:
@@ -131,7 +144,7 @@ class GraphIndex(Index):
             "entries": self.entries,
         }
         if self.options.sq8:
-            state |= {"codes": self.codes, "low": self.low, "scale": self.scale}
+            state |= {"codes": self.codes[:, :n], "low": self.low, "scale": self.scale}
         return state
 
     def _restore(self, state: State) -> None:
@@ -150,6 +163,26 @@ class GraphIndex(Index):
             self.codes = expect(state, "codes", np.uint8, (groups, n, d))
             self.low = expect(state, "low", np.float32, (groups, d))
             self.scale = expect(state, "scale", np.float32, (groups, d))
+
+
+@kernel
+def widen_places(worker: int, workers: int, links: Int32, start: Int64, spare: int, degree: int, places: Int64) -> None:
+    """Raise `places` [S, ≥ n] so that the n nodes of this worker's graphs have `spare` free ones, `degree` in all."""
+    for graph in range(worker, start.shape[0], workers):
+        for node in range(start.shape[1] - 1):
+            used = 0
+            for j in range(start[graph, node], start[graph, node + 1]):
+                used += links[j] >= 0
+            places[graph, node] = max(places[graph, node], min(used + spare, degree))
+
+
+def starts(places: Int64) -> Int64:
+    """`start` [S, n + 1] of graphs that give their keys so many places [S, n]."""
+    graphs, n = places.shape
+    start = np.zeros((graphs, n + 1), np.int64)
+    np.cumsum(places, axis=1, out=start[:, 1:])
+    start[1:] += np.cumsum(start[:-1, -1])[:, None]
+    return start
 
 
 def rows_of(graphs: int, n: int, degree: int) -> NDArray[np.int64]:

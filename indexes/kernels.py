@@ -2,20 +2,21 @@
 
 Rows are float32, the bits of float16 (uint16) or of bfloat16 (int16), or SQ8 codes (uint8); `widen` reads one number.
 Every kernel gives the same result for any number of threads.
-
-numba's disk cache watches the file of the compiled function, not those it calls: after a change here, delete
-`__pycache__/*.nb?` of the modules that use it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
+from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
 
@@ -30,9 +31,30 @@ Int64 = NDArray[np.int64]
 _FAST = {"reassoc", "contract", "nsz"}
 
 
+@cache
+def digest_of(folder: Path) -> str:
+    """SHA-256 of a folder's Python files."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    """numba's disk cache watches the file of the compiled function alone; its key here covers those it calls too."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self._digest = digest_of(Path(function.__code__.co_filename).parent)
+
+    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
+        return (*super()._index_key(sig, codegen), self._digest)
+
+
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
-    """Compile a function that holds no lock and is cached on disk."""
+    """Compile a function that holds no lock and is cached on disk until a file in its folder changes."""
     compiled = numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")(function)
+    compiled._cache = _Cache(function)
     return cast(Callable[P, R], compiled)
 
 
@@ -379,30 +401,61 @@ def link(
 
 
 @kernel
-def count_reached(links: Int32, start: Int64, entries: Int32, n: int) -> int:
-    """Number of nodes that links lead to from the entries [E], ended by -1, including them."""
-    reached = np.zeros(n, np.uint8)
-    stack = np.empty(n, np.int32)
-    top = 0
-    for entry in entries:
-        if entry >= 0 and not reached[entry]:
-            reached[entry] = 1
-            stack[top] = entry
-            top += 1
-    number = top
+def spread(links: Int32, start: Int64, eager: int, source: int, reached: NDArray[np.uint8], stack: Int32) -> int:
+    """Mark in `reached` [n] what an exhaustive search evaluates from node `source` on; gives the number newly reached.
+
+    As in `beam_search`: 0, 1 (one link past the first `eager` leads here) or 2 (reached). `stack` [n] is scratch.
+    """
+    if reached[source] == 2:
+        return 0
+    reached[source] = 2
+    stack[0] = source
+    top = 1
+    number = 1
     while top:
         top -= 1
         node = stack[top]
-        for j in range(start[node], start[node + 1]):
+        first = start[node]
+        for j in range(first, start[node + 1]):
             other = links[j]
             if other < 0:
                 break
-            if not reached[other]:
-                reached[other] = 1
+            if reached[other] == 2:
+                continue
+            reached[other] += 2 if j - first < eager else 1
+            if reached[other] >= 2:
+                reached[other] = 2
                 number += 1
                 stack[top] = other
                 top += 1
     return number
+
+
+@kernel
+def count_reached(links: Int32, start: Int64, eager: int, entries: Int32, n: int) -> int:
+    """Number of nodes that an exhaustive search from the entries [E], ended by -1, evaluates."""
+    reached = np.zeros(n, np.uint8)
+    stack = np.empty(n, np.int32)
+    number = 0
+    for entry in entries:
+        if entry >= 0:
+            number += spread(links, start, eager, entry, reached, stack)
+    return number
+
+
+@kernel
+def move_links(worker: int, workers: int, links: Int32, start: Int64, new_links: Int32, new_start: Int64) -> None:
+    """Copy this worker's graphs to the places that `new_start` [S, ≥ n + 1] gives the nodes of `start` [S, n + 1].
+
+    All other places become -1. Links beyond a node's new places are dropped.
+    """
+    graphs, n = start.shape[0], start.shape[1] - 1
+    for graph in range(worker, graphs, workers):
+        new_links[new_start[graph, 0] : new_start[graph, -1]] = -1
+        for node in range(n):
+            first, place = start[graph, node], new_start[graph, node]
+            for j in range(min(start[graph, node + 1] - first, new_start[graph, node + 1] - place)):
+                new_links[place + j] = links[first + j]
 
 
 @kernel

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kvbench.indexes.base import State, expect, expect_ids
-from kvbench.indexes.graph import GraphIndex, GraphOptions
+from kvbench.indexes.graph import GraphIndex, GraphOptions, rows_of, starts
 from kvbench.indexes.kernels import (
     Float32,
     Int32,
@@ -21,11 +21,14 @@ from kvbench.indexes.kernels import (
     insert_sorted,
     kernel,
     link,
+    move_links,
     pack,
     packed_id,
     prune,
     read_row,
     sort_by_distance,
+    spread,
+    squared_distance,
 )
 from kvbench.indexes.knn import draw, nearest_keys
 from kvbench.indexes.threads import on_threads
@@ -36,6 +39,7 @@ _SPARE = 4
 # Of the bipartite graph, what is kept for insertion: so many training queries of each head, and so many of their keys.
 _KEPT_QUERIES = 1024
 _KEPT_NEIGHBORS = 64
+_LEAST_NEIGHBORS = 32
 
 
 class RoarGraph(GraphIndex):
@@ -74,6 +78,16 @@ class RoarGraph(GraphIndex):
 
     queries: NDArray[np.float32]
     knn: NDArray[np.int32]
+    _worst: NDArray[np.float32] | None
+    _spare: ClassVar[int] = _SPARE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of links, entry points and codes, and of the queries and lists kept for insertion."""
+        if not self.keys.n:
+            return 0
+        worst = 0 if self._worst is None else self._worst.nbytes
+        return super().nbytes + self.queries.nbytes + self.knn.nbytes + worst
 
     @property
     def _eager(self) -> int:
@@ -83,7 +97,7 @@ class RoarGraph(GraphIndex):
         assert queries is not None
         options = self.options
         sample = min(options.sample, max(256, queries.shape[1] // 6))
-        neighbors = min(options.neighbors, max(32, self.keys.n // 32))
+        neighbors = min(options.neighbors, max(_LEAST_NEIGHBORS, self.keys.n // 32))
         training = draw(queries, sample, options.recent, self.seed)
         self.build_from_neighbors(training, nearest_keys(self.keys, training, neighbors))
 
@@ -91,7 +105,10 @@ class RoarGraph(GraphIndex):
         """Build over the present keys from training queries [H, m, d] and the ids [H, m, N_q] of their nearest keys."""
         step = -(-queries.shape[1] // _KEPT_QUERIES)
         self.queries = np.ascontiguousarray(queries[:, ::step])
-        self.knn = np.ascontiguousarray(knn[:, ::step, :_KEPT_NEIGHBORS])
+        self.knn = np.full((*self.queries.shape[:2], _KEPT_NEIGHBORS), -1, np.int32)
+        kept = knn[:, ::step, :_KEPT_NEIGHBORS]
+        self.knn[:, :, : kept.shape[2]] = kept
+        self._worst = None
         self._encode()
         keys, options, heads = self.keys, self.options, self.heads
         n, degree = keys.n, self._degree
@@ -112,18 +129,18 @@ class RoarGraph(GraphIndex):
             self.entries,
             lengths,
         )
-        places = np.minimum(lengths + _SPARE, degree)
-        places[lengths == 0] = 0
-        self.start = np.zeros((heads, n + 1), np.int64)
-        np.cumsum(places, axis=1, out=self.start[:, 1:])
-        self.start[1:] += np.cumsum(self.start[:-1, -1])[:, None]
+        whole = rows_of(heads, n, degree)
+        self.start = starts(np.minimum(lengths + _SPARE, degree))
         self.links = np.empty(int(self.start[-1, -1]), np.int32)
-        on_threads(compact, heads, graph, self.start, self.links)
+        on_threads(move_links, heads, graph.reshape(-1), whole, self.links, self.start)
 
     def _insert(self, first: int) -> None:
         self._encode(first)
         self._reserve()
         keys = self.keys
+        if self._worst is None:
+            self._worst = np.empty(self.knn.shape[:2], np.float32)
+            on_threads(find_worst, self.heads, keys.rows, keys.stride, keys.groups, self.queries, self.knn, self._worst)
         on_threads(
             insert_heads,
             self.heads,
@@ -134,6 +151,8 @@ class RoarGraph(GraphIndex):
             keys.n,
             self.queries,
             self.knn,
+            self._worst,
+            self._eager,
             self._degree,
             self.links,
             self.start,
@@ -144,8 +163,11 @@ class RoarGraph(GraphIndex):
 
     def _restore(self, state: State) -> None:
         super()._restore(state)
+        if np.any(np.diff(self.start, axis=1) < 1):
+            raise ValueError("start")
         self.queries = expect(state, "queries", np.float32, (self.heads, None, self.keys.d))
-        self.knn = expect_ids(state, "knn", (self.heads, self.queries.shape[1], None), self.keys.n, lowest=0)
+        self.knn = expect_ids(state, "knn", (self.heads, self.queries.shape[1], _KEPT_NEIGHBORS), self.keys.n)
+        self._worst = None
 
 
 @kernel
@@ -166,6 +188,31 @@ def lists_of(knn: Int32, n: int) -> tuple[Int32, Int64]:
 
 
 @kernel
+def rank(touched: Int32, scores: Float32, total: int, buckets: Int64, candidates: Int32) -> int:
+    """Put the ids of the best of `total` positive scores into candidates [c], best first; gives their number.
+
+    Scores are told apart to 1/255 of the largest; within that they keep their order. `buckets` [257] is scratch.
+    """
+    largest = np.float32(0)
+    for i in range(total):
+        largest = max(largest, scores[i])
+    scale = np.float32(255) / max(largest, np.float32(1e-30))
+    buckets[:] = 0
+    for i in range(total):
+        buckets[256 - int(scores[i] * scale)] += 1
+    for i in range(256):
+        buckets[i + 1] += buckets[i]
+    wanted = candidates.shape[0]
+    for i in range(total):
+        bucket = 255 - int(scores[i] * scale)
+        place = buckets[bucket]
+        if place < wanted:
+            candidates[place] = touched[i]
+            buckets[bucket] = place + 1
+    return min(total, wanted)
+
+
+@kernel
 def project_cooccurrence(rows: Rows, base: int, knn: Int32, graph: Int32, lengths: Int64) -> None:
     """Link each key with those most often nearest to the same queries; fills graph [n, degree] and lengths [n].
 
@@ -176,10 +223,11 @@ def project_cooccurrence(rows: Rows, base: int, knn: Int32, graph: Int32, length
     queries, begin = lists_of(knn, n)
     counts = np.zeros(n, np.int32)
     touched = np.empty(n, np.int32)
+    scores = np.empty(n, np.float32)
     weights = np.empty(n, np.float32)
     for i in range(n):
         weights[i] = np.float32(max(1, begin[i + 1] - begin[i]) ** -0.25)
-    best = np.empty(4 * degree, np.int64)
+    buckets = np.empty(257, np.int64)
     candidates = np.empty(4 * degree, np.int32)
     for node in range(n):
         total = 0
@@ -191,14 +239,15 @@ def project_cooccurrence(rows: Rows, base: int, knn: Int32, graph: Int32, length
                     total += 1
                 counts[other] += 1
         counts[node] = 0
-        size = 0
+        others = 0
         for i in range(total):
             other = touched[i]
             if other != node:
-                _, size = insert_sorted(best, size, pack(counts[other] * weights[other], other))
+                touched[others] = other
+                scores[others] = counts[other] * weights[other]
+                others += 1
                 counts[other] = 0
-        for i in range(size):
-            candidates[i] = packed_id(best[i])
+        size = rank(touched, scores, others, buckets, candidates)
         lengths[node] = prune(rows, base, node, candidates, size, degree, 1.0, False, graph[node])
 
 
@@ -259,7 +308,10 @@ def count_links(graph: Int32, lengths: Int64) -> None:
 def connect(
     rows: Rows, base: int, entries: Int32, every: bool, eager: int, ef: int, graph: Int32, lengths: Int64
 ) -> None:
-    """Link every key (or those without links) with keys that a search by Euclidean distance finds, both ways."""
+    """Link every key (or those without links) with keys that a search by Euclidean distance finds, both ways.
+
+    Then keys that no search from the entries reaches are linked from one that it finds near them.
+    """
     n, degree = graph.shape
     links = graph.reshape(-1)
     start = np.arange(0, links.shape[0] + 1, degree)
@@ -279,45 +331,84 @@ def connect(
     kept = np.empty(degree + 1, np.int32)
     seen = np.empty(n, np.uint8)
     fresh = np.empty(degree, np.int32)
-    for node in range(n):
-        if not every and lengths[node] > 0:
-            continue
-        read_row(rows, base + node, query)
-        seen[:] = 0
-        size, _ = enter(rows, base, query, entries, pool, seen, half_norms)
-        size, _ = beam_search(rows, base, query, links, start, eager, pool, size, seen, fresh, half_norms)
-        count = 0
-        for i in range(size):
-            other = packed_id(pool[i])
-            if other != node:
-                candidates[count] = other
-                count += 1
-        wanted = degree // 2 if every else min(4, degree)
-        number = prune(rows, base, node, candidates, count, wanted, 1.0, False, kept)
-        chosen = kept[:number].copy()
-        for i in range(number):
-            if every:
-                link(rows, base, graph, node, chosen[i], degree, 1.0, True, order, candidates, kept)
-                link(rows, base, graph, chosen[i], node, degree, 1.0, True, order, candidates, kept)
-            else:
-                append(links, start, node, chosen[i])
-                append(links, start, chosen[i], node)
+    reached = np.zeros(n, np.uint8)
+    stack = np.empty(n, np.int32)
+    for repairing in (False, True):
+        if repairing:
+            for entry in entries:
+                if entry >= 0:
+                    spread(links, start, eager, entry, reached, stack)
+        for node in range(n):
+            if reached[node] == 2 if repairing else (not every and lengths[node] > 0):
+                continue
+            read_row(rows, base + node, query)
+            seen[:] = 0
+            size, _ = enter(rows, base, query, entries, pool, seen, half_norms)
+            size, _ = beam_search(rows, base, query, links, start, eager, pool, size, seen, fresh, half_norms)
+            count = 0
+            for i in range(size):
+                other = packed_id(pool[i])
+                if other != node:
+                    candidates[count] = other
+                    count += 1
+            if repairing:
+                anchor(links, start, eager, candidates, count, node)
+                spread(links, start, eager, node, reached, stack)
+                continue
+            wanted = degree // 2 if every else min(4, degree)
+            number = prune(rows, base, node, candidates, count, wanted, 1.0, False, kept)
+            chosen = kept[:number].copy()
+            for i in range(number):
+                if every:
+                    link(rows, base, graph, node, chosen[i], degree, 1.0, True, order, candidates, kept)
+                    link(rows, base, graph, chosen[i], node, degree, 1.0, True, order, candidates, kept)
+                else:
+                    append(links, start, node, chosen[i])
+                    append(links, start, chosen[i], node)
     count_links(graph, lengths)
 
 
 @kernel
 def append(links: Int32, start: Int64, node: int, other: int) -> None:
-    """Put the link node → other at the end of the node's places; in the last one if they are full."""
-    first, end = start[node], start[node + 1]
-    if first == end:
-        return
-    for j in range(first, end):
+    """Put the link node → other into the first free place, if there is one."""
+    for j in range(start[node], start[node + 1]):
         if links[j] == other:
             return
         if links[j] < 0:
             links[j] = other
             return
-    links[end - 1] = other
+
+
+@kernel
+def anchor(links: Int32, start: Int64, eager: int, candidates: Int32, count: int, node: int) -> None:
+    """Link a node from the first of `count` candidates with a free place among its first `eager`; all have places.
+
+    If none has, the node takes the last such place of the first candidate and links on to the key that had it, so that
+    whatever a search reached before it still reaches.
+    """
+    for i in range(count):
+        first = start[candidates[i]]
+        for j in range(first, min(first + eager, start[candidates[i] + 1])):
+            if links[j] == node:
+                return
+            if links[j] < 0:
+                links[j] = node
+                return
+    place = min(start[candidates[0]] + eager, start[candidates[0] + 1]) - 1
+    displaced = links[place]
+    links[place] = node
+    first = start[node]
+    last = min(first + eager, start[node + 1]) - 1
+    for j in range(first, last):
+        if links[j] == displaced:
+            return
+        if links[j] < 0:
+            links[j] = displaced
+            return
+    moved = links[last]
+    links[last] = displaced
+    if moved >= 0:
+        append(links, start, node, moved)
 
 
 @kernel
@@ -357,13 +448,66 @@ def build_heads(
 
 
 @kernel
-def compact(worker: int, workers: int, graph: Int32, start: Int64, links: Int32) -> None:
-    """Copy graph [H, n, degree] to the places that start [H, n + 1] gives each key, for this worker's heads."""
-    heads, n, _ = graph.shape
+def find_worst(
+    worker: int, workers: int, rows: Rows, stride: int, groups: int, queries: Float32, knn: Int32, worst: Float32
+) -> None:
+    """Smallest inner product of each query [H, m, d] with the keys in its list [H, m, N_q], for this worker's heads."""
+    heads, m, _ = knn.shape
     for head in range(worker, heads, workers):
-        for node in range(n):
-            for j in range(start[head, node + 1] - start[head, node]):
-                links[start[head, node] + j] = graph[head, node, j]
+        base = (head * groups // heads) * stride
+        for query in range(m):
+            worst[head, query] = smallest(rows, base, queries[head, query], knn[head, query])[1]
+
+
+@kernel
+def smallest(rows: Rows, base: int, query: Float32, listed: Int32) -> tuple[int, np.float32]:
+    """Place and inner product of the listed key [N_q], -1 at its end, that is farthest from the query."""
+    place = 0
+    worst = np.float32(np.inf)
+    for i in range(listed.shape[0]):
+        if listed[i] < 0:
+            break
+        score = inner(rows, base + listed[i], query)
+        if score < worst:
+            place, worst = i, score
+    return place, worst
+
+
+@kernel
+def enlist(
+    rows: Rows, base: int, node: int, queries: Float32, knn: Int32, worst: Float32, frequency: Int32, members: Int32
+) -> tuple[int, int]:
+    """Put a key into the lists [m, N_q] of the queries it is nearer to than a listed key, in place of the farthest.
+
+    Lists grow to N_q before keys leave them. `frequency` [n] counts the lists that each key is in. Gives the number of
+    lists that took the key, numbers in `members` [m], and the query nearest to it.
+    """
+    m, width = knn.shape
+    nearest = 0
+    best = -np.float32(np.inf)
+    count = 0
+    for query in range(m):
+        score = inner(rows, base + node, queries[query])
+        if score > best:
+            nearest, best = query, score
+        last = knn[query, width - 1]
+        if score <= worst[query] and (last >= 0 or node >= _LEAST_NEIGHBORS or knn[query, node] >= 0):
+            continue
+        members[count] = query
+        count += 1
+        if last >= 0:
+            place, _ = smallest(rows, base, queries[query], knn[query])
+            frequency[knn[query, place]] -= 1
+            knn[query, place] = node
+            worst[query] = smallest(rows, base, queries[query], knn[query])[1]
+        else:
+            place = 0
+            while knn[query, place] >= 0:
+                place += 1
+            knn[query, place] = node
+            worst[query] = min(worst[query], score)
+        frequency[node] += 1
+    return count, nearest
 
 
 @kernel
@@ -377,28 +521,79 @@ def insert_heads(
     n: int,
     queries: Float32,
     knn: Int32,
+    worst: Float32,
+    eager: int,
     degree: int,
     links: Int32,
     start: Int64,
 ) -> None:
-    """Insert the keys from `first` to n into the graphs of this worker's heads."""
-    heads, _, width = knn.shape
+    """Insert the keys from `first` (at least 1) to n into the graphs of this worker's heads."""
+    heads, m, _ = knn.shape
     for head in range(worker, heads, workers):
         base = (head * groups // heads) * stride
-        order = np.empty(width, np.int64)
-        candidates = np.empty(width, np.int32)
-        kept = np.empty(degree, np.int32)
         mine = start[head]
+        lists = knn[head]
+        frequency = np.zeros(n, np.int32)
+        for key in lists.flat:
+            if key >= 0:
+                frequency[key] += 1
+        counts = np.zeros(n, np.int32)
+        touched = np.empty(n, np.int32)
+        scores = np.empty(n, np.float32)
+        members = np.empty(m, np.int32)
+        buckets = np.empty(257, np.int64)
+        best = np.empty(4 * degree, np.int64)
+        candidates = np.empty(4 * degree, np.int32)
+        kept = np.empty(degree, np.int32)
         for node in range(first, n):
-            best = np.int64(0)
-            for i in range(queries.shape[1]):
-                score = pack(inner(rows, base + node, queries[head, i]), i)
-                if i == 0 or score > best:
-                    best = score
-            nearest = knn[head, packed_id(best)]
-            candidates[:] = nearest
-            sort_by_distance(rows, base, node, candidates, width, order)
-            number = prune(rows, base, node, candidates, width, degree, 1.0, False, kept)
+            number, nearest = enlist(rows, base, node, queries[head], lists, worst[head], frequency, members)
+            total = 0
+            for i in range(0, number, max(1, number // 32)):
+                for other in lists[members[i]]:
+                    if other < 0:
+                        break
+                    if counts[other] == 0:
+                        touched[total] = other
+                        total += 1
+                    counts[other] += 1
+            if number == 0:
+                # In no list: the nearest query's keys, and those that they link to.
+                for other in lists[nearest]:
+                    if other < 0:
+                        break
+                    for j in range(mine[other] - 1, mine[other + 1]):
+                        near = other if j < mine[other] else links[j]
+                        if near < 0:
+                            break
+                        if counts[near] == 0:
+                            counts[near] = 1
+                            touched[total] = near
+                            total += 1
+            size = 0
+            others = 0
+            for i in range(total):
+                other = touched[i]
+                count = counts[other]
+                counts[other] = 0
+                if other == node:
+                    continue
+                if number == 0:
+                    distance = squared_distance(rows, base + node, base + other)
+                    _, size = insert_sorted(best, size, pack(-distance, other))
+                else:
+                    touched[others] = other
+                    scores[others] = np.float32(count * frequency[other] ** -0.25)
+                    others += 1
+            if number:
+                size = rank(touched, scores, others, buckets, candidates)
+            for i in range(0 if number else size):
+                candidates[i] = packed_id(best[i])
+            number = prune(rows, base, node, candidates, size, degree, 1.0, False, kept)
+            if number == 0:
+                kept[0] = node - 1
+                number = 1
             for i in range(number):
                 append(links, mine, node, kept[i])
+            anchor(links, mine, eager, kept, number, node)
+            for i in range(number):
                 append(links, mine, kept[i], node)

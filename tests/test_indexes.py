@@ -249,6 +249,78 @@ def test_roargraph_by_pivots_finds_the_best_keys():
     assert index.unreached.shape == (4,) and np.all(index.unreached < 0.05)
 
 
+@quick
+@given(
+    st.integers(0, 2**16), st.integers(1, 40), st.lists(st.integers(1, 25), max_size=8), st.integers(1, 6),
+    st.integers(2, 9), st.sampled_from(["cooccurrence", "pivot"]), st.booleans(),
+)  # fmt: skip
+def test_roargraph_reaches_every_key_whatever_is_inserted(seed, n, batches, eager, degree, projection, ties):
+    keys = vectors(seed, 2, n + sum(batches))
+    if ties:
+        keys[:, ::3] = keys[:, :1]
+        keys[:, 1::4] = 0
+    queries = vectors(seed + 1, 4, 12)
+    index = RoarGraph(RoarGraph.Options(eager=eager, degree=degree, projection=projection, entries=2))
+    index.build(keys[:, :n], queries[:, :10])
+    for count in [0, *batches]:
+        index.insert(keys[:, n : n + count])
+        n += count
+        found = index.search(queries[:, 10:], n, effort=n)
+        np.testing.assert_array_equal(np.sort(found.ids, axis=2), np.broadcast_to(np.arange(n), found.ids.shape))
+        assert np.all(index.unreached == 0)
+
+
+def clustered(seed, heads, steps, d=32):
+    """Keys that wander between topics, and queries that lie off them, close to the topic of their step."""
+    generator = np.random.default_rng(seed)
+    centres = generator.standard_normal((heads, 24, d))
+    topic = generator.integers(0, 24, steps // 20 + 1).repeat(20)[:steps]
+    keys = centres[:, topic] + 0.7 * generator.standard_normal((heads, steps, d)) + 1
+    queries = 2 * centres[:, topic] + generator.standard_normal((heads, steps, d)) - 3
+    return keys.astype(np.float32), queries.astype(np.float32)
+
+
+@pytest.mark.parametrize("prompt", [150, 700, 4096])
+def test_1200_keys_inserted_one_by_one_are_found_as_after_a_fresh_build(prompt):
+    steps = prompt + 1200
+    keys, queries = clustered(prompt, 1, steps + 60)
+    keys, later = keys[:, :steps], queries[:, steps:]
+    grown, fresh = RoarGraph(), RoarGraph()
+    grown.build(keys[:, :prompt].copy(), queries[:, :prompt])
+    for end in range(prompt + 1, steps + 1):
+        grown.insert(keys[:, end - 1 : end], storage=keys[:, :end])
+    fresh.build(keys, queries[:, :prompt])
+    scores = exact(keys, later)[0]
+    best = np.argpartition(-scores, 100, axis=1)[:, :100]
+
+    def measured(index, effort):
+        found = index.search(later, 100, effort=effort)
+        hits = np.array([np.isin(true, ids) for true, ids in zip(best, found.ids[0], strict=True)])
+        return hits.mean(), hits[best >= prompt].mean(), found.evaluations.mean()
+
+    recall, of_new, cost = measured(fresh, 200)
+    grown_recall, grown_of_new, _ = measured(grown, 200)
+    assert grown_recall > recall - 0.02
+    assert grown_of_new > of_new - 0.02
+    at_cost = max(measured(grown, effort) for effort in range(100, 200, 10) if measured(grown, effort)[2] <= cost)
+    assert at_cost[0] > recall - 0.05
+    everything = grown.search(later[:, :3], steps, effort=steps).ids
+    assert np.all(np.sort(everything, axis=2) == np.arange(steps))
+
+
+def test_roargraph_starts_from_a_handful_of_keys_and_queries():
+    keys, queries = clustered(1, 1, 460)
+    index = RoarGraph()
+    index.build(keys[:, :3], queries[:, :5])
+    for first in range(3, 400, 16):
+        index.insert(keys[:, first : min(first + 16, 400)])
+    later = queries[:, 400:]
+    best = np.argpartition(-exact(keys[:, :400], later)[0], 20, axis=1)[:, :20]
+    found = index.search(later, 20, effort=100)
+    assert np.mean([np.isin(true, ids) for true, ids in zip(best, found.ids[0], strict=True)]) > 0.9
+    assert found.evaluations.mean() < 0.9 * 400
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_nan_and_infinity_are_refused(bad, dtype):
