@@ -33,9 +33,10 @@ SCHEMA = 1
 
 COLUMNS = (
     "index", "params", "layer", "head", "n_keys", "n_queries", "k", "recall", "scanned", "us_per_query", "build_s",
-    "insert_s", "bytes",
+    "insert_s", "recall_grown", "unreached", "parallel_efficiency", "bytes",
 )  # fmt: skip
 TARGET = 0.95
+INSERTED_AT_ONCE = 16
 LADDER = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8)
 """Efforts searched by default, in multiples of the search parameter's default."""
 
@@ -143,8 +144,11 @@ def sweep(
     Rows hold COLUMNS. `recall` is recall@k of the decoding queries against exact search in float32; `scanned` is
     distance evaluations / n_keys. `us_per_query` is on one thread, one decoding step at a time as in decoding: all
     chosen heads' queries of a step in one call, its time divided by the heads, hence the same for a layer's heads.
-    `build_s` (on `numba.get_num_threads()` threads), `insert_s` (the decoded keys, in one call) and `bytes` are of the
-    layer's index for all chosen heads together.
+    `build_s` (on `numba.get_num_threads()` threads), `insert_s` (the decoded keys, 16 at a time) and `bytes` are of the
+    layer's index for all chosen heads together, as are, at the default effort: `recall_grown`, recall@k of the later
+    half of the decoding queries once the earlier half's keys are inserted, over all keys then indexed;
+    `parallel_efficiency`, one thread's time for all queries in one call over that of all threads times their number;
+    and `unreached`, the share of the prompt's keys that no search finds (0 where the index is no graph of ours).
     """
     check_sweep(capture, config)
     rows: list[dict[str, Any]] = []
@@ -229,19 +233,65 @@ def _measure(
         recalls = [recall_at_k(found.ids[place], exact[place]) for place in range(len(exact))]
         params = options if effort is None else {**options, index.search_parameter: effort}
         points.append((params, recalls, found.evaluations.mean(1) / n_keys, _time(index, vectors, config, effort)))
-    began = time.perf_counter()
-    index.insert(vectors.new_keys)
-    insert_s = time.perf_counter() - began
-    return [
+    unreached = float(np.mean(index.unreached)) if hasattr(index, "unreached") else 0.0
+    of_index = {
+        "build_s": build_s, "parallel_efficiency": _parallel_efficiency(index, vectors, config),
+        "unreached": unreached, "bytes": size, **_grow(index, vectors, config),
+    }  # fmt: skip
+    rows = [
         {
             "index": name, "params": params, "layer": vectors.layer, "head": head, "n_keys": n_keys,
             "n_queries": vectors.queries.shape[1], "k": config.k, "recall": recalls[place],
-            "scanned": float(scanned[place]), "us_per_query": 1e6 * seconds, "build_s": build_s,
-            "insert_s": insert_s, "bytes": size,
+            "scanned": float(scanned[place]), "us_per_query": 1e6 * seconds, **of_index,
         }
         for params, recalls, scanned, seconds in points
         for place, head in enumerate(vectors.heads)
     ]  # fmt: skip
+    return [{column: row[column] for column in COLUMNS} for row in rows]
+
+
+def _parallel_efficiency(index: Any, vectors: Vectors, config: SweepConfig) -> float:
+    """One thread's time for all queries over that of all threads times their number, at the default effort."""
+    import numba  # noqa: PLC0415 - slow
+
+    def fastest() -> float:
+        seconds = []
+        for _ in range(config.passes):
+            began = time.perf_counter()
+            index.search(vectors.queries, config.k)
+            seconds.append(time.perf_counter() - began)
+        return min(seconds)
+
+    together = fastest()
+    with _one_thread():
+        alone = fastest()
+    return alone / (together * int(numba.get_num_threads()))
+
+
+def _grow(index: Any, vectors: Vectors, config: SweepConfig) -> dict[str, float]:
+    """Insert the decoded keys, half of them before the recall of the other half's queries is taken."""
+    new, seconds, recall_grown = vectors.new_keys, 0.0, 0.0
+    half = new.shape[1] // 2
+    for start, stop in ((0, half), (half, new.shape[1])):
+        if start == half:
+            recall_grown = _recall_grown(index, vectors, half, config)
+        for first in range(start, stop, INSERTED_AT_ONCE):
+            piece = new[:, first : min(first + INSERTED_AT_ONCE, stop)]
+            began = time.perf_counter()
+            index.insert(piece)
+            seconds += time.perf_counter() - began
+    return {"insert_s": seconds, "recall_grown": recall_grown}
+
+
+def _recall_grown(index: Any, vectors: Vectors, inserted: int, config: SweepConfig) -> float:
+    keys = np.concatenate([vectors.keys, vectors.new_keys[:, :inserted]], axis=1)
+    queries = np.ascontiguousarray(vectors.queries[:, inserted:])
+    found = index.search(queries, config.k)
+    shared = len(queries) // len(keys)
+    return float(np.mean([
+        recall_at_k(found.ids[place], exact_top_k(queries[place], keys[place // shared], config.k))
+        for place in range(len(queries))
+    ]))  # fmt: skip
 
 
 def _time(index: Any, vectors: Vectors, config: SweepConfig, effort: int | None) -> float:
@@ -360,7 +410,7 @@ def at_recall(points: Sequence[Point], attribute: str, target: float = TARGET) -
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Per index: curve, scanned fraction and µs per query at recall 0.95, build and insertion seconds, and bytes.
 
-    `build_s`, `insert_s` and `bytes` are means over layers, for all chosen heads together.
+    What is of a whole index (from `build_s` on) is a mean over layers, for all chosen heads together.
     """
     result = []
     for name, points in curves(rows).items():
@@ -372,6 +422,9 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "first_point_above": bool(points) and points[0].recall >= TARGET,
             "build_s": _mean(list(layers), "build_s"),
             "insert_s": _mean(list(layers), "insert_s"),
+            "recall_grown": _mean(list(layers), "recall_grown"),
+            "unreached": _mean(list(layers), "unreached"),
+            "parallel_efficiency": _mean(list(layers), "parallel_efficiency"),
             "bytes": _mean(list(layers), "bytes"),
             "curve": [vars(point) for point in points],
         })  # fmt: skip

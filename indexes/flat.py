@@ -59,6 +59,6 @@ def keep_best(
     """Fill the best k of each query's candidates [q, c], equal scores by smaller id; an id of -1 is none."""
     scores = np.where(ids < 0, -np.inf, scores).astype(np.float32, copy=False)
     order = np.lexsort((ids, -scores), axis=1)[:, : best_ids.shape[1]]
-    width = order.shape[1]
-    best_ids[:, :width] = np.take_along_axis(ids, order, 1)
-    best_scores[:, :width] = np.take_along_axis(scores, order, 1)
+    rows, width = np.arange(len(ids))[:, None], order.shape[1]
+    best_ids[:, :width] = ids[rows, order]
+    best_scores[:, :width] = scores[rows, order]

@@ -40,7 +40,7 @@ def digest_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-class _Cache(FunctionCache):  # type: ignore[misc]
+class _Cache(FunctionCache):
     """numba's disk cache watches the file of the compiled function alone; its key here covers those it calls too."""
 
     def __init__(self, function: Callable[..., Any]) -> None:

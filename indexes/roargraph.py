@@ -87,7 +87,7 @@ class RoarGraph(GraphIndex):
         if not self.keys.n:
             return 0
         worst = 0 if self._worst is None else self._worst.nbytes
-        return super().nbytes + self.queries.nbytes + self.knn.nbytes + worst
+        return int(super().nbytes + self.queries.nbytes + self.knn.nbytes + worst)
 
     @property
     def _eager(self) -> int:
@@ -202,14 +202,14 @@ def rank(touched: Int32, scores: Float32, total: int, buckets: Int64, candidates
         buckets[256 - int(scores[i] * scale)] += 1
     for i in range(256):
         buckets[i + 1] += buckets[i]
-    wanted = candidates.shape[0]
+    size: int = min(total, candidates.shape[0])
     for i in range(total):
         bucket = 255 - int(scores[i] * scale)
         place = buckets[bucket]
-        if place < wanted:
+        if place < size:
             candidates[place] = touched[i]
             buckets[bucket] = place + 1
-    return min(total, wanted)
+    return size
 
 
 @kernel

@@ -38,9 +38,14 @@ class RatioGate:
     update: bool
 
     def time(
-        self, name: str, candidate: Callable[[], object], reference: Callable[[], object], *, rounds: int = 7
-    ) -> float:
-        """Time `candidate` against `reference`, in turn, and gate the median ratio of their times (lower is better)."""
+        self, name: str, candidate: Callable[[], object], reference: Callable[[], object], *, rounds: int = 7,
+        scale: float = 1,
+    ) -> float:  # fmt: skip
+        """Time `candidate` against `reference`, in turn, and gate the median ratio of their times (lower is better).
+
+        The ratio is multiplied by `scale` first: the reference's amount of work over the candidate's, for a time per
+        unit of work.
+        """
         for warm_up in (reference, candidate):
             warm_up()
         reference_s: list[float] = []
@@ -53,7 +58,7 @@ class RatioGate:
         self.benchmark.pedantic(candidate, setup=time_reference, rounds=rounds, iterations=1)
         candidate_s = self.benchmark.stats.stats.data
         ratio = statistics.median(ours / theirs for ours, theirs in zip(candidate_s, reference_s, strict=True))
-        return self.ratio(name, ratio)
+        return self.ratio(name, scale * ratio)
 
     def ratio(self, name: str, value: float, *, better: Literal["lower", "higher"] = "lower") -> float:
         """Record a ratio in pytest-benchmark's `extra_info` and gate it; return it."""

@@ -56,6 +56,15 @@ def test_rows_have_the_promised_columns_for_every_layer_head_and_effort(rows):
     assert all(row["us_per_query"] > 0 and row["build_s"] >= 0 and row["insert_s"] >= 0 for row in rows)
 
 
+def test_the_whole_index_is_described(captured, rows):
+    flat, ivf = ([row for row in rows if row["index"] == name] for name in ("flat", "ivf"))
+    assert all(row["recall_grown"] == 1 for row in flat) and all(0 < row["recall_grown"] <= 1 for row in ivf)
+    assert all(row["parallel_efficiency"] > 0 and row["unreached"] == 0 for row in rows)
+    graph = sweep(captured, SweepConfig(("vamana",), k=10, layers=(2,), efforts={"vamana": (10,)}, passes=1,
+                                        options={"vamana": {"degree": 1}}))  # fmt: skip
+    assert 0 < graph[0]["unreached"] < 1
+
+
 def test_recall_is_that_of_decoding_queries_against_float64_search(captured, rows):
     from kvbench.plugins import registry
 

@@ -89,7 +89,7 @@ def index(
         "95% intervals over layers and heads.", style="dim", highlight=False,
     )  # fmt: skip
     for entry in content["summary"]:
-        out.print(_reached(entry), highlight=False)
+        out.print(_reached(entry), _whole(entry, content["environment"]["build_threads"]), highlight=False)
     out.print(str(folder), style="dim", highlight=False, soft_wrap=True)
 
 
@@ -149,3 +149,12 @@ def _reached(entry: dict[str, Any]) -> str:
     most = "≤ " if first and entry["curve"][0]["effort"] is not None else ""
     time = entry["us_per_query_at_recall_95"]
     return f"{entry['index']}: recall 0.95 at {most}{share(scanned)} scanned, {time:.0f} µs per query ({how})."
+
+
+def _whole(entry: dict[str, Any], threads: int) -> str:
+    text = (
+        f"Recall {entry['recall_grown']:.3f} with half of the decoded keys inserted, parallel efficiency "
+        f"{share(entry['parallel_efficiency'])} on {threads} threads"
+    )
+    lost = entry["unreached"]
+    return f"{text}, {share(lost)} of the keys out of any search's reach." if lost else f"{text}."

@@ -100,10 +100,29 @@ def test_time_per_evaluation_against_faiss_hnsw(data, built, ratio_gate):
             built["roargraph"].search(queries, K, effort=256)
 
     ratio_gate.ratio("roargraph / hnsw, evaluations of ef 256", ours / theirs)
-    ratio_gate.time(
-        f"roargraph x {times} / hnsw, time of ef 256",
+    per_evaluation = ratio_gate.time(
+        "roargraph / hnsw, time per evaluation at ef 256, one thread",
         candidate,
         lambda: hnsw.search(flat_queries, K, params=parameters),
+        scale=theirs / (times * ours),
+    )
+    assert per_evaluation <= 1
+
+
+def test_parallel_efficiency_over_heads(data, built, ratio_gate):
+    """Time on all threads times their number, over one thread's: the inverse of the efficiency, whose aim is 80%."""
+    threads = numba.config.NUMBA_NUM_THREADS
+
+    def on(number):
+        numba.set_num_threads(number)
+        try:
+            for _ in range(5):
+                built["roargraph"].search(data[2], K)
+        finally:
+            numba.set_num_threads(1)
+
+    ratio_gate.time(
+        "roargraph, threads x time on all threads / time on one", lambda: on(threads), lambda: on(1), scale=threads
     )
 
 
@@ -118,19 +137,22 @@ def test_at_recall_95(data, built, at_95, other, ratio_gate):
     )
 
 
-def test_build_given_the_nearest_keys_against_hnsw(data, ratio_gate):
-    """One graph for each of three query heads against one HNSW graph that the three share."""
+@pytest.mark.parametrize("heads", [1, 3])
+def test_build_given_the_nearest_keys_against_hnsw(data, heads, ratio_gate):
+    """One graph against one HNSW graph, and a group's: one for each of three query heads, where HNSW needs one."""
     keys, prompt, _ = data
+    prompt = prompt[:heads]
     roargraph, hnsw = INDEXES["roargraph"](), INDEXES["hnsw"]()
     roargraph.build(keys, prompt)
     training = draw(prompt, roargraph.options.sample, roargraph.options.recent, 0)
     nearest = nearest_keys(roargraph.keys, training, roargraph.options.neighbors)
-    ratio_gate.time(
-        "roargraph given the nearest keys / hnsw, build",
+    ratio = ratio_gate.time(
+        f"roargraph given the nearest keys / hnsw, build of {heads} graphs / 1",
         lambda: roargraph.build_from_neighbors(training, nearest),
         lambda: hnsw.build(keys),
         rounds=3,
     )
+    assert heads > 1 or ratio <= 1
 
 
 def test_scaling_with_the_number_of_keys(data, built, ratio_gate):
