@@ -263,7 +263,7 @@ def _parallel_efficiency(index: Any, vectors: Vectors, config: SweepConfig) -> f
         return min(seconds)
 
     together = fastest()
-    with _one_thread():
+    with one_thread():
         alone = fastest()
     return alone / (together * int(numba.get_num_threads()))
 
