@@ -75,6 +75,7 @@ def drawing(folder: Path, name: str, size: tuple[float, float] = (6.0, 3.8)) -> 
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        figure.set_layout_engine("none")  # laid out by now; once is enough
         figure.savefig(folder / f"{name}.png", dpi=DPI)
 
 

@@ -83,7 +83,8 @@ def runs(tmp_path_factory):
             rescore(only(root / "runs", f"{policy}-*-{length}-*"), scores)
     gc.unfreeze()
     kvbench("capture", "--model", model, "--context-length", 300, "--output", root / "capture")
-    kvbench("analyze", "ood", "--capture", root / "capture", "--output", root / "runs" / "ood")
+    for name in ("ood", "overlap"):
+        kvbench("analyze", name, "--capture", root / "capture", "--output", root / "runs" / name)
     return root / "runs"
 
 
@@ -121,7 +122,7 @@ def test_the_document_names_what_was_written(report, runs):
         "report.html", "report.md", "report.pdf", "leaderboard.csv", "accuracy-bytes.svg", "needles.png", "ood.csv",
     }  # fmt: skip
     assert [figure["name"] for figure in document["figures"]] == [
-        "accuracy-bytes", "recall-scanned", "needles", "latency", "recall-steps", "ood",
+        "accuracy-bytes", "recall-scanned", "needles", "latency", "recall-steps", "ood", "analysis-1",
     ]  # fmt: skip
     assert all(figure["drawn"] and not figure["missing"] for figure in document["figures"])
     assert document["problems"] == []
@@ -244,7 +245,7 @@ def test_a_partial_run_is_marked_wherever_it_is_shown(copied, tmp_path):
     assert shown.content.board.rows[0]["partial"] == "4 of 6 examples, interrupted"
     assert shown.markdown.count("(partial: 4 of 6 examples, interrupted)") == 2
     for chart in shown.charts.values():
-        if chart.name != "ood":
+        if chart.name not in ("ood", "analysis-1"):
             assert {row["label"] for row in chart.rows} >= {"quest (partial)", "full"}, chart.name
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
@@ -284,6 +285,7 @@ def test_missing_probes_name_the_command_that_records_them(copied, tmp_path):
             (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         edit(run, config={"probe_examples": 0, "probes": []})
     shutil.rmtree(copied / "ood")
+    shutil.rmtree(copied / "overlap")
     made = build([copied], tmp_path / "out", ["html"])
     found = {chart.name: chart for chart in made.charts}
     assert {name for name, chart in found.items() if chart.paint is None} == {"recall-scanned", "recall-steps", "ood"}
@@ -368,6 +370,8 @@ def test_the_page_is_self_contained_well_formed_and_labelled(report):
         assert {title, description} <= set(ids)
     heads = [found for tag, found in tags.found if tag == "th"]
     assert all("scope" in head for head in heads)
+    (picture,) = [found for tag, found in tags.found if tag == "img"]
+    assert re.search(r"overlap.*\d", picture["alt"])
     assert "data-theme" not in dict(tags.found[0][1])
 
 
@@ -462,6 +466,7 @@ def test_it_loads_without_errors_or_network_and_shows_its_figures(opened):
     )
     assert len(sizes) == 6
     assert all(width > 300 and height > 100 and marks > 10 and texts > 5 for width, height, marks, texts in sizes)
+    assert driver.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)") == [True]
 
 
 def column(driver, title):

@@ -29,7 +29,8 @@ def report(
     command = shlex.join(
         ["kvbench", "report", *map(str, folders), "--format", ",".join(names), "--output", str(output)]
     )
-    done = build(folders, output, names, command=command)
+    with err.status("Drawing the figures"):
+        done = build(folders, output, names, command=command)
     for problem in done.found.problems:
         err.print(f"Warning: {problem}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if as_json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +59,8 @@ class Chart:
     remedy: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)
     paint: Callable[[FigureBase], None] | None = None
+    picture: Path | None = None
+    """A figure that is there already, `.svg` beside the `.png` that this names, and is shown as it is."""
     size: tuple[float, float] = (WIDTH, 3.0)
 
 
@@ -65,6 +68,7 @@ def charts(found: Collection) -> list[Chart]:
     """Every figure of the report, in its order, not yet drawn."""
     return [
         *_accuracy(found), *_recall(found), *_needles(found), *_latency(found), *_steps(found), *_ood(found),
+        *_analyses(found),
     ]  # fmt: skip
 
 
@@ -72,8 +76,12 @@ def write(chart: Chart, folder: Path) -> list[Path]:
     """Write a chart's figure (SVG and PNG) and CSV into the folder; nothing where it has no data."""
     if chart.paint is None:
         return []
-    with figures.drawing(folder, chart.name, chart.size) as figure:
-        chart.paint(figure)
+    if chart.picture is not None:
+        for ending in (".svg", ".png"):
+            shutil.copyfile(chart.picture.with_suffix(ending), folder / f"{chart.name}{ending}")
+    else:
+        with figures.drawing(folder, chart.name, chart.size) as figure:
+            chart.paint(figure)
     with (folder / f"{chart.name}.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in chart.rows for key in row)))
         writer.writeheader()
@@ -619,7 +627,7 @@ def _ood(found: Collection) -> list[Chart]:
         rows = [row for row in one.rows if not row.get("missing")]
         left_out = len(one.rows) - len(rows)
         middle = {key: median(row[key] for row in rows) for key in _OOD}
-        source = str(one.source.get("title", one.path.name))
+        source = one.title
         result.append(Chart(
             "ood" if not place else f"ood-{place + 1}", title if len(analyses) == 1 else f"{title}: {source}",
             f"{source}. Mahalanobis distances from the prompt's keys, medians over the vectors of a head; line: median "
@@ -627,7 +635,7 @@ def _ood(found: Collection) -> list[Chart]:
             one.rows, "Medians over layers and heads: " + ", ".join(
                 f"{name} {middle[key]:.1f}" for key, name in _OOD.items()) + ".",
             missing=f"Partial: {left_out} of {len(one.rows)} heads have no covariance." if left_out else "",
-            commands=[analyze_command("ood", one.source, one.path)],
+            commands=[analyze_command("ood", one.source, one.options, one.path)],
             paint=partial(_paint_ood, rows=rows),
         ))  # fmt: skip
     return result
@@ -651,6 +659,44 @@ def _paint_ood(figure: FigureBase, rows: Sequence[Row]) -> None:
     axis.set_xlabel("layer")
     axis.set_ylabel("Mahalanobis distance (σ)")
     _legend(figure, [axis])
+
+
+# -- other analyses ----------------------------------------------------------------------------------------------------
+
+
+def _analyses(found: Collection) -> list[Chart]:
+    """The figures that `kvbench analyze` drew, as they are."""
+    result: list[Chart] = []
+    for one in found.analyses:
+        picture = one.path / f"{one.name}.png"
+        if one.name == "ood" or not (picture.is_file() and picture.with_suffix(".svg").is_file()):
+            continue
+        shown = [{key: f"{value:.3g}" if isinstance(value, float) else value for key, value in row.items()}
+                 for row in one.summary[:40]]  # fmt: skip
+        words = "; ".join(", ".join(f"{key} {value}" for key, value in row.items()) for row in shown).replace("_", " ")
+        result.append(Chart(
+            f"analysis-{len(result) + 1}", f"Analysis {one.name}: {one.title}",
+            f"As `kvbench analyze {one.name}` drew it, from {len(one.rows)} rows.", one.rows,
+            f"{words or f'{len(one.rows)} rows of numbers, in the CSV'}.",
+            missing=f"Partial: {'; '.join(one.partial)}." if one.partial else "",
+            commands=[analyze_command(one.name, one.source, one.options, one.path)],
+            paint=partial(_paint_picture, file=picture), picture=picture, size=(WIDTH, WIDTH * _ratio(picture)),
+        ))  # fmt: skip
+    return result
+
+
+def _ratio(picture: Path) -> float:
+    """Height over width, from the PNG's header."""
+    header = picture.read_bytes()[16:24]
+    return int.from_bytes(header[4:], "big") / max(int.from_bytes(header[:4], "big"), 1)
+
+
+def _paint_picture(figure: FigureBase, file: Path) -> None:
+    from matplotlib.image import imread  # noqa: PLC0415 - slow
+
+    axis = figure.subplots()
+    axis.imshow(imread(file))
+    axis.set_axis_off()
 
 
 # -- what is missing ---------------------------------------------------------------------------------------------------

@@ -77,12 +77,20 @@ class ReportRun:
 
 @dataclass
 class Analysis:
-    """The output of `kvbench analyze`: its rows and where they came from."""
+    """The output of `kvbench analyze`: its rows, the few that sum them up, options, and where they came from."""
 
     path: Path
     name: str
     source: dict[str, Any]
     rows: list[dict[str, Any]]
+    options: dict[str, Any]
+    summary: list[dict[str, Any]]
+    partial: list[str]
+
+    @property
+    def title(self) -> str:
+        """What was analysed."""
+        return str(self.source.get("title", self.path.name))
 
 
 @dataclass
@@ -175,7 +183,10 @@ def _add_analysis(found: Collection, file: Path) -> None:
     if content.get("schema") != 1:
         found.problems.append(f"{file} has schema version {content.get('schema')!r}; this kvbench reads version 1.")
         return
-    found.analyses.append(Analysis(file.parent, content["analysis"], content.get("source", {}), content["rows"]))
+    lists = {name: content.get(name) or [] for name in ("rows", "summary", "partial")}
+    found.analyses.append(
+        Analysis(file.parent, file.stem, content.get("source") or {}, options=content.get("options") or {}, **lists)
+    )
 
 
 def _order(run: ReportRun) -> tuple[Any, ...]:

@@ -44,17 +44,21 @@ def run_command(config: Mapping[str, Any], output: Path | None = None, *, probes
     return shlex.join(words)
 
 
-def analyze_command(name: str, source: Mapping[str, Any], output: Path) -> str:
-    """The `kvbench analyze` line behind an analysis."""
-    return shlex.join(
-        ["kvbench", "analyze", name, "--capture", str(source.get("folder", "DIR")), "--output", str(output)]
-    )
+def analyze_command(name: str, source: Mapping[str, Any], options: Mapping[str, Any], output: Path) -> str:
+    """The `kvbench analyze` line behind an analysis of a capture or of runs."""
+    words = ["kvbench", "analyze", name]
+    for folder in source.get("runs", ()):
+        words += ["--run", str(folder)]
+    if "runs" not in source:
+        words += ["--capture", str(source.get("folder", "DIR"))]
+        words += _pairs("--option", "analysis", name, options)
+    return shlex.join([*words, "--output", str(output)])
 
 
 def _pairs(flag: str, kind: str, name: str, options: Mapping[str, Any]) -> list[str]:
     try:
         defaults = registry().options(kind, name, {}).model_dump(mode="json")
-    except KVBenchError:  # the plugin is not installed here, or has no defaults
+    except (KVBenchError, KeyError):  # the plugin is not installed here, or has no defaults
         defaults = {}
     return [
         word

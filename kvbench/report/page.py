@@ -81,8 +81,8 @@ def compose(found: Collection, charts: Sequence[Chart], command: str) -> Content
         title=_heading(found), subtitle=_subtitle(found), glance=_glance(found), problems=found.problems,
         board=_board(found), charts=list(charts), runs=[_run(run, found) for run in found.runs],
         analyses=[
-            {"title": f"Analysis {one.name}: {one.source.get('title', one.path)}",
-             "command": analyze_command(one.name, one.source, one.path)} for one in found.analyses
+            {"title": f"Analysis {one.name}: {one.title}",
+             "command": analyze_command(one.name, one.source, one.options, one.path)} for one in found.analyses
         ], command=command,
     )  # fmt: skip
 
@@ -378,8 +378,7 @@ def html(content: Content, folder: Path) -> str:
         {
             **{name: getattr(chart, name) for name in ("name", "title", "caption", "summary", "missing", "remedy",
                                                        "commands")},
-            "svg": _inline(chart, (folder / f"{chart.name}.svg").read_text(encoding="utf-8")) if chart.paint else "",
-            "svg_link": _data("image/svg+xml", _read(folder / f"{chart.name}.svg")) if chart.paint else "",
+            "svg": _shown(chart, folder / f"{chart.name}.svg") if chart.paint else "",
             "csv": _data("text/csv", _read(folder / f"{chart.name}.csv")) if chart.paint else "",
         }
         for chart in content.charts
@@ -415,6 +414,15 @@ def _read(file: Path) -> bytes:
 
 def _data(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _shown(chart: Chart, file: Path) -> Markup:
+    """A figure in the page: of the page where this report drew it, else a picture, which cannot reach the page."""
+    if chart.picture is None:
+        return _inline(chart, file.read_text(encoding="utf-8"))
+    return Markup('<img class="chart" alt="{}. {}" src="{}">').format(
+        chart.title, chart.summary, _data("image/svg+xml", _read(file))
+    )
 
 
 _INKS = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--grid)", "#555555": "var(--muted)"}
