@@ -74,7 +74,7 @@ def longbench_row(**changes):
 
 def test_longbench_has_a_task_for_each_of_its_21_datasets():
     assert len(DATASETS) == 21
-    assert {f"longbench_{name}" for name in DATASETS} <= set(TASKS)
+    assert {f"longbench_{name}" for name in DATASETS} | {"longbench_v2"} == {n for n in TASKS if n.startswith("longb")}
     assert all(template.count("{context}") == 1 for template, _, _ in DATASETS.values())
 
 
@@ -384,7 +384,7 @@ def test_infinitebench_math_calc_counts_up_to_the_first_error(tokenizer, folder,
     path = folder("math_calc.jsonl", {"context": "1 + 3 + 4 - 6", "answer": answer, "input": ""})
     task, (example,) = made(MathCalc, tokenizer, path=path, length=31_000)
     assert example.max_new_tokens == 30_000
-    assert [task.score(p, example) for p in ("[1, 4, 8, 2]", "1 4 9 2", "", "x")] == [1.0, 0.5, 0.0, 0.0]
+    assert [task.score(p, example) for p in ("[1, 4, 8, 2]", "1 04 9 2", "9" * 5000, "x")] == [1.0, 0.5, 0.0, 0.0]
     with pytest.raises(KVBenchError, match=r"its question and its answer \(30000 tokens\) take"):
         made(MathCalc, tokenizer, path=path, length=2048)
 

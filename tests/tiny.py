@@ -61,7 +61,11 @@ SMALL_OPTIONS = {
 
 def small_options(policy: type[Any]) -> dict[str, Any]:
     """Options that fit a policy to contexts of tens of tokens."""
-    return {name: value for name, value in SMALL_OPTIONS.items() if name in policy.Options.model_fields}
+    fields = policy.Options.model_fields
+    # Some policies call a share of the budget what others count in tokens.
+    return {
+        name: value for name, value in SMALL_OPTIONS.items() if name in fields and fields[name].annotation is not float
+    }
 
 
 def budgeted_policies() -> list[str]:

@@ -211,15 +211,18 @@ class MathCalc(InfiniteBenchFile):
         )
 
     def answers(self, row: Any) -> tuple[str, ...]:
-        """Give the values, which some files hold inside a further list."""
+        """Give the values without their signs, which the published score does not read either.
+
+        Some files hold them inside a further list.
+        """
         answer = row["answer"]
-        return tuple(str(int(value)) for value in (answer[0] if isinstance(answer[0], list) else answer))
+        return tuple(str(abs(int(value))) for value in (answer[0] if isinstance(answer[0], list) else answer))
 
     def score(self, prediction: str, example: Example) -> float:
         """Share of the values that are right up to the first wrong one."""
         right = 0
         for number, value in zip(re.findall("[0-9]+", prediction), example.references, strict=False):
-            if int(number) != int(value):
+            if (number.lstrip("0") or "0") != value:
                 break
             right += 1
         return right / len(example.references)

@@ -155,6 +155,16 @@ BALANCED = (
 """Datasets of LongBench-E."""
 
 
+KINDS: dict[str, tuple[str, ...]] = {
+    "question about one document": ("narrativeqa", "qasper", "multifieldqa_en", "multifieldqa_zh"),
+    "question about several documents": ("hotpotqa", "2wikimqa", "musique", "dureader"),
+    "summary": ("gov_report", "qmsum", "multi_news", "vcsum"),
+    "few-shot examples": ("trec", "triviaqa", "samsum", "lsht"),
+    "synthetic": ("passage_count", "passage_retrieval_en", "passage_retrieval_zh"),
+    "next line of code": ("lcc", "repobench-p"),
+}
+
+
 class LongBench(FileTask):
     """One dataset of LongBench with its published prompt, answer length and metric."""
 
@@ -207,7 +217,7 @@ class LongBench(FileTask):
         return load(options, (file,), self.published)
 
 
-def _task(dataset: str) -> type[Task]:
+def _task(kind: str, dataset: str) -> type[Task]:
     return type(
         f"LongBench_{dataset}",
         (LongBench,),
@@ -215,13 +225,13 @@ def _task(dataset: str) -> type[Task]:
             "__doc__": LongBench.__doc__,
             "__module__": __name__,
             "name": f"longbench_{dataset}",
-            "summary": f"LongBench: {dataset} (needs its published file)",
+            "summary": f"LongBench, {kind}: {dataset} (needs its published file)",
             "dataset": dataset,
         },
     )
 
 
-LONGBENCH: list[type[Task]] = [_task(dataset) for dataset in DATASETS]
+LONGBENCH: list[type[Task]] = [_task(kind, dataset) for kind, datasets in KINDS.items() for dataset in datasets]
 """A task for each dataset."""
 
 
