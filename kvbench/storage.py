@@ -18,6 +18,15 @@ from kvbench.attention import scores, weighted_sum
 HOST = torch.device("cpu")
 
 
+def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
+    """Copy the rows `slots` [B, H or G, k] of a contiguous `buffer` [B, G, t, d]; `heads` is H or G."""
+    batch, groups, capacity, dim = buffer.shape
+    share = torch.arange(heads, device=slots.device) // (heads // groups)
+    first = (torch.arange(batch, device=slots.device)[:, None] * groups + share) * capacity
+    flat = (slots + first[:, :, None]).reshape(-1)
+    return buffer.view(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
+
+
 class Storage(ABC):
     """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
 
@@ -116,15 +125,7 @@ class TokenBuffer(Storage):
 
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Copy the tokens in `slots` [B, H or G, k] (for `heads` H or G heads) as two tensors [B, H or G, k, d]."""
-        batch, groups, capacity, _ = self._keys.shape
-        share = torch.arange(heads, device=slots.device) // (heads // groups)
-        first = (torch.arange(batch, device=slots.device)[:, None] * groups + share) * capacity
-        flat = (slots + first[:, :, None]).reshape(-1)
-        keys, values = (
-            buffer.view(-1, buffer.shape[3]).index_select(0, flat).view(batch, heads, -1, buffer.shape[3])
-            for buffer in (self._keys, self._values)
-        )
-        return keys, values
+        return pick(self._keys, slots, heads), pick(self._values, slots, heads)
 
     def fill_from_end(self, slots: Tensor) -> None:
         """Overwrite, for each row and head, the token in `slots` [B, G] by the last one, and forget the last slot."""

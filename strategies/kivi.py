@@ -16,24 +16,26 @@ from kvbench.storage import Storage, TokenBuffer
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Asymmetric rounding of groups `x` [..., n]: codes packed into bytes, and the groups' scales and minima, float16.
+    """Asymmetric rounding of groups `x` [..., n]: codes, uint8 [..., n], and the groups' scales and minima, float16.
 
     x ≈ minimum + scale · code, with scale = (maximum − minimum) / (2^bits − 1).
     """
     low = x.amin(-1).half()
     scale = ((x.amax(-1) - low) / (2**bits - 1)).half().clamp_min(torch.finfo(torch.float16).tiny)
-    codes = ((x - low[..., None]) / scale[..., None]).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
-    per_byte = 8 // bits
-    shifts = torch.arange(per_byte, device=x.device, dtype=torch.uint8) * bits
-    packed = (codes.view(*codes.shape[:-1], -1, per_byte) << shifts).sum(-1, dtype=torch.uint8)
-    return packed, scale, low
+    codes = ((x - low[..., None]) / scale[..., None]).round_().clamp_(0, 2**bits - 1)
+    return codes.to(torch.uint8), scale, low
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes, uint8 [..., n], in bytes [..., n · bits / 8]; a byte's codes lie a plane of n · bits / 8 apart."""
+    planes = codes.view(*codes.shape[:-1], 8 // bits, -1)
+    shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.uint8)[:, None] * bits
+    return (planes << shifts).sum(-2, dtype=torch.uint8)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The codes, uint8 [..., n], of bytes [..., n · bits / 8]."""
-    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
-    codes: Tensor = (packed[..., None] >> shifts) & (2**bits - 1)
-    return codes.flatten(-2)
+    """The codes that `pack` packed."""
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
 
 
 def _split(x: Tensor, dim: int, size: int) -> Tensor:
@@ -79,7 +81,7 @@ class _KIVIBuffer(Storage):
     def _quantised(self, known: TokenBuffer | None, groups: Tensor, room: int) -> TokenBuffer:
         """Add, for each [B, G, t] of `groups` [B, G, t, s, n], a row of codes and one of scales and minima."""
         codes, scale, low = quantise(groups, self._bits)
-        new = codes.flatten(3), torch.cat([scale, low], dim=-1)
+        new = pack(codes.flatten(3), self._bits), torch.cat([scale, low], dim=-1)
         if known is None:
             return TokenBuffer(*new, room=room)
         known.append(*new)
@@ -126,10 +128,10 @@ class _KIVIBuffer(Storage):
         if self._value_rows is None:
             return late
         codes, scale, low = self._parts(self._value_rows, self._value_group)
-        grouped = weights[..., :split].view(*codes.shape[:2], 1, -1, split)
-        by_group = scale.permute(0, 1, 3, 2)[:, :, :, None], low.permute(0, 1, 3, 2)[..., None]
-        old = (grouped * by_group[0]) @ codes.float().transpose(2, 3) + grouped @ by_group[1]
-        return late + old.transpose(2, 3).reshape(late.shape)
+        grouped = weights[..., :split].view(*codes.shape[:2], -1, split)
+        old = grouped @ codes.float().mul_(scale[..., None]).flatten(3)
+        old += (grouped @ low).repeat_interleave(self._value_group, dim=-1)
+        return late + old.view(late.shape)
 
 
 class KIVI(KVCachePolicy):

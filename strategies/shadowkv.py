@@ -9,7 +9,7 @@ from torch import Tensor
 from kvbench.budget import LayerBudget
 from kvbench.extension import Options
 from kvbench.policy import KVCachePolicy, Layer, Selection
-from kvbench.storage import Storage
+from kvbench.storage import Storage, pick
 
 
 class _LowRankKeys(Storage):
@@ -25,7 +25,8 @@ class _LowRankKeys(Storage):
         basis = torch.linalg.eigh(rows.transpose(1, 2) @ rows).eigenvectors[..., -min(rank, heads * dim) :]
         self._coefficients = (rows @ basis).to(keys.dtype)
         self._basis = basis.transpose(1, 2).reshape(batch, -1, heads, dim).transpose(1, 2).to(keys.dtype).contiguous()
-        self._chunk, self._rotate, self._values = chunk, rotate, values
+        self._chunk, self._rotate = chunk, rotate
+        self._values = values
         slots = (outliers[..., None] * chunk + torch.arange(chunk, device=keys.device)).flatten(2)
         self._exact = keys.gather(2, slots[..., None].expand(-1, -1, -1, dim))
         place = torch.arange(outliers.shape[2], device=keys.device, dtype=torch.int32).expand(outliers.shape)
@@ -42,8 +43,8 @@ class _LowRankKeys(Storage):
 
     @property
     def keys(self) -> Tensor:
-        batch, heads = self._values.shape[:2]
-        return self._rebuilt(torch.arange(self.length, device=self._basis.device).expand(batch, heads, -1))
+        slots = torch.arange(self.length, device=self._basis.device)
+        return self._rebuilt(slots.expand(*self._place.shape[:2], -1))
 
     @property
     def values(self) -> Tensor:
@@ -54,22 +55,19 @@ class _LowRankKeys(Storage):
 
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Rebuild the keys and fetch the values of `slots` [B, G, k]."""
-        index = slots.to(self._values.device)[..., None].expand(-1, -1, -1, self._values.shape[3])
         keys = self._rebuilt(slots.to(self._basis.device))
-        return keys, self._values.gather(2, index).to(keys.device)
+        return keys, pick(self._values, slots, heads).to(keys.device)
 
     def _rebuilt(self, slots: Tensor) -> Tensor:
         batch, heads, count = slots.shape
-        rows = torch.arange(batch, device=slots.device)[:, None, None]
-        plain = self._coefficients[rows, slots] @ self._basis
-        rebuilt = self._rotate(plain.view(1, batch * heads * count, -1), slots.reshape(-1)).view(plain.shape)
-        place = self._place.gather(2, slots // self._chunk).long()
-        index = (place.clamp_min(0) * self._chunk + slots % self._chunk)[..., None].expand(plain.shape)
-        return (
-            torch.where((place >= 0)[..., None], self._exact.gather(2, index), rebuilt)
-            if self._exact.numel()
-            else rebuilt
-        )
+        coefficients = pick(self._coefficients[:, None], slots, heads)
+        plain = (coefficients @ self._basis).view(1, batch * heads * count, -1)
+        rebuilt = self._rotate(plain, slots.flatten()).view(*slots.shape, -1)
+        place = self._place.gather(2, slots // self._chunk)
+        row, head, column = (place >= 0).nonzero(as_tuple=True)
+        exact = place[row, head, column] * self._chunk + slots[row, head, column] % self._chunk
+        rebuilt[row, head, column] = self._exact[row, head, exact]
+        return rebuilt
 
 
 class ShadowKV(KVCachePolicy):
