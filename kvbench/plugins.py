@@ -44,7 +44,7 @@ class Registry:
         classes = self.classes[kind]
         if name in classes:
             return classes[name]
-        near = difflib.get_close_matches(name, classes, n=3, cutoff=0.4) or sorted(classes)
+        near = difflib.get_close_matches(name, classes, n=3) or sorted(classes)
         known = f"choose one of {', '.join(near)}." if near else "none is installed."
         hint = f"did you mean {' or '.join(near)}?" if len(near) < len(classes) else known
         failed = f" These plugins did not load: {'; '.join(self.failures)}." if self.failures else ""

@@ -179,6 +179,8 @@ class KVCachePolicy(_Pluggable):
     """False for a policy whose size does not follow from a number of tokens: its layers' budgets cover everything."""
     cached: ClassVar[bool] = True
     """False for the baseline without a cache: the model computes the whole context anew for every token."""
+    batched: ClassVar[bool] = True
+    """False for a policy that draws random numbers for all rows at once: its examples run one by one."""
     uses_hidden: ClassVar[bool] = False
     """True for a policy that looks at the inputs of attention layers while decoding (`Layer.hidden`, `queries_for`)."""
     grows: ClassVar[bool] = False

@@ -56,6 +56,8 @@ class RunConfig(BaseModel):
     probe_examples: int
     probes: tuple[str, ...] = ()
     """Probes beyond the standard ones."""
+    batch_size: int = 1
+    share_prefill: bool = False
 
     @property
     def hash(self) -> str:
@@ -238,7 +240,8 @@ def find_runs(root: Path) -> list[Path]:
 def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part an example's row into what its configuration determines, and what was timed.
 
-    Timed are the peak memory and all names that end in `_s`, those of probes too.
+    Timed are the peak memory, the tokens whose prefill was another example's and all names that end in `_s`, those of
+    probes too.
     """
     timed = {key: row[key] for key in row if _is_timed(key)}
     lasting = {key: row[key] for key in row if key not in timed}
@@ -250,7 +253,7 @@ def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_timed(name: str) -> bool:
-    return name.endswith("_s") or name == "peak_memory_bytes"
+    return name.endswith("_s") or name in ("peak_memory_bytes", "reused_tokens")
 
 
 def _finished_lines(path: Path) -> tuple[list[_Line], list[_Line]]:
@@ -334,7 +337,9 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     low, high = confidence_interval(scores)
     steps = [step for row in rows for step in row["step_s"]]
     p50, p95 = percentiles(steps, 50, 95)
-    prefill, index = _mean([row["prefill_s"] for row in rows]), _mean([row["index_s"] for row in rows])
+    fresh = [row for row in rows if not row.get("reused_tokens")]
+    prefill, index = _mean([row["prefill_s"] for row in fresh]), _mean([row["index_s"] for row in fresh])
+    peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"] is not None]
     probed = [row["probes"] for row in rows if row.get("probes")]
     names = sorted({name for probes in probed for name in probes})
     measured = {name: _mean([p[name] for p in probed if p.get(name) is not None]) for name in names}
@@ -350,7 +355,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "total": None if prefill is None or index is None else prefill + index,
         },
         "tpot_s": {"p50": _number(p50), "p95": _number(p95)},
-        "peak_memory_bytes": max((row["peak_memory_bytes"] for row in rows), default=None),
+        "peak_memory_bytes": max(peaks, default=None),
         "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),
         "probed_examples": len(probed),

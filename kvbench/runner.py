@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -12,14 +14,15 @@ import torch
 
 from kvbench.budget import Budget
 from kvbench.errors import KVBenchError
-from kvbench.generation import Generation, generate
+from kvbench.generation import Generation, generate, generate_batch
 from kvbench.memory import PeakMemory, method, release
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.policy import Probe
+from kvbench.prefill import Prefill, prefill
 from kvbench.results import Run, RunConfig, environment
-from kvbench.session import attach, check_head_budgets, token_bytes
-from kvbench.tasks.base import Example, Prompt, Task, encode
+from kvbench.session import Session, attach, check_head_budgets, token_bytes
+from kvbench.tasks.base import Example, Prompt, Task, encode, prompt_length
 from kvbench.traces import write_trace
 
 STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
@@ -49,6 +52,8 @@ class Request:
     recall_k: int = 100
     probe_examples: int = 1
     probes: tuple[str, ...] = ()
+    batch_size: int = 1
+    share_prefill: bool = False
 
 
 def plan(request: Request, loaded: LoadedModel) -> RunConfig:
@@ -58,12 +63,19 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     options = found.options("policy", request.policy, request.policy_options)
     task_options = found.options("task", request.task, request.task_options)
     budget = request.budget if policy.takes_budget else None
+    share_prefill = request.share_prefill and policy.cached
     if budget is not None:
         allocator = found.make("budget", budget.allocator, budget.options)
         check_head_budgets(policy, allocator)
+        share_prefill = share_prefill and not allocator.reads_hidden
         budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
         budget.size(request.context_length, token_bytes(loaded.model))
     check_context(loaded, request.context_length)
+    if request.batch_size > 1 and request.question == "agnostic":
+        raise KVBenchError(
+            f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
+            "aware, or --batch-size 1."
+        )
     task: Task = found.find("task", request.task)(task_options)
     return RunConfig(
         model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
@@ -73,6 +85,7 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
+        batch_size=request.batch_size, share_prefill=share_prefill,
     )  # fmt: skip
 
 
@@ -86,26 +99,87 @@ def _extra_probes(request: Request) -> tuple[str, ...]:
     return names
 
 
-def execute(config: RunConfig, loaded: LoadedModel, output: Path, progress: Progress) -> Run:
-    """Run a configuration, or what is left of it, and return its completed folder."""
-    run = Run(output, config, environment_of(loaded))
-    if run.status == "complete":
-        progress(config.policy, len(run.rows), len(run.rows), "reused")
-        return run
-    task: Task = registry().make("task", config.task, config.task_options)
-    with run.writing():
-        done = {row["id"] for row in run.rows}
-        progress(config.policy, len(done), config.examples, "")
-        _warm_up(config, loaded)
-        for number, example in enumerate(_examples(task, config, loaded)):
-            if example.id in done:
+def execute(configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress) -> list[Run]:
+    """Run configurations, or what is left of them, and return their completed folders.
+
+    One after the other; those that share a prefill go over the examples together.
+    """
+    runs = [Run(output, config, environment_of(loaded)) for config in configs]
+    together: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.status == "complete":
+            progress(run.config.policy, len(run.rows), len(run.rows), "reused")
+        else:
+            together.setdefault("" if run.config.share_prefill else run.config.hash, []).append(run)
+    for group in together.values():
+        _execute(group, loaded, progress)
+    return runs
+
+
+def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress) -> None:
+    """Run configurations that differ in their policies and budgets alone, example by example."""
+    shared = runs[0].config
+    task: Task = registry().make("task", shared.task, shared.task_options)
+    with ExitStack() as folders:
+        for run in runs:
+            folders.enter_context(run.writing())
+            progress(run.config.policy, len(run.rows), run.config.examples, "")
+        if any(len(run.rows) < run.config.examples for run in runs):
+            for run in runs:
+                _warm_up(run.config, loaded)
+        before: Prefill | None = None
+        for batch in _batches(_examples(task, shared, loaded), shared, loaded):
+            missing = [run for run in runs if not {example.id for example in batch} <= {row["id"] for row in run.rows}]
+            if missing and shared.share_prefill:
+                before = _prefill(batch, missing, loaded, before)
+            for run in missing:
+                _extend(run, loaded, task, batch, before if shared.share_prefill else None)
+                progress(run.config.policy, len(run.rows), run.config.examples, "")
+
+
+def _extend(run: Run, loaded: LoadedModel, task: Task, batch: list[Example], prefilled: Prefill | None) -> None:
+    """Add a batch's examples to a run; those that a stopped run had finished keep what they have."""
+    config, there = run.config, {row["id"] for row in run.rows}
+    single = not registry().find("policy", config.policy).batched
+    for part in [[example] for example in batch] if single else [batch]:
+        if all(example.id in there for example in part):
+            continue
+        own = prefilled if len(part) == len(batch) else None
+        for example, row, answer in _measure(config, loaded, task, part, own):
+            if example.id in there:
                 continue
-            row, answer = _measure(config, loaded, task, example)
-            if number < config.probe_examples:
-                row |= _probe(config, loaded, example, answer, run.path / "traces", f"{number:06d}")
+            if len(run.rows) < config.probe_examples:
+                traces = run.path / "traces"
+                row |= _probe(config, loaded, example, answer, traces, f"{len(run.rows):06d}")  # noqa: PLW2901
             run.append(row)
-            progress(config.policy, len(run.rows), config.examples, "")
-    return run
+
+
+def _batches(examples: Iterator[Example], config: RunConfig, loaded: LoadedModel) -> Iterator[list[Example]]:
+    """The examples to generate together: probed ones alone, the others by length."""
+    for example in islice(examples, config.probe_examples if config.batch_size > 1 else config.examples):
+        yield [example]
+    rest = sorted(examples, key=lambda example: prompt_length(loaded.tokenizer, example))
+    for first in range(0, len(rest), config.batch_size):
+        yield rest[first : first + config.batch_size]
+
+
+def _prefill(batch: list[Example], runs: list[Run], loaded: LoadedModel, before: Prefill | None) -> Prefill:
+    """The exact pass over a batch's prompts, which all policies take over."""
+    prompts = [encode(loaded.tokenizer, example) for example in batch]
+    windows = [_session(run.config, loaded).query_window(0) for run in runs]
+    known = [window for window in windows if window is not None]
+    return prefill(
+        loaded.model,
+        [prompt.input_ids[: _prompt_tokens(runs[0].config, prompt)] for prompt in prompts],
+        query_window=max(known, default=0) if len(known) == len(windows) else None,
+        chunk=runs[0].config.prefill_chunk,
+        context=prompts[0].context_tokens,
+        before=before,
+    )
+
+
+def _prompt_tokens(config: RunConfig, prompt: Prompt) -> int:
+    return len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
 
 
 def environment_of(loaded: LoadedModel) -> dict[str, Any]:
@@ -121,29 +195,35 @@ def _examples(task: Task, config: RunConfig, loaded: LoadedModel) -> Iterator[Ex
     )
 
 
-def _measure(config: RunConfig, loaded: LoadedModel, task: Task, example: Example) -> tuple[dict[str, Any], list[int]]:
-    """Generate an answer undisturbed, timed; its row, and its tokens."""
-    prompt = encode(loaded.tokenizer, example)
-    check_context(loaded, len(prompt.input_ids) + example.max_new_tokens)
+def _measure(
+    config: RunConfig, loaded: LoadedModel, task: Task, batch: list[Example], prefilled: Prefill | None
+) -> Iterator[tuple[Example, dict[str, Any], list[int]]]:
+    """Generate a batch's answers undisturbed, timed; each example's row, and the answer's tokens."""
+    prompts = [encode(loaded.tokenizer, example) for example in batch]
+    for example, prompt in zip(batch, prompts, strict=True):
+        check_context(loaded, len(prompt.input_ids) + example.max_new_tokens)
     release()
     with PeakMemory(loaded.device) as peak:
-        result = _generate(config, loaded, prompt, example.max_new_tokens, [])
-    prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
-    row: dict[str, Any] = {
-        "id": example.id,
-        "score": task.score(prediction, example),
-        "prediction": prediction,
-        "references": list(example.references),
-        "prompt_tokens": len(prompt.input_ids),
-        "generated_tokens": len(result.tokens),
-        "prefill_s": result.prefill_s,
-        "index_s": result.index_s,
-        "step_s": result.step_s,
-        "bytes": result.bytes,
-        "peak_memory_bytes": peak.bytes,
-        "info": dict(example.info),
-    }
-    return row, result.tokens
+        results = _generate(config, loaded, prompts, [example.max_new_tokens for example in batch], [], prefilled)
+    for example, prompt, result in zip(batch, prompts, results, strict=True):
+        prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        row: dict[str, Any] = {
+            "id": example.id,
+            "score": task.score(prediction, example),
+            "prediction": prediction,
+            "references": list(example.references),
+            "prompt_tokens": len(prompt.input_ids),
+            "generated_tokens": len(result.tokens),
+            "prefill_s": result.prefill_s,
+            "index_s": result.index_s,
+            "step_s": result.step_s,
+            "bytes": result.bytes,
+            "peak_memory_bytes": peak.bytes if prefilled is None else None,
+            "info": dict(example.info),
+        }
+        if prefilled is not None:
+            row["reused_tokens"] = prefilled.reused
+        yield example, row, result.tokens
 
 
 def _probe(
@@ -158,7 +238,7 @@ def _probe(
     passes = [[probe for probe in probes if not probe.alone], *([probe] for probe in probes if probe.alone)]
     step_s: list[float] = []
     for group in passes:
-        again = _generate(config, loaded, prompt, example.max_new_tokens, group)
+        (again,) = _generate(config, loaded, [prompt], [example.max_new_tokens], group)
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -177,19 +257,25 @@ def _probe(
 
 
 def _generate(
-    config: RunConfig, loaded: LoadedModel, prompt: Prompt, max_new_tokens: int, probes: list[Probe]
-) -> Generation:
-    session = attach(
+    config: RunConfig, loaded: LoadedModel, prompts: list[Prompt], max_new_tokens: list[int], probes: list[Probe],
+    prefilled: Prefill | None = None,
+) -> list[Generation]:  # fmt: skip
+    session = _session(config, loaded, probes)
+    torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
+    with session:
+        return generate_batch(
+            session, [prompt.input_ids for prompt in prompts],
+            prompt_tokens=None if config.question == "aware" else prompts[0].context_tokens,
+            max_new_tokens=max_new_tokens, stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk,
+            prefilled=prefilled,
+        )  # fmt: skip
+
+
+def _session(config: RunConfig, loaded: LoadedModel, probes: Sequence[Probe] = ()) -> Session:
+    return attach(
         loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes,
         tokenizer=loaded.tokenizer,
     )  # fmt: skip
-    prompt_tokens = len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
-    torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
-    with session:
-        return generate(
-            session, prompt.input_ids, prompt_tokens=prompt_tokens, max_new_tokens=max_new_tokens,
-            stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk,
-        )  # fmt: skip
 
 
 def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pluggy
 import torch
@@ -35,6 +36,9 @@ from kvbench.replay import ReplayCache
 from kvbench.residual import watch_residual
 from kvbench.rotary import Rotary
 from kvbench.storage import KVStore, TokenBuffer
+
+if TYPE_CHECKING:
+    from kvbench.prefill import Prefill
 
 _SESSIONS: dict[int, Session] = {}
 """The attached sessions, by the identity of the text configuration that their attention modules share."""
@@ -440,11 +444,8 @@ class Session:
             raise KVBenchError("The cache passed to the model was filled without the policy: start from the prompt.")
         if kwargs.get("use_cache") is False:
             raise KVBenchError("A KV-cache policy needs use_cache=True.")
-        padding = _left_padding(kwargs.get("attention_mask"))
-        if padding is None and self.defers:
-            given = kwargs.get("inputs_embeds") if ids is None else ids
-            padding = torch.zeros(0 if given is None else given.shape[0], dtype=torch.int64)
-        self.cache = PolicyCache(self, padding)
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        self.cache = PolicyCache(self, self._padding(kwargs.get("attention_mask"), 0 if given is None else len(given)))
         self.cache.prompt_ids.append(ids)
         return args, {**kwargs, "past_key_values": self.cache, "use_cache": True}
 
@@ -459,9 +460,41 @@ class Session:
                 f"{type(model).__name__} does not pass its attention through transformers' attention interface in "
                 "every layer, so no policy can govern it: use another architecture."
             )
+        self._complete(cache)
+
+    def _padding(self, mask: Tensor | None, rows: int) -> Tensor | None:
+        padding = _left_padding(mask)
+        return torch.zeros(rows, dtype=torch.int64) if padding is None and self.defers else padding
+
+    def _complete(self, cache: PolicyCache) -> None:
         if not cache.complete and all(layer.groups for layer in cache.governed):
             cache.complete = True
             self._finish_prompt(cache)
+
+    def resume(self, prompt: Prefill, tokens: int | None = None) -> None:
+        """Take over a prompt that was computed before, in place of the forward call.
+
+        With `tokens`, only the first so many, which further calls continue up to the session's `prompt_tokens`.
+        """
+        whole = prompt.ids.shape[1]
+        count = whole if tokens is None else tokens
+        if tokens is None:
+            self.prompt_tokens = whole
+        self.cache = cache = PolicyCache(self, self._padding(prompt.mask, len(prompt.ids)))
+        cache.prompt_ids.append(prompt.ids[:, :count])
+        for number, layer in prompt.others.items():
+            cache.layers[number] = copy.deepcopy(layer)
+        for cached in cache.governed:
+            part, window = prompt.layers[cached.number], self.query_window(cached.number)
+            cached.update(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
+            cached.attended += count
+            known = part.queries[:, :, : part.queries.shape[2] - (whole - count)]
+            cached.prompt_queries = [known if window is None else _last(known, min(window, known.shape[2]))]
+            if cached.seen == cached.cache_prompt_tokens:
+                cached.end_prompt(part.module, part.scaling, part.queries.shape[1])
+        if self.defers:
+            cache.finish_prompt()
+        self._complete(cache)
 
     # -- running ---------------------------------------------------------------------------------------------------
 

@@ -76,11 +76,11 @@ def test_an_interrupted_run_exits_130_and_continues_without_repeating(run, tmp_p
     measure = runner._measure
     seen = []
 
-    def interrupted(config, loaded, task, example):
+    def interrupted(config, loaded, task, batch, prefilled):
         if len(seen) == 2:
             raise KeyboardInterrupt
-        seen.append(example.id)
-        return measure(config, loaded, task, example)
+        seen.extend(batch)
+        return measure(config, loaded, task, batch, prefilled)
 
     monkeypatch.setattr(runner, "_measure", interrupted)
     code, _, err = run("--policy", "quest", "--ratio", "0.3", "--no-baseline")

@@ -296,7 +296,7 @@ def test_real_runs_killed_at_random_moments_end_in_the_same_examples_and_traces(
     planned = runner.plan(request, loaded)
 
     def run(path):
-        return runner.execute(planned, loaded, path, lambda *_: None)
+        return runner.execute([planned], loaded, path, lambda *_: None)[0]
 
     began = time.monotonic()
     reference = run(tmp_path / "undisturbed").path

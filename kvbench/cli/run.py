@@ -44,6 +44,15 @@ def run(
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Compute the prompt this many tokens at a time.")
     ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Generate so many examples at once; the probed ones run alone.")
+    ] = 1,
+    share_prefill: Annotated[
+        bool,
+        typer.Option(
+            "--share-prefill", help="Compute each prompt once for all policies; their peak memory is then not measured."
+        ),
+    ] = False,
     recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
     probe_examples: Annotated[
         int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
@@ -91,13 +100,14 @@ def run(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
             prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probe or ()),
+            batch_size=batch_size, share_prefill=share_prefill,
         )
         for name in names
     ]  # fmt: skip
     loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
     configs = [plan(request, loaded) for request in requests]
     with _Progress(names, examples) as progress:
-        runs = [execute(config, loaded, output, progress) for config in configs]
+        runs = execute(configs, loaded, output, progress)
     for note in (note for done in runs for note in done.notes):
         err.print(f"Warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     documents = [done.document() for done in runs]
