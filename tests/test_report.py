@@ -274,6 +274,22 @@ def test_a_baseline_near_zero_is_pointed_out(copied):
     assert [("cannot tell policies apart" in line) for line in lines if "640" in line] == [False]
 
 
+def test_seeds_are_runs_of_their_own_and_truncated_examples_are_counted(copied, tmp_path):
+    other = shutil.copytree(only(copied, "full-*-512-*"), copied / "full-seed-7")
+    edit(other, config={"seed": 7})
+    rows = [json.loads(line) for line in (other / "examples.jsonl").read_text().splitlines()]
+    for row in rows[:2]:
+        row["info"]["truncated_tokens"] = 12
+    (other / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rescore(other, [1, 1, 0, 0, 0, 0])
+    shown = Composed(copied)
+    lines = "\n".join(line for line, _ in shown.content.glance)
+    assert "full, seed 7 scores 33.3% on 6 examples; full, seed 42 scores 83.3% on 6 examples" in lines
+    assert "cut to fit the context: 2 of full, seed 7" in lines
+    assert "Seed" in [column.title for column in shown.content.board.columns]
+    assert shown.rows["quest", "512"]["difference"] == pytest.approx(-1 / 6)  # against the same seed
+
+
 def test_missing_probes_name_the_command_that_records_them(copied, tmp_path):
     for run in copied.glob("*-infinitebench_passkey-*"):
         shutil.rmtree(run / "traces", ignore_errors=True)

@@ -24,6 +24,7 @@ def report(
 ) -> None:
     """Write a report of runs: leaderboard, figures and how each was made; HTML that opens without a network."""
     from kvbench.report import build  # noqa: PLC0415  torch takes seconds to import; --help stays quick
+    from kvbench.report.page import count  # noqa: PLC0415
 
     names = [name.strip() for name in formats.split(",") if name.strip()]
     command = shlex.join(
@@ -38,8 +39,9 @@ def report(
         return
     partial = sum(run.partial for run in done.found.runs)
     out.print(
-        f"{len(done.found.runs)} runs{f' ({partial} partial)' if partial else ''}, "
-        f"{len(done.found.analyses)} analyses, {sum(chart.paint is not None for chart in done.charts)} figures.",
+        f"{count(len(done.found.runs), 'run')}{f' ({partial} partial)' if partial else ''}, "
+        f"{count(len(done.found.analyses), 'analysis', 'analyses')}, "
+        f"{count(sum(chart.paint is not None for chart in done.charts), 'figure')}.",
         highlight=False,
     )
     for chart in done.charts:

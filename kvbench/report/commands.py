@@ -9,11 +9,13 @@ from typing import Any
 
 from kvbench.errors import KVBenchError
 from kvbench.plugins import registry
+from kvbench.results import RunConfig
 
 FLAGS = {
     "model": "--model", "task": "--task", "context_length": "--context-length", "examples": "--examples",
     "seed": "--seed", "question": "--question", "prefill_chunk": "--prefill-chunk", "recall_k": "--recall-k",
-    "probe_examples": "--probe-examples", "device": "--device", "dtype": "--dtype",
+    "probe_examples": "--probe-examples", "batch_size": "--batch-size", "share_prefill": "--share-prefill",
+    "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
 """Options of `kvbench run`, by the field of the configuration that they set as it is."""
 
@@ -32,8 +34,9 @@ def run_command(config: Mapping[str, Any], output: Path | None = None, *, probes
                   for word in (f"--{size}", _text(budget[size]))]  # fmt: skip
         words += _pairs("--budget-option", "budget", budget["allocator"], budget["options"])
     for key, flag in FLAGS.items():
-        if config[key] is not None:
-            words += [flag, _text(config[key])]
+        value, field = config[key], RunConfig.model_fields[key]
+        if value is not None and value != field.default:
+            words += [flag] if value is True else [flag, _text(value)]
     words += _pairs("--task-option", "task", config["task"], config["task_options"])
     for probe in dict.fromkeys((*config["probes"], *probes)):
         words += ["--probe", probe]

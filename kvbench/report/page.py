@@ -95,6 +95,11 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
+def count(number: object, one: str, more: str = "") -> str:
+    """A number of things."""
+    return f"1 {one}" if number == 1 else f"{number} {more or one + 's'}"
+
+
 def _points(value: float) -> str:
     """A difference of fractions in percentage points."""
     text = f"{100 * value:+.1f}".replace("-", "−")
@@ -120,11 +125,11 @@ def _heading(found: Collection) -> str:
 
 def _subtitle(found: Collection) -> str:
     if not found.runs:
-        return f"{len(found.analyses)} analyses."
+        return f"{count(len(found.analyses), 'analysis', 'analyses')}."
     partial = sum(run.partial for run in found.runs)
     tasks = sorted({run.config["task"] for run in found.runs})
     lengths = sorted({run.config["context_length"] for run in found.runs})
-    text = f"{len(found.runs)} runs" + (f" ({partial} partial)" if partial else "")
+    text = count(len(found.runs), "run") + (f" ({partial} partial)" if partial else "")
     text += f" of {', '.join(tasks)} at {', '.join(map(str, lengths))} tokens"
     devices = sorted({_device(run) for run in found.runs})
     return f"{text}; measured on {'; '.join(devices)}."
@@ -133,8 +138,7 @@ def _subtitle(found: Collection) -> str:
 def _device(run: ReportRun) -> str:
     found = run.environment
     threads = found.get("threads", "?")
-    count = "1 thread" if threads == 1 else f"{threads} threads"
-    return f"{found.get('device_name', 'unknown device')}, {count}, {run.config['dtype']}"
+    return f"{found.get('device_name', 'unknown device')}, {count(threads, 'thread')}, {run.config['dtype']}"
 
 
 def _glance(found: Collection) -> list[tuple[str, str]]:
@@ -147,8 +151,12 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
         compared = [run for run in runs if run.paired is not None]
         alone = [run for run in runs if run.paired is None and run.policy != BASELINE]
         if baselines:
-            text = f"{where}: {BASELINE} scores {percent(baselines[0].accuracy)} on {len(baselines[0].rows)} examples."
-            if baselines[0].accuracy < NEAR_ZERO:
+            scores = [
+                f"{names[id(run)]} scores {percent(run.accuracy)} on {count(len(run.rows), 'example')}"
+                for run in baselines
+            ]
+            text = f"{where}: {'; '.join(scores)}."
+            if min(run.accuracy for run in baselines) < NEAR_ZERO:
                 text += " That is next to nothing: this task cannot tell policies apart on this model."
             worse: list[str] = []
             better: list[str] = []
@@ -168,6 +176,10 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
             if few and max(few) < 6:
                 text += f" {max(few)} examples are too few to tell any difference: McNemar's test needs 6 at least."
             lines.append((text, ""))
+        cut = {names[id(run)]: run.metrics["truncated_examples"] for run in runs}
+        if any(cut.values()):
+            which = ", ".join(f"{examples} of {name}" for name, examples in cut.items() if examples)
+            lines.append((f"{where}: examples whose text was cut to fit the context: {which}.", ""))
         if alone:
             which = ", ".join(names[id(run)] for run in alone)
             command = run_command({**alone[0].config, "policy": BASELINE, "policy_options": {}, "budget": None},
@@ -183,11 +195,11 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
             f"Probes lengthened a decoding step by {low if low == high else f'{low} to {high}'}; the times and bytes "
             "shown are of generations without them.", "",
         ))  # fmt: skip
-    devices = {_device(run) for run in found.runs}
+    devices = {f"{_device(run)}, batch {run.config['batch_size']}" for run in found.runs}
     versions = {str(sorted(run.environment.get("packages", {}).items())) for run in found.runs}
     if len(devices) > 1 or len(versions) > 1:
         what = " and ".join(
-            text for many, text in ((len(devices) > 1, "devices, threads or number types"),
+            text for many, text in ((len(devices) > 1, "devices, threads, number types or batch size"),
                                     (len(versions) > 1, "package versions")) if many
         )  # fmt: skip
         lines.append((f"The runs differ in {what}: compare times only between runs that agree in them.", ""))
