@@ -220,6 +220,24 @@ def test_the_command_of_a_run_makes_that_very_run(runs):
     assert sorted(runs.glob("*-infinitebench_passkey-*")) == folders
 
 
+def test_options_of_every_kind_come_back_from_a_configuration(runs):
+    config = json.loads((only(runs, "quest-*-512-*") / "run.json").read_text())["config"]
+    asked = {
+        **config, "batch_size": 4, "share_prefill": True, "prefill_chunk": 64, "question": "agnostic",
+        "task": "needle_grid", "task_options": {"depths": [0.0, 12.5]},
+        "budget": {**config["budget"], "ratio": None, "bytes": 2**20},
+    }  # fmt: skip
+    arguments = shlex.split(run_command(asked))[2:]
+    parameters = typer.main.get_command(app).commands["run"].make_context("run", arguments).params
+    for name in ("batch_size", "share_prefill", "prefill_chunk", "question", "task", "context_length", "seed"):
+        assert parameters[name] == asked[name], name
+    assert parameters["size_bytes"] == str(2**20)
+    assert (parameters["ratio"], parameters["baseline"]) == (None, False)
+    assert list(parameters["task_option"]) == ["depths=0.0,12.5"]
+    assert list(parameters["option"]) == ["page_size=8"]
+    assert list(parameters["probe"]) == ["latency"]
+
+
 def test_every_command_that_the_page_shows_parses(report):
     commands = re.findall(r'<div class="command"><pre>(kvbench [^<]*)</pre>', (report[0] / "report.html").read_text())
     assert len(commands) > 10
