@@ -41,7 +41,7 @@ class Rotary:
 
     def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         flat = x.reshape(1, -1, *x.shape[-2:]).float()
-        rotated: Tensor = self._function(flat, flat[:, :0], cos, sin)[0]
+        rotated: Tensor = self._function(flat, flat[:, :0], cos.to(x.device), sin.to(x.device))[0]
         return rotated.to(x.dtype).view(x.shape)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
