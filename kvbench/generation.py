@@ -1,8 +1,9 @@
-"""Greedy generation through an attached policy, timed: time to first token, index construction, each further token."""
+"""Decoding through an attached policy, greedily or along given tokens, timed: prompt, index construction, each step."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,13 @@ class Generation:
     index_s: float
     step_s: list[float]
     bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Forced(Generation):
+    """What given tokens made the model predict: `logits` [m, V]; `tokens` are the most likely ones."""
+
+    logits: Tensor
 
 
 def generate(
@@ -144,3 +152,57 @@ def _generate_uncached(
         tokens.append(token)
         ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
     return Generation(tokens, seconds[0], 0.0, seconds[1:], {"resident": 0, "offloaded": 0, "index": 0})
+
+
+@torch.inference_mode()
+def force(
+    session: Session, input_ids: Sequence[int], *, prompt_tokens: int, prefill_chunk: int | None = None
+) -> Forced:
+    """Take given tokens through the policy after a prompt of `prompt_tokens`, one by one, and keep what they predict.
+
+    m = len(input_ids) − prompt_tokens − 1 positions: every token after the prompt but the last, which has no successor.
+    """
+    session.prompt_tokens = prompt_tokens
+    logits, first_s, step_s = _forced(
+        session.model, input_ids, prompt_tokens, prefill_chunk, session.now, cached=session.policy.cached
+    )
+    index_s, held = 0.0, {"resident": 0, "offloaded": 0, "index": 0}
+    if session.cache is not None:
+        index_s, held = session.cache.index_s, session.cache.bytes()
+    return Forced(logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, logits)
+
+
+@torch.inference_mode()
+def exact_logits(
+    model: Any, input_ids: Sequence[int], *, prompt_tokens: int, prefill_chunk: int | None = None
+) -> Tensor:
+    """The logits [m, V] of `force` with the model's own attention and transformers' own cache, no policy attached.
+
+    In the same calls, so that policy `full` differs in nothing, not even by rounding.
+    """
+    return _forced(model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, cached=True)[0]
+
+
+def _forced(
+    model: Any, input_ids: Sequence[int], prompt_tokens: int, prefill_chunk: int | None, now: Callable[[], float], *,
+    cached: bool,
+) -> tuple[Tensor, float, list[float]]:  # fmt: skip
+    ids = torch.tensor([list(input_ids)], device=model.device)
+    past, chunk, began = None, prefill_chunk or prompt_tokens, now()
+    if cached:
+        for start in range(0, prompt_tokens, chunk):
+            stop = min(start + chunk, prompt_tokens)
+            past = model(ids[:, start:stop], past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+    else:
+        model(ids[:, :prompt_tokens], use_cache=False, logits_to_keep=1)
+    first_s = now() - began
+    logits, step_s = [], []
+    for place in range(prompt_tokens, ids.shape[1] - 1):
+        began = now()
+        if cached:
+            out = model(ids[:, place : place + 1], past_key_values=past, use_cache=True, logits_to_keep=1)
+        else:
+            out = model(ids[:, : place + 1], use_cache=False, logits_to_keep=1)
+        logits.append(out.logits[0, -1])
+        step_s.append(now() - began)
+    return torch.stack(logits), first_s, step_s

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kvbench.extension import Extension
     from kvbench.policy import KVCachePolicy, Layer, Probe, Replay, Selection
     from kvbench.tasks.base import Task
+    from kvbench.tasks.forced import ForcedTask
 
 PROJECT = "kvbench"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -41,7 +42,7 @@ class Registration:
         """Return the vector index classes of this plugin."""
 
     @hookspec
-    def kvbench_tasks(self) -> list[type[Task]]:  # type: ignore[empty-body]
+    def kvbench_tasks(self) -> list[type[Task] | type[ForcedTask]]:  # type: ignore[empty-body]
         """Return the task classes of this plugin."""
 
     @hookspec

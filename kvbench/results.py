@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvbench.budget import Budget
 from kvbench.errors import KVBenchError
-from kvbench.statistics import confidence_interval, percentiles
+from kvbench.statistics import confidence_interval, mean_interval, percentiles
 
 SCHEMA = 2
 """Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
@@ -343,7 +343,10 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     probed = [row["probes"] for row in rows if row.get("probes")]
     names = sorted({name for probes in probed for name in probes})
     measured = {name: _mean([p[name] for p in probed if p.get(name) is not None]) for name in names}
+    named = sorted({name for row in rows for name in row.get("scores", {})})
+    values = {name: [row["scores"][name] for row in rows if name in row.get("scores", {})] for name in named}
     return {
+        **{name: _summary(found) for name, found in values.items()},
         "accuracy": {"mean": _mean(scores), "ci95": [_number(low), _number(high)], "n": len(scores)},
         "recall_at_k": measured.pop("recall_at_k", None),
         "recovered_mass": measured.pop("recovered_mass", None),
@@ -361,6 +364,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "probed_examples": len(probed),
         "truncated_examples": sum("truncated_tokens" in row.get("info", {}) for row in rows),
         "probe_overhead": _probe_overhead(rows),
+        "budget_tokens": _mean([row["budget_tokens"] for row in rows if row.get("budget_tokens")]),
+        "attended_bytes": _product(measured.get("attended_tokens"), _mean([row.get("token_bytes", 0) for row in rows])),
         **measured,
     }
 
@@ -373,6 +378,15 @@ def _probe_overhead(rows: list[dict[str, Any]]) -> float | None:
     (plain,) = percentiles([step for row in both for step in row["step_s"]], 50)
     (probed,) = percentiles([step for row in both for step in row["probed_step_s"]], 50)
     return probed / plain - 1
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    low, high = mean_interval(values)
+    return {"mean": _mean(values), "ci95": [_number(low), _number(high)], "n": len(values)}
+
+
+def _product(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
 
 
 def _mean(values: list[float]) -> float | None:

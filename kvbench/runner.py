@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from kvbench.budget import Budget
 from kvbench.errors import KVBenchError
-from kvbench.generation import Generation, generate, generate_batch
+from kvbench.generation import Forced, Generation, exact_logits, force, generate, generate_batch
 from kvbench.memory import PeakMemory, method, release
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
@@ -23,9 +24,16 @@ from kvbench.prefill import Prefill, prefill
 from kvbench.results import Run, RunConfig, environment
 from kvbench.session import Session, attach, check_head_budgets, token_bytes
 from kvbench.tasks.base import Example, Prompt, Task, encode, prompt_length
+from kvbench.tasks.forced import ForcedTask, TokenExample
 from kvbench.traces import write_trace
 
+EXACT_BYTES = 2**30
+"""Most memory for the exact logits of earlier examples."""
 STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
+
+
+AnyTask = Task | ForcedTask
+AnyExample = Example | TokenExample
 
 
 class Progress(Protocol):
@@ -76,7 +84,12 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
             f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
             "aware, or --batch-size 1."
         )
-    task: Task = found.find("task", request.task)(task_options)
+    task: AnyTask = found.find("task", request.task)(task_options)
+    if isinstance(task, ForcedTask) and (request.batch_size > 1 or share_prefill):
+        raise KVBenchError(
+            f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
+            "and prompts unshared."
+        )
     return RunConfig(
         model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."), policy=request.policy,
@@ -119,7 +132,7 @@ def execute(configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, pro
 def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress) -> None:
     """Run configurations that differ in their policies and budgets alone, example by example."""
     shared = runs[0].config
-    task: Task = registry().make("task", shared.task, shared.task_options)
+    task: AnyTask = registry().make("task", shared.task, shared.task_options)
     with ExitStack() as folders:
         for run in runs:
             folders.enter_context(run.writing())
@@ -137,7 +150,7 @@ def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress) -> None:
                 progress(run.config.policy, len(run.rows), run.config.examples, "")
 
 
-def _extend(run: Run, loaded: LoadedModel, task: Task, batch: list[Example], prefilled: Prefill | None) -> None:
+def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None) -> None:
     """Add a batch's examples to a run; those that a stopped run had finished keep what they have."""
     config, there = run.config, {row["id"] for row in run.rows}
     single = not registry().find("policy", config.policy).batched
@@ -154,18 +167,18 @@ def _extend(run: Run, loaded: LoadedModel, task: Task, batch: list[Example], pre
             run.append(row)
 
 
-def _batches(examples: Iterator[Example], config: RunConfig, loaded: LoadedModel) -> Iterator[list[Example]]:
+def _batches(examples: Iterator[AnyExample], config: RunConfig, loaded: LoadedModel) -> Iterator[list[AnyExample]]:
     """The examples to generate together: probed ones alone, the others by length."""
     for example in islice(examples, config.probe_examples if config.batch_size > 1 else config.examples):
         yield [example]
-    rest = sorted(examples, key=lambda example: prompt_length(loaded.tokenizer, example))
+    rest = sorted(examples, key=lambda example: _length(loaded, example))
     for first in range(0, len(rest), config.batch_size):
         yield rest[first : first + config.batch_size]
 
 
-def _prefill(batch: list[Example], runs: list[Run], loaded: LoadedModel, before: Prefill | None) -> Prefill:
+def _prefill(batch: list[AnyExample], runs: list[Run], loaded: LoadedModel, before: Prefill | None) -> Prefill:
     """The exact pass over a batch's prompts, which all policies take over."""
-    prompts = [encode(loaded.tokenizer, example) for example in batch]
+    prompts = [_prompt(loaded, example) for example in batch]
     windows = [_session(run.config, loaded).query_window(0) for run in runs]
     known = [window for window in windows if window is not None]
     return prefill(
@@ -189,30 +202,83 @@ def environment_of(loaded: LoadedModel) -> dict[str, Any]:
     return environment(str(device), name, torch.get_num_threads(), method(device))
 
 
-def _examples(task: Task, config: RunConfig, loaded: LoadedModel) -> Iterator[Example]:
-    return iter(
-        task.examples(loaded.tokenizer, context_length=config.context_length, count=config.examples, seed=config.seed)
+def _examples(task: AnyTask, config: RunConfig, loaded: LoadedModel) -> Iterator[AnyExample]:
+    yield from task.examples(
+        loaded.tokenizer, context_length=config.context_length, count=config.examples, seed=config.seed
     )
 
 
+def _prompt(loaded: LoadedModel, example: AnyExample) -> Prompt:
+    if isinstance(example, TokenExample):
+        return Prompt(list(example.input_ids[: example.prompt_tokens]), example.prompt_tokens)
+    return encode(loaded.tokenizer, example)
+
+
+def _length(loaded: LoadedModel, example: AnyExample) -> int:
+    """Tokens of a prompt."""
+    return example.prompt_tokens if isinstance(example, TokenExample) else prompt_length(loaded.tokenizer, example)
+
+
+def _longest(example: AnyExample, prompt: Prompt) -> int:
+    """Tokens of a prompt and its longest answer."""
+    if isinstance(example, TokenExample):
+        return len(example.input_ids)
+    return len(prompt.input_ids) + example.max_new_tokens
+
+
+def _scored(
+    config: RunConfig, loaded: LoadedModel, task: AnyTask, example: AnyExample, prediction: str, result: Generation
+) -> dict[str, Any]:
+    """An example's score and references, and what a task of given tokens measured besides."""
+    if isinstance(example, Example):
+        assert not isinstance(task, ForcedTask)
+        return {"score": task.score(prediction, example), "references": list(example.references)}
+    assert isinstance(task, ForcedTask) and isinstance(result, Forced)
+    targets = list(example.input_ids[example.prompt_tokens + 1 :])
+    exact = _exact(config, loaded, example)
+    scores = task.score(result.logits, exact, torch.tensor(targets, device=result.logits.device))
+    return {
+        "score": scores.values[task.main],
+        "scores": scores.values,
+        "positions": scores.positions,
+        "references": [loaded.tokenizer.decode(targets, skip_special_tokens=True)],
+    }
+
+
+_EXACT: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
+"""Exact logits of the latest examples, which all policies of a run are compared with."""
+
+
+def _exact(config: RunConfig, loaded: LoadedModel, example: TokenExample) -> torch.Tensor:
+    prompt, chunk = example.prompt_tokens, config.prefill_chunk
+    key = (loaded.fingerprint, config.dtype, config.device, chunk, prompt, example.input_ids)
+    if key not in _EXACT:
+        _EXACT[key] = exact_logits(loaded.model, example.input_ids, prompt_tokens=prompt, prefill_chunk=chunk)
+        while len(_EXACT) > 1 and sum(logits.nbytes for logits in _EXACT.values()) > EXACT_BYTES:
+            _EXACT.popitem(last=False)
+    return _EXACT[key]
+
+
 def _measure(
-    config: RunConfig, loaded: LoadedModel, task: Task, batch: list[Example], prefilled: Prefill | None
-) -> Iterator[tuple[Example, dict[str, Any], list[int]]]:
-    """Generate a batch's answers undisturbed, timed; each example's row, and the answer's tokens."""
-    prompts = [encode(loaded.tokenizer, example) for example in batch]
+    config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None
+) -> Iterator[tuple[AnyExample, dict[str, Any], list[int]]]:
+    """Generate a batch's answers, or predict given tokens, undisturbed; each example's row, and the answer's tokens."""
+    prompts = [_prompt(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
-        check_context(loaded, len(prompt.input_ids) + example.max_new_tokens)
+        check_context(loaded, _longest(example, prompt))
+    token = token_bytes(loaded.model)
     release()
     with PeakMemory(loaded.device) as peak:
-        results = _generate(config, loaded, prompts, [example.max_new_tokens for example in batch], [], prefilled)
+        results = _generate(config, loaded, batch, [], prefilled)
     for example, prompt, result in zip(batch, prompts, results, strict=True):
         prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
         row: dict[str, Any] = {
             "id": example.id,
-            "score": task.score(prediction, example),
+            **_scored(config, loaded, task, example, prediction, result),
             "prediction": prediction,
-            "references": list(example.references),
             "prompt_tokens": len(prompt.input_ids),
+            "budget_tokens": config.budget and config.budget.size(_prompt_tokens(config, prompt), token),
+            "token_bytes": token,
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
             "index_s": result.index_s,
@@ -227,10 +293,10 @@ def _measure(
 
 
 def _probe(
-    config: RunConfig, loaded: LoadedModel, example: Example, answer: list[int], folder: Path, name: str
+    config: RunConfig, loaded: LoadedModel, example: AnyExample, answer: list[int], folder: Path, name: str
 ) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
-    prompt = encode(loaded.tokenizer, example)
+    prompt = _prompt(loaded, example)
     probes: list[Probe] = [
         registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
         for name in (*STANDARD_PROBES, *config.probes)
@@ -238,7 +304,7 @@ def _probe(
     passes = [[probe for probe in probes if not probe.alone], *([probe] for probe in probes if probe.alone)]
     step_s: list[float] = []
     for group in passes:
-        (again,) = _generate(config, loaded, [prompt], [example.max_new_tokens], group)
+        (again,) = _generate(config, loaded, [example], group)
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -257,17 +323,22 @@ def _probe(
 
 
 def _generate(
-    config: RunConfig, loaded: LoadedModel, prompts: list[Prompt], max_new_tokens: list[int], probes: list[Probe],
+    config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe],
     prefilled: Prefill | None = None,
 ) -> list[Generation]:  # fmt: skip
+    prompts = [_prompt(loaded, example) for example in batch]
     session = _session(config, loaded, probes)
     torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
     with session:
+        if isinstance(batch[0], TokenExample):
+            given = batch[0]
+            prompt_tokens, chunk = len(prompts[0].input_ids), config.prefill_chunk
+            return [force(session, given.input_ids, prompt_tokens=prompt_tokens, prefill_chunk=chunk)]
         return generate_batch(
             session, [prompt.input_ids for prompt in prompts],
             prompt_tokens=None if config.question == "aware" else prompts[0].context_tokens,
-            max_new_tokens=max_new_tokens, stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk,
-            prefilled=prefilled,
+            max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
+            stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
         )  # fmt: skip
 
 

@@ -38,6 +38,19 @@ def confidence_interval(scores: Sequence[float], *, level: float = 0.95, seed: i
     return _bootstrap(values, level, seed)
 
 
+def mean_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """Bias-corrected and accelerated bootstrap interval (Efron 1987) of the mean of values of any range.
+
+    NaN for fewer than two values.
+    """
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    array = np.asarray(values, dtype=np.float64)
+    if np.ptp(array) == 0:
+        return float(array[0]), float(array[0])
+    return _bootstrap(array, level, seed)
+
+
 def percentiles(values: Sequence[float], *points: float) -> list[float]:
     """Percentiles of `values` (NaN for none)."""
     return [float(value) for value in np.percentile(values, points)] if values else [float("nan")] * len(points)

@@ -1,6 +1,8 @@
 """Budgets share out exactly what was asked for, over layers and over heads."""
 
+import gc
 import json
+import warnings
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model, tokens
+from tiny import budgeted_policies, small_options, tiny_model, tokens
 
 import kvbench
 from kvbench.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate, fit
@@ -20,16 +22,11 @@ from kvbench.strategies.pyramid import Pyramid
 from kvbench.strategies.squeeze import Squeeze
 from kvbench.strategies.uniform import Uniform
 
-SMALL = {"sinks": 2, "window": 8, "page_size": 4}
-"""Values of options that fit short prompts, for the policies that have them."""
 POLICIES = registry().classes["policy"]
-OPTIONS = {
-    name: {key: SMALL[key] for key in SMALL if key in cls.Options.model_fields} for name, cls in POLICIES.items()
-}
-HEAD_WISE = [
-    name for name, cls in POLICIES.items()
-    if cls.head_budgets and name not in ("vamana", "robust_vamana", "ivf", "ivfpq", "hnsw")  # as flat and retrieval
-]  # fmt: skip
+OPTIONS = {name: small_options(cls) for name, cls in POLICIES.items()}
+ALIKE = ("vamana", "robust_vamana", "ivf", "ivfpq", "hnsw")
+"""Policies that differ from `flat` and `retrieval` in their index alone."""
+HEAD_WISE = [name for name, cls in POLICIES.items() if cls.head_budgets and name not in ALIKE]
 
 
 @st.composite
@@ -174,7 +171,7 @@ class Watch(kvbench.Probe):
         if static.dim() == 3:
             counts = (static >= 0).sum(-1)
         counts = counts.repeat_interleave(layer.heads // layer.kv_heads, dim=1)
-        if selection.everything:
+        if selection.everything and selection.heads is None:
             counts = counts + layer.store.aside_stop - layer.store.aside_start
         elif selection.ids is not None:
             chosen = (selection.ids >= 0).sum(-1)
@@ -418,3 +415,36 @@ def test_every_allocator_s_budget_is_kept_in_total(data):
     assert sum(budget.tokens for budget in budgets) == 3 * size
     for budget in budgets:
         assert budget.heads is None or int(budget.heads.sum()) == 2 * budget.tokens
+
+
+NO_ARRAYS = [name for name in budgeted_policies() if name not in (*ALIKE, "retrieval", "magicpig")]
+"""Policies whose structures are tensors; those of the others are NumPy arrays, which the collector does not list."""
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def held_bytes(known):
+    """Bytes of all tensors alive, but for the storages in `known`; and those storages."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = {
+            part.untyped_storage().data_ptr(): part.untyped_storage().nbytes()
+            for part in gc.get_objects() if isinstance(part, torch.Tensor)
+        }  # fmt: skip
+    return sum(size for place, size in found.items() if place not in known), set(found)
+
+
+@pytest.mark.parametrize("policy", NO_ARRAYS)
+def test_what_a_policy_keeps_in_memory_is_what_it_reports(policy):
+    model, ids = tiny_model(hidden_size=384, head_dim=64), tokens(1, 600)
+    options = OPTIONS[policy]
+    known = held_bytes(set())[1]
+    with kvbench.attach(model, policy=policy, budget=0.2, options=options) as session, torch.no_grad():
+        model(ids, logits_to_keep=1)
+        held, _ = held_bytes(known)
+    tiers = session.cache.bytes()
+    assert sum(tiers.values()) == pytest.approx(held, rel=0.05)
+    if session.cache.stores()[0].aside_stop == 0:  # it evicts
+        assert sum(tiers.values()) < 0.25 * 600 * token_bytes(model)

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.table import Table
 
-from kvbench.cli.common import Json, app, byte_size, err, interruptible, load_registry, mib, out, pairs, seconds, share
+from kvbench.cli.common import Json, app, byte_size, err, interruptible, load_registry, mib, out, pairs
+from kvbench.cli.table import MOST_COLUMNS, results_table
 from kvbench.errors import KVBenchError
 
 if TYPE_CHECKING:
     from kvbench.plugins import Registry
 
+T = TypeVar("T")
+
 
 @app.command()
 @interruptible
 def run(
-    policy: Annotated[str, typer.Option(help="Policy, or several separated by commas; `kvbench policies` lists them.")],
+    policy: Annotated[
+        str, typer.Option(help="Policy, several separated by commas, or `all`; `kvbench policies` lists them.")
+    ],
     budget: Annotated[str, typer.Option(help="Allocator that shares the budget over the layers.")] = "uniform",
     tokens: Annotated[int | None, typer.Option(help="Tokens attended at a step, static set included.")] = None,
     ratio: Annotated[float | None, typer.Option(help="The same as a share of the context. [default: 0.1]")] = None,
@@ -78,7 +83,10 @@ def run(
         raise KVBenchError(f"--question {question} is neither 'aware' nor 'agnostic'.")
     found = load_registry()
     names = list(dict.fromkeys(name.strip() for name in policy.split(",") if name.strip()))
-    found.find("task", task)
+    every = names == ["all"]
+    if every:
+        names = [name for name, cls in found.classes["policy"].items() if cls.cached]
+    task_class = found.find("task", task)
     found.find("budget", budget)
     for extra in probe or ():
         found.find("probe", extra)
@@ -105,16 +113,35 @@ def run(
         for name in names
     ]  # fmt: skip
     loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
-    configs = [plan(request, loaded) for request in requests]
-    with _Progress(names, examples) as progress:
-        runs = execute(configs, loaded, output, progress)
+    left_out: dict[str, str] = {}
+
+    def attempt(name: str, step: Callable[[], T]) -> list[T]:
+        """One result; none where one of all policies cannot do this."""
+        try:
+            return [step()]
+        except KVBenchError as error:
+            if not every or name == "full":
+                raise
+            left_out[name] = str(error)
+            return []
+
+    configs = [config for request in requests for config in attempt(request.policy, partial(plan, request, loaded))]
+    with _Progress([config.policy for config in configs], examples) as progress:
+        if every and not share_prefill:
+            parts = [attempt(c.policy, partial(execute, [c], loaded, output, progress)) for c in configs]
+            runs = [done for part in parts for finished in part for done in finished]
+        else:
+            runs = execute(configs, loaded, output, progress)
+    for name, reason in left_out.items():
+        err.print(f"Left out {name}: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for note in (note for done in runs for note in done.notes):
         err.print(f"Warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     documents = [done.document() for done in runs]
     if as_json:
         print(json.dumps({"schema": 1, "runs": documents}, indent=2))
         return
-    out.print(_results_table(documents, context_length))
+    title = f"{loaded.name}, {task}, {context_length} tokens, {_budget(documents)}"
+    out.print(results_table(documents, title, getattr(task_class, "metrics", {}), getattr(task_class, "main", None)))
     out.print(_provenance(documents), style="dim", highlight=False)
     for document in documents:
         out.print(f"{document['policy']}: {document['folder']}", style="dim", highlight=False, soft_wrap=True)
@@ -157,40 +184,6 @@ class _Progress:
         self._bars.update(task, completed=done, total=of, note=note)
 
 
-_ROWS: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
-    ("accuracy", lambda m: share(m["accuracy"]["mean"])),
-    ("  95% interval", lambda m: " to ".join(share(end) for end in m["accuracy"]["ci95"])),
-    ("recall@k", lambda m: share(m["recall_at_k"])),
-    ("recovered attention mass", lambda m: share(m["recovered_mass"])),
-    ("  without the sinks", lambda m: share(m.get("recovered_mass_without_sinks"))),
-    ("output error", lambda m: share(m.get("output_error"))),
-    ("keys scanned", lambda m: share(m.get("scanned_fraction"))),
-    ("density", lambda m: share(m["density"])),
-    ("  tokens attended", lambda m: "–" if m.get("attended_tokens") is None else f"{m['attended_tokens']:.0f}"),
-    ("resident, MiB", lambda m: mib(m["bytes"]["resident"])),
-    ("offloaded, MiB", lambda m: mib(m["bytes"]["offloaded"])),
-    ("index, MiB", lambda m: mib(m["bytes"]["index"])),
-    ("TTFT, s", lambda m: seconds(m["ttft_s"]["total"])),
-    ("  prefill", lambda m: seconds(m["ttft_s"]["prefill"])),
-    ("  index construction", lambda m: seconds(m["ttft_s"]["index"])),
-    ("TPOT p50, ms", lambda m: seconds(m["tpot_s"]["p50"], 1000)),
-    ("TPOT p95, ms", lambda m: seconds(m["tpot_s"]["p95"], 1000)),
-    ("peak memory, MiB", lambda m: mib(m["peak_memory_bytes"])),
-]
-
-
-def _results_table(documents: list[dict[str, Any]], context_length: int) -> Table:
-    config = documents[0]["config"]
-    title = f"{config['model']}, {config['task']}, {context_length} tokens, {_budget(documents)}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", no_wrap=True)
-    for document in documents:
-        table.add_column(document["policy"], justify="right")
-    for label, cell in _ROWS:
-        table.add_row(label, *(cell(document["metrics"]) for document in documents))
-    return table
-
-
 def _budget(documents: list[dict[str, Any]]) -> str:
     budgets = [document["budget"] for document in documents if document["budget"]]
     if not budgets:
@@ -219,4 +212,7 @@ def _provenance(documents: list[dict[str, Any]]) -> str:
 def _overhead(documents: list[dict[str, Any]]) -> str:
     shares = {d["policy"]: d["metrics"].get("probe_overhead") for d in documents}
     found = [f"{100 * share:+.0f}% ({policy})" for policy, share in shares.items() if share is not None]
+    if len(found) > MOST_COLUMNS:
+        known = [share for share in shares.values() if share is not None]
+        found = [f"{100 * min(known):+.0f}% to {100 * max(known):+.0f}%"]
     return f"; probes change a step's time by {', '.join(found)}" if found else ""

@@ -2,16 +2,38 @@
 
 import pluggy
 
-from kvbench.tasks import code, infinitebench, infinitebench_files, jsonl, longbench, ruler, ruler_more, shared
+from kvbench.tasks import (
+    code,
+    fidelity,
+    infinitebench,
+    infinitebench_files,
+    jsonl,
+    longbench,
+    ruler,
+    ruler_more,
+    shared,
+)
 from kvbench.tasks.base import Example, Prompt, Task, encode, fill, prompt_length
+from kvbench.tasks.forced import ForcedTask, LogitScores, TokenExample
 
-__all__ = ["Example", "Prompt", "Task", "encode", "fill", "kvbench_tasks", "prompt_length"]
+__all__ = [
+    "Example",
+    "ForcedTask",
+    "LogitScores",
+    "Prompt",
+    "Task",
+    "TokenExample",
+    "encode",
+    "fill",
+    "kvbench_tasks",
+    "prompt_length",
+]
 
 hookimpl = pluggy.HookimplMarker("kvbench")
 
 
 @hookimpl
-def kvbench_tasks() -> list[type[Task]]:
+def kvbench_tasks() -> list[type[Task] | type[ForcedTask]]:
     """Register the built-in tasks."""
     return [
         ruler.NiahSingle1,
@@ -47,4 +69,5 @@ def kvbench_tasks() -> list[type[Task]]:
         code.LongCode,
         code.ClassEval,
         jsonl.JsonLines,
+        fidelity.Fidelity,
     ]

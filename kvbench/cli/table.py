@@ -1,0 +1,93 @@
+"""The tables of `kvbench run`: a column for each policy, or, where there are many, a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from kvbench.cli.common import mib, seconds, share
+
+Cell = Callable[[dict[str, Any]], str]
+
+MOST_COLUMNS = 5
+"""Policies that fit beside each other; more become rows."""
+
+
+def _count(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0f}"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _interval(metric: str, cell: Callable[[float | None], str]) -> Cell:
+    return lambda m: " to ".join(cell(end) for end in m[metric]["ci95"])
+
+
+def _mean(metric: str, cell: Callable[[float | None], str]) -> Cell:
+    return lambda m: cell(m[metric]["mean"])
+
+
+def _shown(metric: str, main: str | None) -> Callable[[float | None], str]:
+    """The main metric lies between 0 and 1."""
+    return share if metric == main else _figure
+
+
+_REST: list[tuple[str, str, Cell]] = [
+    ("recall@k", "recall@k", lambda m: share(m["recall_at_k"])),
+    ("recovered attention mass", "mass", lambda m: share(m["recovered_mass"])),
+    ("  without the sinks", "", lambda m: share(m.get("recovered_mass_without_sinks"))),
+    ("output error", "output\nerror", lambda m: share(m.get("output_error"))),
+    ("keys scanned", "keys\nscanned", lambda m: share(m.get("scanned_fraction"))),
+    ("density", "density", lambda m: share(m["density"])),
+    ("  tokens asked for", "", lambda m: _count(m.get("budget_tokens"))),
+    ("  tokens attended", "tokens", lambda m: _count(m.get("attended_tokens"))),
+    ("  their bytes, MiB", "MiB\nattended", lambda m: mib(m.get("attended_bytes"))),
+    ("resident, MiB", "MiB\nresident", lambda m: mib(m["bytes"]["resident"])),
+    ("offloaded, MiB", "MiB off-\nloaded", lambda m: mib(m["bytes"]["offloaded"])),
+    ("index, MiB", "MiB\nindex", lambda m: mib(m["bytes"]["index"])),
+    ("TTFT, s", "TTFT\ns", lambda m: seconds(m["ttft_s"]["total"])),
+    ("  prefill", "", lambda m: seconds(m["ttft_s"]["prefill"])),
+    ("  index construction", "", lambda m: seconds(m["ttft_s"]["index"])),
+    ("TPOT p50, ms", "TPOT\nms", lambda m: seconds(m["tpot_s"]["p50"], 1000)),
+    ("TPOT p95, ms", "", lambda m: seconds(m["tpot_s"]["p95"], 1000)),
+    ("peak memory, MiB", "", lambda m: mib(m["peak_memory_bytes"])),
+]
+"""Label, heading where policies are rows (none: left out there), and the cell."""
+
+
+def _entries(metrics: Mapping[str, str], main: str | None) -> list[tuple[str, str, Cell]]:
+    if not metrics:
+        metrics, main = {"accuracy": "accuracy"}, "accuracy"
+    entries: list[tuple[str, str, Cell]] = []
+    for name, label in metrics.items():
+        shown = _shown(name, main)
+        entries.append((label, label.replace(" ", "\n", 1), _mean(name, shown)))
+        entries.append(("  95% interval", "95%\ninterval", _interval(name, shown)))
+    return entries + _REST
+
+
+def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[str, str], main: str | None) -> Table:
+    """Make the table; `metrics` are the task's, by name with their labels, or empty for accuracy."""
+    entries = _entries(metrics, main)
+    if len(documents) <= MOST_COLUMNS:
+        table = Table(title=title, title_justify="left")
+        table.add_column("", no_wrap=True)
+        for document in documents:
+            table.add_column(document["policy"], justify="right")
+        for label, _, cell in entries:
+            table.add_row(label, *(cell(document["metrics"]) for document in documents))
+        return table
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True, style="bold")
+    # Intervals of the first metric only, so that a row fits a line; the JSON document has all.
+    columns = [entry for place, entry in enumerate(entries) if entry[1] and (place < 2 or "95%" not in entry[1])]
+    for _, heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for document in documents:
+        table.add_row(document["policy"], *(cell(document["metrics"]) for _, _, cell in columns))
+    return table

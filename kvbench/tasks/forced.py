@@ -1,0 +1,60 @@
+"""Tasks that score next-token distributions instead of text: the tokens are given, and no label is needed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from kvbench.extension import Extension
+
+
+@dataclass(frozen=True)
+class TokenExample:
+    """A sequence of token ids: the first `prompt_tokens` are the prompt, each further one passes through the policy."""
+
+    id: str
+    input_ids: tuple[int, ...]
+    prompt_tokens: int
+    info: dict[str, str | int | float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LogitScores:
+    """What one example measured: a value for each of the task's metrics, and where there are some, their positions."""
+
+    values: dict[str, float]
+    positions: dict[str, list[float]] = field(default_factory=dict)
+
+
+class ForcedTask(Extension, ABC):
+    """A task whose tokens are given (teacher forcing), scored by the logits that a policy and exact attention give.
+
+    After the prompt, every given token goes through the policy as if it had been generated. m positions are scored:
+    each given token after the prompt predicts its successor. (What the prompt's last token predicts is left out: the
+    prompt's attention is exact with every policy.) Third parties register such a class with `kvbench_tasks`.
+    """
+
+    metrics: ClassVar[dict[str, str]]
+    """The metrics' names and, for tables, their labels."""
+    main: ClassVar[str]
+    """The metric, between 0 and 1 and the higher the better, that stands where other tasks have their accuracy."""
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options
+
+    @abstractmethod
+    def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[TokenExample]:
+        """Yield `count` examples of at most `context_length` tokens; see `kvbench.tasks.base.Task.examples`."""
+
+    @abstractmethod
+    def score(self, logits: Tensor, exact: Tensor, targets: Tensor) -> LogitScores:
+        """Score a policy's `logits` [m, V] against `exact` attention's [m, V] and the given next tokens [m]."""
+
+    def data(self) -> dict[str, str]:
+        """Name and hash the texts that the examples are made from: they belong to a run's configuration."""
+        return {}
