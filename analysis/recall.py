@@ -172,7 +172,6 @@ class RecallOverSteps(Analysis):
         """The three recalls by decoding step: mean of layers and heads, and the middle half of them."""
         axes = figure.subplots(1, 3, sharey=True)
         parts = _parts(tables["rows"])
-        several = len({prompt for _, prompt in parts}) > 1
         for place, ((name, prompt), part) in enumerate(parts.items()):
             look = figures.style(place)
             steps = sorted({row["step"] for row in part})
@@ -183,11 +182,9 @@ class RecallOverSteps(Analysis):
                 axis.plot(
                     steps, [np.mean(values[step]) for step in steps], color=look.color, linestyle=look.dashes,
                     marker=look.marker, markevery=max(1, len(steps) // 8), markersize=4, linewidth=1.2,
-                    label=f"{name}, prompt of {prompt}" if several else name,
+                    label=f"{name}, prompt of {prompt} tokens",
                 )  # fmt: skip
-                low, high = (
-                    _smooth([float(np.quantile(values[step], share)) for step in steps]) for share in (0.25, 0.75)
-                )
+                low, high = np.quantile(np.array([values[step] for step in steps]), (0.25, 0.75), axis=1)
                 axis.fill_between(steps, low, high, color=look.color, alpha=0.15, linewidth=0)
                 axis.set_title(title)
                 axis.set_xlabel("decoding step (tokens)")
@@ -203,9 +200,3 @@ def _parts(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     for row in rows:
         parts.setdefault((row["index"], row["prompt_tokens"]), []).append(row)
     return parts
-
-
-def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
-    """A running mean, so that a band's edge is not all teeth."""
-    padded = np.pad(np.asarray(values), width // 2, mode="edge")
-    return [float(value) for value in np.convolve(padded, np.ones(width) / width, mode="valid")]
