@@ -40,6 +40,16 @@ def release() -> None:
             trim(0)
 
 
+def capacity(device: torch.device) -> int:
+    """Bytes of memory that the device has in all: the GPU's, or the machine's up to this process's cgroup limit."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    total = int(psutil.virtual_memory().total)
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return total if text == "max" else min(total, int(text))
+
+
 class PeakMemory:
     """Measures the peak inside a `with` block, as `bytes` once it is left.
 

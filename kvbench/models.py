@@ -98,6 +98,7 @@ def load_model(
     dtype: str | None = None,
     context_length: int | None = None,
     rope_scaling: Literal["yarn"] | None = None,
+    weights: bool = True,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer for inference.
 
@@ -105,11 +106,15 @@ def load_model(
     are read, and no code that comes with a model is run. `device` defaults to CUDA where there is one, `dtype` to
     bfloat16 on CUDA and float32 elsewhere. `context_length` is the number of tokens that the caller needs; with
     `rope_scaling="yarn"` (arXiv:2309.00071) a model with rotary embedding is extended to it where its limit is shorter.
+    Without `weights` the model's tensors are on PyTorch's meta device: it has its configuration, tokenizer, fingerprint
+    and sizes, takes no memory and cannot run; `device` is then where it would run, and need not be on this machine.
     Raises KVBenchError for a model that cannot be had, read, or made to fit.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415 - slow
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow
 
     place = _device(device)
+    if weights:
+        check_device(place)
     number_type = _dtype(dtype, place)
     if name in MODELS:
         with _readable_errors(name):
@@ -130,22 +135,14 @@ def load_model(
         _check_limit(name, limit, context_length)
         fingerprint = (fingerprint or f"commit:{getattr(config, '_commit_hash', None)}") + extended
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
-        with _quiet(gguf=bool(gguf)):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                output_loading_info=True,
-                dtype=number_type,
-                use_safetensors=True,
-                **arguments,
-                **({"quantization_config": GgufConfig(dequantize=True)} if gguf else {}),
-            )
-        if lost := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
-            raise KVBenchError(
-                f"The weights of {name} lack {len(lost)} tensors that its architecture needs, such as {lost[0]}: get "
-                "the complete model, or one whose config.json fits its weights."
-            )
-        model = model.to(place).eval().requires_grad_(False)
+        if weights:
+            model = _with_weights(name, source, config, number_type, arguments).to(place)
+        else:
+            import torch  # noqa: PLC0415 - see _device
+
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=number_type, trust_remote_code=False)
+        model = model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return LoadedModel(
@@ -157,6 +154,30 @@ def load_model(
         dtype=number_type,
         max_context=limit,
     )
+
+
+def _with_weights(
+    name: str, source: str, config: Any, number_type: "torch.dtype", arguments: dict[str, Any]
+) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM, GgufConfig  # noqa: PLC0415 - slow
+
+    gguf = "gguf_file" in arguments
+    with _quiet(gguf=gguf):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            output_loading_info=True,
+            dtype=number_type,
+            use_safetensors=True,
+            **arguments,
+            **({"quantization_config": GgufConfig(dequantize=True)} if gguf else {}),
+        )
+    if lost := sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"]):
+        raise KVBenchError(
+            f"The weights of {name} lack {len(lost)} tensors that its architecture needs, such as {lost[0]}: get "
+            "the complete model, or one whose config.json fits its weights."
+        )
+    return model
 
 
 def check_context(loaded: LoadedModel, tokens: int) -> None:
@@ -178,14 +199,26 @@ def _device(name: str | None) -> "torch.device":
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        return torch.device(name)
+    except RuntimeError as error:
+        raise _unusable(name, error) from None
+
+
+def check_device(device: "torch.device") -> None:
+    """Raise KVBenchError where this machine cannot use the device."""
+    import torch  # noqa: PLC0415 - see _device
+
+    try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise KVBenchError(
-            f"The device {name} cannot be used ({reason}): choose cpu, or cuda where PyTorch finds a GPU."
-        ) from None
-    return device
+        raise _unusable(str(device), error) from None
+
+
+def _unusable(device: str, error: Exception) -> KVBenchError:
+    reason = str(error).strip().splitlines()[0]
+    return KVBenchError(
+        f"The device {device} cannot be used ({reason}): choose cpu, or cuda where PyTorch finds a GPU."
+    )
 
 
 def _dtype(name: str | None, device: "torch.device") -> "torch.dtype":

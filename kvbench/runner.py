@@ -178,7 +178,7 @@ def _batches(examples: Iterator[AnyExample], config: RunConfig, loaded: LoadedMo
 
 def _prefill(batch: list[AnyExample], runs: list[Run], loaded: LoadedModel, before: Prefill | None) -> Prefill:
     """The exact pass over a batch's prompts, which all policies take over."""
-    prompts = [_prompt(loaded, example) for example in batch]
+    prompts = [prompt_of(loaded, example) for example in batch]
     windows = [_session(run.config, loaded).query_window(0) for run in runs]
     known = [window for window in windows if window is not None]
     return prefill(
@@ -208,7 +208,8 @@ def _examples(task: AnyTask, config: RunConfig, loaded: LoadedModel) -> Iterator
     )
 
 
-def _prompt(loaded: LoadedModel, example: AnyExample) -> Prompt:
+def prompt_of(loaded: LoadedModel, example: AnyExample) -> Prompt:
+    """Give an example's prompt as token ids."""
     if isinstance(example, TokenExample):
         return Prompt(list(example.input_ids[: example.prompt_tokens]), example.prompt_tokens)
     return encode(loaded.tokenizer, example)
@@ -263,7 +264,7 @@ def _measure(
     config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None
 ) -> Iterator[tuple[AnyExample, dict[str, Any], list[int]]]:
     """Generate a batch's answers, or predict given tokens, undisturbed; each example's row, and the answer's tokens."""
-    prompts = [_prompt(loaded, example) for example in batch]
+    prompts = [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
     token = token_bytes(loaded.model)
@@ -296,7 +297,7 @@ def _probe(
     config: RunConfig, loaded: LoadedModel, example: AnyExample, answer: list[int], folder: Path, name: str
 ) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
-    prompt = _prompt(loaded, example)
+    prompt = prompt_of(loaded, example)
     probes: list[Probe] = [
         registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
         for name in (*STANDARD_PROBES, *config.probes)
@@ -326,7 +327,7 @@ def _generate(
     config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe],
     prefilled: Prefill | None = None,
 ) -> list[Generation]:  # fmt: skip
-    prompts = [_prompt(loaded, example) for example in batch]
+    prompts = [prompt_of(loaded, example) for example in batch]
     session = _session(config, loaded, probes)
     torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
     with session:

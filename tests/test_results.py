@@ -302,7 +302,7 @@ def test_real_runs_killed_at_random_moments_end_in_the_same_examples_and_traces(
     reference = run(tmp_path / "undisturbed").path
     duration = time.monotonic() - began
     rng, kills, folders = random.Random(3), 0, 0
-    while kills < 6:
+    while kills < 4:
         folders += 1
         path, ends = tmp_path / f"run-{folders}", False
         while not ends:

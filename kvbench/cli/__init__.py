@@ -10,10 +10,12 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     capture,
     compare,
     index,
+    leaderboard,
     lists,
     lm_eval,
     report,
     run,
+    sweep,
 )
 from kvbench.cli.common import app, err
 from kvbench.errors import KVBenchError
