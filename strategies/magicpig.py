@@ -3,8 +3,8 @@
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
+from kvbench.attention import scores
 from kvbench.indexes.lsh import HashTables, collision_probability
 from kvbench.policy import Layer, Selection
 from kvbench.strategies.selecting import SelectingPolicy
@@ -42,13 +42,16 @@ class MagicPIG(SelectingPolicy):
             layer.rows * layer.kv_heads, layer.head_dim, bits=self.options.bits, tables=self.options.tables,
             seed=self.options.seed * 1_000_003 + layer.index,
         )  # fmt: skip
+        layer.state["norms"] = torch.empty(layer.rows, layer.kv_heads, 0)
         self.grow(layer, keys, values)
 
     def grow(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Hash further keys, centred by the prompt's mean."""
         tables: HashTables = layer.state["tables"]
-        tables.insert((keys.cpu().float() - layer.state["mean"]).flatten(0, 1))
-        layer.store.index_bytes = tables.nbytes
+        centred = keys.cpu().float() - layer.state["mean"]
+        tables.insert(centred.flatten(0, 1))
+        layer.state["norms"] = torch.cat([layer.state["norms"], centred.norm(dim=-1)], dim=-1)
+        layer.store.index_bytes = tables.nbytes + layer.state["norms"].nbytes
 
     def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
         """Sample the keys that collide at least twice, and weigh them by −log u."""
@@ -62,11 +65,15 @@ class MagicPIG(SelectingPolicy):
         if ids.shape[-1] > wanted:
             lots = torch.rand(ids.shape[1:], generator=layer.state["random"]).expand_as(ids).masked_fill(ids < 0, -1)
             ids = ids.gather(-1, lots.topk(wanted, dim=-1).indices)
+        share = layer.heads // layer.kv_heads
+        norms = layer.state["norms"].repeat_interleave(share, dim=1).gather(-1, ids.clamp_min(0))
+        mean = layer.state["mean"].repeat_interleave(share, dim=1)
         taken = (sizes / wanted).clamp_min(1).log()[..., None]
         ids = torch.where(ids < 0, -1, ids + layer.store.aside_start)
-        keys = layer.store.gather(ids)[0].float()
-        mean = layer.state["mean"].repeat_interleave(layer.heads // layer.kv_heads, dim=1)
-        cosines = functional.cosine_similarity(here[:, :, None], keys - mean, dim=-1)
+        products = scores(here[:, :, None], layer.store.gather(ids)[0].float(), 1.0) - scores(
+            here[:, :, None], mean, 1.0
+        )
+        cosines = products / (norms * here.norm(dim=-1, keepdim=True)).clamp_min(1e-12)
         u = collision_probability(cosines, self.options.bits, self.options.tables)
         log_weights = (taken - u.clamp_min(torch.finfo(u.dtype).tiny).log()).float()
         return Selection(ids, padded=True, log_weights=log_weights, evaluations=sizes.double())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvbench.budget import LayerBudget
 from kvbench.plugins import registry
 from kvbench.policy import DefaultPolicy, Layer, Selection
+from kvbench.rotary import Rotary
 from kvbench.storage import KVStore
 
 
@@ -67,26 +68,43 @@ class Step:
         return [token for token in mine.tolist() if token >= 0]
 
 
+class Driven:
+    """A policy that has taken over the prompt of some vectors, with a budget in tokens, and decodes the rest."""
+
+    def __init__(self, name: str, vectors: Vectors, budget: int, options: dict[str, Any] | None = None,
+                 rotary: Rotary | None = None) -> None:  # fmt: skip
+        self.vectors, self.policy = vectors, registry().make("policy", name, options or {})
+        default = DefaultPolicy()
+        self._select = getattr(self.policy, "select", default.select)
+        self._attend = getattr(self.policy, "attend", default.attend)
+        queries, keys, values, prompt = vectors.queries, vectors.keys, vectors.values, vectors.prompt
+        batch, heads, _, d = queries.shape
+        self.layer = Layer(
+            index=0, count=1, number=0, heads=heads, kv_heads=keys.shape[1], head_dim=d, scaling=d**-0.5, rows=batch,
+            store=KVStore(keys[:, :, :prompt].clone(), values[:, :, :prompt].clone()),
+            budget=LayerBudget(budget, covers_all=budget == prompt), static=self.policy.static_tokens(prompt),
+            prompt_tokens=prompt, module=nn.Identity(), rotary=rotary,
+        )  # fmt: skip
+        window = prompt if self.policy.query_window is None else min(self.policy.query_window, prompt)
+        self.policy.prefill(
+            self.layer, queries[:, :, prompt - window : prompt], keys[:, :, :prompt], values[:, :, :prompt]
+        )
+
+    def step(self) -> Step:
+        """Decode the next token."""
+        now = self.layer.tokens + 1
+        queries, keys, values = (
+            part[:, :, now - 1 : now] for part in (self.vectors.queries, self.vectors.keys, self.vectors.values)
+        )
+        self.layer.store.append(keys, values)
+        if hasattr(self.policy, "insert"):
+            self.policy.insert(self.layer, keys, values)
+        selection = self._select(self.layer, queries, self.layer.budget)
+        return Step(self.layer, selection, self._attend(self.layer, queries, selection).output, now)
+
+
 def drive(name: str, vectors: Vectors, budget: int, options: dict[str, Any] | None = None) -> Iterator[Step]:
     """Run a policy over the vectors, with `budget` tokens; yield every decoding step."""
-    policy = registry().make("policy", name, options or {})
-    default = DefaultPolicy()
-    queries, keys, values, prompt = vectors.queries, vectors.keys, vectors.values, vectors.prompt
-    batch, heads, n, d = queries.shape
-    layer = Layer(
-        index=0, count=1, number=0, heads=heads, kv_heads=keys.shape[1], head_dim=d, scaling=d**-0.5, rows=batch,
-        store=KVStore(keys[:, :, :prompt].clone(), values[:, :, :prompt].clone()),
-        budget=LayerBudget(budget, covers_all=budget == prompt), static=policy.static_tokens(prompt),
-        prompt_tokens=prompt, module=nn.Identity(),
-    )  # fmt: skip
-    window = prompt if policy.query_window is None else min(policy.query_window, prompt)
-    policy.prefill(layer, queries[:, :, prompt - window : prompt], keys[:, :, :prompt], values[:, :, :prompt])
-    for now in range(prompt + 1, n + 1):
-        step = slice(now - 1, now)
-        layer.store.append(keys[:, :, step], values[:, :, step])
-        if hasattr(policy, "insert"):
-            policy.insert(layer, keys[:, :, step], values[:, :, step])
-        chooser = policy if hasattr(policy, "select") else default
-        selection = chooser.select(layer, queries[:, :, step], layer.budget)
-        attender = policy if hasattr(policy, "attend") else default
-        yield Step(layer, selection, attender.attend(layer, queries[:, :, step], selection).output, now)
+    driven = Driven(name, vectors, budget, options)
+    for _ in range(vectors.queries.shape[2] - vectors.prompt):
+        yield driven.step()
