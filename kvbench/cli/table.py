@@ -21,7 +21,7 @@ def _count(value: float | None) -> str:
 
 
 def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
+    return "–" if value is None else f"{value:.3g}"
 
 
 def _interval(metric: str, cell: Callable[[float | None], str]) -> Cell:
@@ -38,17 +38,17 @@ def _shown(metric: str, main: str | None) -> Callable[[float | None], str]:
 
 
 _REST: list[tuple[str, str, Cell]] = [
-    ("recall@k", "recall@k", lambda m: share(m["recall_at_k"])),
+    ("recall@k", "recall\n@k", lambda m: share(m["recall_at_k"])),
     ("recovered attention mass", "mass", lambda m: share(m["recovered_mass"])),
     ("  without the sinks", "", lambda m: share(m.get("recovered_mass_without_sinks"))),
-    ("output error", "output\nerror", lambda m: share(m.get("output_error"))),
-    ("keys scanned", "keys\nscanned", lambda m: share(m.get("scanned_fraction"))),
+    ("output error", "", lambda m: share(m.get("output_error"))),
+    ("keys scanned", "", lambda m: share(m.get("scanned_fraction"))),
     ("density", "density", lambda m: share(m["density"])),
     ("  tokens asked for", "", lambda m: _count(m.get("budget_tokens"))),
     ("  tokens attended", "tokens", lambda m: _count(m.get("attended_tokens"))),
-    ("  their bytes, MiB", "MiB\nattended", lambda m: mib(m.get("attended_bytes"))),
-    ("resident, MiB", "MiB\nresident", lambda m: mib(m["bytes"]["resident"])),
-    ("offloaded, MiB", "MiB off-\nloaded", lambda m: mib(m["bytes"]["offloaded"])),
+    ("  their bytes, MiB", "", lambda m: mib(m.get("attended_bytes"))),
+    ("resident, MiB", "MiB on\ndevice", lambda m: mib(m["bytes"]["resident"])),
+    ("offloaded, MiB", "MiB on\nhost", lambda m: mib(m["bytes"]["offloaded"])),
     ("index, MiB", "MiB\nindex", lambda m: mib(m["bytes"]["index"])),
     ("TTFT, s", "TTFT\ns", lambda m: seconds(m["ttft_s"]["total"])),
     ("  prefill", "", lambda m: seconds(m["ttft_s"]["prefill"])),
@@ -66,7 +66,7 @@ def _entries(metrics: Mapping[str, str], main: str | None) -> list[tuple[str, st
     entries: list[tuple[str, str, Cell]] = []
     for name, label in metrics.items():
         shown = _shown(name, main)
-        entries.append((label, label.replace(" ", "\n", 1), _mean(name, shown)))
+        entries.append((label, label.replace(" ", "\n"), _mean(name, shown)))
         entries.append(("  95% interval", "95%\ninterval", _interval(name, shown)))
     return entries + _REST
 
