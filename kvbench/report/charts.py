@@ -124,7 +124,7 @@ def _parts(groups: Mapping[Setting, Any]) -> Iterator[tuple[str, list[Setting]]]
 
 def _title(title: str, group: tuple[str, str, str], groups: Iterable[tuple[str, str, str]]) -> str:
     """The title with the group's model, task and question mode, as far as the groups differ in them."""
-    differing = [part for place, part in enumerate(group) if len({other[place] for other in groups}) > 1]
+    differing = [model_text(part) for place, part in enumerate(group) if len({other[place] for other in groups}) > 1]
     return f"{title}: {', '.join(differing)}" if differing else title
 
 
@@ -499,7 +499,7 @@ def _paint_latency(
         left = np.zeros(len(splits))
         for key in keys:
             widths = np.array([unit * (split.get(key) or 0.0) for _, split in splits])
-            if not widths.any() and key in ("unsplit_s", "index_s"):
+            if not widths.any():
                 continue
             look = figures.style(list(PARTS).index(key) if key != "unsplit_s" else 7)
             axis.barh(

@@ -239,7 +239,7 @@ def labels(runs: Sequence[ReportRun], apart: Sequence[str] = ()) -> dict[int, st
 
 def _facts(run: ReportRun, apart: Sequence[str]) -> dict[str, str]:
     config = run.config
-    found = {"budget": budget_text(config["budget"])}
+    found = {} if "budget" in apart else {"budget": budget_text(config["budget"])}
     for key in ("policy_options", "task_options"):
         found |= {f"{key}.{name}": str(value) for name, value in config[key].items()}
     for key, value in config.items():

@@ -174,7 +174,7 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
                     text += f" {what}: {', '.join(group)}."
             few = [run.paired.n for run in compared if run.paired and run.paired.test == "mcnemar"]
             if few and max(few) < 6:
-                text += f" {max(few)} examples are too few to tell any difference: McNemar's test needs 6 at least."
+                text += f" {count(max(few), 'example')} cannot tell any difference: McNemar's test needs 6 at least."
             lines.append((text, ""))
         cut = {names[id(run)]: run.metrics["truncated_examples"] for run in runs}
         if any(cut.values()):
@@ -190,10 +190,10 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
             ))  # fmt: skip
     overheads = [run.metrics["probe_overhead"] for run in found.runs if run.metrics.get("probe_overhead") is not None]
     if overheads:
-        low, high = (f"{100 * value:.0f}%" for value in (min(overheads), max(overheads)))
+        low, high = (f"{100 * value:+.0f}%".replace("-", "−") for value in (min(overheads), max(overheads)))
         lines.append((
-            f"Probes lengthened a decoding step by {low if low == high else f'{low} to {high}'}; the times and bytes "
-            "shown are of generations without them.", "",
+            f"Probes changed the time of a decoding step by {low if low == high else f'{low} to {high}'}; the times "
+            "and bytes shown are of generations without them.", "",
         ))  # fmt: skip
     devices = {f"{_device(run)}, batch {run.config['batch_size']}" for run in found.runs}
     versions = {str(sorted(run.environment.get("packages", {}).items())) for run in found.runs}
@@ -210,7 +210,9 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
 
 
 def _board(found: Collection) -> Board:
-    names = labels(found.runs, apart=("model", "task", "context_length", "question", "seed", "budget"))
+    names: dict[int, str] = {}
+    for runs in found.settings().values():
+        names |= labels(runs, apart=("seed", "budget", "examples"))
     columns = _columns(found, names)
     rows = [
         {"cells": [column.cell(run) for column in columns], "anchor": anchor(run, found), "partial": partial_text(run),
@@ -255,7 +257,8 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
         lambda run: Cell(budget_text(run.config["budget"]), budget_text(run.config["budget"])), "text", "ascending",
     ))  # fmt: skip
     if several("model"):
-        columns.append(config("model", "Model", "Model"))
+        columns.append(Column("model", "Model", "Model", lambda run: Cell(
+            model_text(run.config["model"]), run.config["model"]), "text", "ascending"))  # fmt: skip
     if several("task"):
         columns.append(config("task", "Task", "Task"))
     if several("context_length"):
@@ -342,13 +345,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "", skip: Sequence[str] = ())
 
 
 def _run(run: ReportRun, found: Collection) -> dict[str, Any]:
-    names = labels(found.runs)
+    names = labels(found.settings()[run.setting])
     facts = {"folder": str(run.path), "status": run.status, "examples finished": len(run.rows)}
     if run.metrics.get("probe_overhead") is not None:
         facts["probes lengthen a step by"] = percent(run.metrics["probe_overhead"])
     return {
-        "title": names[id(run)].removesuffix(" (partial)"), "anchor": anchor(run, found),
-        "partial": partial_text(run), "command": run_command(run.config, run.path.parent),
+        "title": f"{names[id(run)].removesuffix(' (partial)')}: {setting_text(run.setting, found)}",
+        "anchor": anchor(run, found), "partial": partial_text(run), "command": run_command(run.config, run.path.parent),
         "tables": [
             {"title": "Run", "rows": list(facts.items())},
             {"title": "Configuration", "rows": [(key, _value(value)) for key, value in _flat(run.config)]},
