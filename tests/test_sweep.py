@@ -1,7 +1,13 @@
-"""`kvbench sweep` on a tiny random model: validation, resumption and isolation."""
+"""`kvbench sweep` on a tiny random model: validation, resumption, isolation, and the same bytes on a Ray cluster."""
 
 import json
+import os
+import signal
+import threading
+import time
+from importlib.util import find_spec
 
+import psutil
 import pytest
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_results import Short
@@ -174,3 +180,45 @@ def test_a_dry_run_lists_and_runs_nothing(kvbench, write, tmp_path):
     assert not (tmp_path / "out").exists()
     code, out, _ = kvbench("sweep", write(), "--dry-run", "--json")
     assert len(json.loads(out)["planned"]) == 4
+
+
+def test_options_of_the_engine_are_checked(kvbench, write):
+    assert "neither 'local' nor 'ray'" in kvbench("sweep", write(), "--engine", "slurm")[2]
+    assert "need --engine ray" in kvbench("sweep", write(), "--workers", "2")[2]
+
+
+def kill_a_worker(output, killed):
+    """Kill one process of a Ray actor as soon as some run has an example and not all of them."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if any(0 < data.count(b"\n") < 3 for data in examples(output).values()):
+            for process in psutil.Process().children(recursive=True):
+                if "ray::Worker.run" in " ".join(process.cmdline() or [process.name()]):
+                    os.kill(process.pid, signal.SIGKILL)
+                    killed.append(process.pid)
+                    return
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'kvbench[ray]'")
+def test_on_a_ray_cluster_of_two_workers_with_one_killed_nothing_is_lost_and_nothing_twice(
+    kvbench, write, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = write()
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(tmp_path / "ray", killed))
+    killer.start()
+    code, out, err = kvbench(
+        "sweep", file, "--engine", "ray", "--workers", 2, "--output", tmp_path / "ray", "--json"
+    )  # fmt: skip
+    killer.join()
+    assert (code, len(killed)) == (0, 1), err
+    assert "died (ActorDiedError); another one goes on with it" in " ".join(err.split())
+    document = json.loads(out)
+    assert (len(document["runs"]), document["failures"]) == (4, [])
+    assert {run["status"] for run in document["runs"]} == {"complete"}
+    code, _, _ = kvbench("sweep", file, "--output", tmp_path / "local")
+    assert code == 0
+    assert examples(tmp_path / "ray") == examples(tmp_path / "local")
+    assert len(examples(tmp_path / "local")) == 4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 @interruptible
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML file: policies, budgets, tasks, context_lengths, seeds, models.")],
+    engine: Annotated[str, typer.Option(help="local: one run after another; ray: on a Ray cluster.")] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="With --engine ray: the cluster to join. [default: start one on this machine]")
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --engine ray: runs at once. [default: one for each GPU, else for each node]"),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, list the runs, and stop.")] = False,
     as_json: Json = False,
@@ -30,15 +39,32 @@ def sweep(
 
     Runs that fail leave the others alone, are listed at the end, and make the exit code 2.
     """
+    if engine not in ("local", "ray"):
+        raise KVBenchError(f"--engine {engine} is neither 'local' nor 'ray'.")
+    if engine == "local" and (address is not None or workers is not None):
+        raise KVBenchError("--address and --workers need --engine ray.")
     load_registry()
-    from kvbench.sweep import plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
+    from kvbench.sweep import load, plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
 
-    plans = plan_sweep(file)
+    load(file)  # a malformed file is told before a cluster starts
+    if engine == "ray":
+        from kvbench.sweep_ray import cluster  # noqa: PLC0415
+
+        joining: Any = cluster(address, workers)
+    else:
+        joining = nullcontext()
+    with joining as joined:
+        if joined is None:
+            plans = plan_sweep(file)
+        else:
+            plans = plan_sweep(file, here=0 if address else joined.workers(joined.device)[0], device=joined.device)
+        outcomes: list[Outcome] = []
+        if not dry_run:
+            with _Progress(plans) as progress:
+                outcomes = (joined.run if joined is not None else run_local)(plans, output, progress)
     if dry_run:
         _list(plans, as_json)
         return
-    with _Progress(plans) as progress:
-        outcomes = run_local(plans, output, progress)
     _report(sorted(outcomes, key=lambda outcome: plans.index(outcome.planned)), as_json)
 
 
