@@ -90,6 +90,10 @@ class KVBenchLM(HFLM):
             if chosen.exact
             else _budget(budget, {"tokens": tokens, "ratio": ratio, "bytes": bytes}, budget_options or {}, static)
         )
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            # The harness's command asks for cuda:0 where the user names no device.
+            _log.warning("PyTorch finds no GPU: %s runs on the CPU instead of %s.", pretrained, device)
+            device = "cpu"
         loaded = load_model(pretrained, device=device, dtype=None if dtype == "auto" else dtype)
         self.fingerprint = loaded.fingerprint
         super().__init__(

@@ -175,7 +175,7 @@ def test_the_command_runs_the_harness_with_the_model_registered(model, tasks, tm
     monkeypatch.setattr(
         sys, "argv",
         ["kvbench", "lm-eval", "--model", "kvbench", "--model_args", arguments, "--tasks", "tiny_choice",
-         "--include_path", str(tasks), "--device", "cpu", "--output_path", str(tmp_path)],
+         "--include_path", str(tasks), "--output_path", str(tmp_path)],  # on the CPU where there is no GPU
     )  # fmt: skip
     with pytest.raises(SystemExit, match=r"^0$"):
         cli.main()
