@@ -5,6 +5,8 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -287,34 +289,38 @@ class Short(Task):
         return len(prediction) % 5 / 4
 
 
-def test_real_runs_killed_at_random_moments_end_in_the_same_examples_and_traces(tmp_path, monkeypatch):
-    monkeypatch.setitem(registry().classes["task"], "short", Short)
+def real_run(path):
+    """A run of a policy on a tiny model, the same in every process."""
+    registry().classes["task"]["short"] = Short
     tokenizer = make_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
     loaded = LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
     request = runner.Request("snapkv", {"window": 8}, Budget(ratio=0.5), "short", {}, 128, 3, 1, probe_examples=1)
-    planned = runner.plan(request, loaded)
+    print("ready", flush=True)
+    return runner.execute([runner.plan(request, loaded)], loaded, Path(path), lambda *_: None)[0]
 
-    def run(path):
-        return runner.execute([planned], loaded, path, lambda *_: None)[0]
 
+def test_real_runs_killed_at_random_moments_end_in_the_same_examples_and_traces(tmp_path, monkeypatch):
+    monkeypatch.delitem(registry().classes["task"], "short", raising=False)
+    reference = real_run(tmp_path / "undisturbed").path
     began = time.monotonic()
-    reference = run(tmp_path / "undisturbed").path
+    real_run(tmp_path / "timed")
     duration = time.monotonic() - began
-    rng, kills, folders = random.Random(3), 0, 0
-    while kills < 4:
-        folders += 1
-        path, ends = tmp_path / f"run-{folders}", False
-        while not ends:
-            pid = child(run, path)
-            time.sleep(rng.uniform(0, duration))
-            os.kill(pid, signal.SIGKILL)
-            ends = not killed(pid)
-            kills += not ends
-        left, right = ({**content(folder)} for folder in (path / planned.folder, reference))
-        assert left.keys() == right.keys()
-        for name in left.keys() - {Path("run.json"), Path("timings.jsonl")}:
-            assert left[name] == right[name]
-        ours, theirs = (read(folder)["metrics"] for folder in (path / planned.folder, reference))
-        for metric in ours.keys() - {"ttft_s", "tpot_s", "peak_memory_bytes", "probe_overhead"}:
-            assert ours[metric] == theirs[metric]
+    rng = random.Random(3)
+    # Processes of their own: a fork of this one would inherit locks that its other threads hold.
+    command = [sys.executable, "-c", f"import test_results; test_results.real_run({str(tmp_path / 'killed')!r})"]
+    for _ in range(4):
+        process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(rng.uniform(0, duration))
+        process.kill()
+        process.communicate()
+    folder = real_run(tmp_path / "killed").path
+    left, right = content(folder), content(reference)
+    assert left.keys() == right.keys()
+    for name in left.keys() - {Path("run.json"), Path("timings.jsonl")}:
+        assert left[name] == right[name]
+    ours, theirs = (read(path)["metrics"] for path in (folder, reference))
+    for metric in ours.keys() - {"ttft_s", "tpot_s", "peak_memory_bytes", "probe_overhead"}:
+        assert ours[metric] == theirs[metric]
