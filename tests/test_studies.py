@@ -372,8 +372,8 @@ def test_the_command_that_is_named_makes_that_run(run_folder, kvbench, monkeypat
     words = shlex.split(str(told.value).partition("a choice: ")[2])
     planned = []
 
-    def execute(config, *_):
-        planned.append(config.model_dump(mode="json"))
+    def execute(configs, *_):
+        planned.extend(config.model_dump(mode="json") for config in configs)
         raise KVBenchError("stop here")
 
     monkeypatch.setattr("kvbench.runner.execute", execute)
