@@ -191,7 +191,7 @@ def limited(path, size):
         write(path)
 
 
-@pytest.mark.parametrize("size", [1, 1500, 3500])
+@pytest.mark.parametrize("size", [1, 700, 1500, 2500, 3500, 4400])
 @alone
 def test_a_disk_that_fills_up_is_one_sentence_and_the_run_continues(tmp_path, undisturbed, size):
     path = tmp_path / "full"
