@@ -116,13 +116,12 @@ class RoarGraph(GraphIndex):
         self.entries = np.full((heads, min(options.entries, n)), -1, np.int32)
         lengths = np.empty((heads, n), np.int64)
         on_threads(
-            build_heads,
+            build_by_pivots if options.projection == "pivot" else build_by_cooccurrence,
             heads,
             keys.rows,
             keys.stride,
             keys.groups,
             knn,
-            options.projection == "pivot",
             self._eager,
             options.construction_ef,
             graph,
@@ -174,8 +173,9 @@ class RoarGraph(GraphIndex):
 def lists_of(knn: Int32, n: int) -> tuple[Int32, Int64]:
     """For each key the queries [m] that have it among their nearest keys [m, N_q]: `queries[begin[i]:begin[i + 1]]`."""
     begin = np.zeros(n + 1, np.int64)
-    for key in knn.flat:
-        begin[key + 1] += 1
+    for query in range(knn.shape[0]):
+        for key in knn[query]:
+            begin[key + 1] += 1
     for i in range(n):
         begin[i + 1] += begin[i]
     queries = np.empty(begin[n], np.int32)
@@ -249,11 +249,12 @@ def project_cooccurrence(rows: Rows, base: int, knn: Int32, graph: Int32, length
                 counts[other] = 0
         size = rank(touched, scores, others, buckets, candidates)
         lengths[node] = prune(rows, base, node, candidates, size, degree, 1.0, False, graph[node])
+        graph[node, lengths[node] :] = -1
 
 
 @kernel
-def project_pivots(rows: Rows, base: int, knn: Int32, graph: Int32, lengths: Int64) -> None:
-    """Link each query's nearest key, its pivot, with its other nearest keys, and back; fills graph and lengths.
+def project_pivots(rows: Rows, base: int, knn: Int32, graph: Int32) -> None:
+    """Link each query's nearest key, its pivot, with its other nearest keys, and back; fills graph [n, degree].
 
     Lists of queries with the same pivot are merged, so that the graph does not depend on the queries' order.
     """
@@ -292,7 +293,6 @@ def project_pivots(rows: Rows, base: int, knn: Int32, graph: Int32, lengths: Int
             if forward[p, j] < 0:
                 break
             link(rows, base, graph, forward[p, j], pivots[p], degree, 1.0, True, order, candidates, kept)
-    count_links(graph, lengths)
 
 
 @kernel
@@ -305,66 +305,115 @@ def count_links(graph: Int32, lengths: Int64) -> None:
 
 
 @kernel
-def connect(
-    rows: Rows, base: int, entries: Int32, every: bool, eager: int, ef: int, graph: Int32, lengths: Int64
-) -> None:
-    """Link every key (or those without links) with keys that a search by Euclidean distance finds, both ways.
+def half_squares(rows: Rows, base: int, n: int) -> Float32:
+    """Half the squared norm of each of n rows."""
+    half_norms = np.empty(n, np.float32)
+    row = np.empty(rows.shape[1], np.float32)
+    for node in range(n):
+        read_row(rows, base + node, row)
+        norm = np.float32(0)
+        for j in range(row.shape[0]):
+            norm += row[j] * row[j]
+        half_norms[node] = norm / np.float32(2)
+    return half_norms
+
+
+@kernel
+def find_near(
+    rows: Rows,
+    base: int,
+    node: int,
+    entries: Int32,
+    links: Int32,
+    start: Int64,
+    eager: int,
+    half_norms: Float32,
+    pool: Int64,
+    seen: NDArray[np.uint8],
+    fresh: Int32,
+    query: Float32,
+    candidates: Int32,
+) -> int:
+    """Put the keys that a search by Euclidean distance finds near a node into candidates, nearest first; their number.
+
+    `pool` [ef] is the candidate list; `seen`, `fresh` and `query` are scratch.
+    """
+    read_row(rows, base + node, query)
+    seen[:] = 0
+    size, _ = enter(rows, base, query, entries, pool, seen, half_norms)
+    size, _ = beam_search(rows, base, query, links, start, eager, pool, size, seen, fresh, half_norms)
+    count = 0
+    for i in range(size):
+        other = packed_id(pool[i])
+        if other != node:
+            candidates[count] = other
+            count += 1
+    return count
+
+
+@kernel
+def link_all(rows: Rows, base: int, entries: Int32, ef: int, graph: Int32) -> None:
+    """Link every key with the keys that a search by Euclidean distance finds, both ways, pruned."""
+    n, degree = graph.shape
+    links = graph.reshape(-1)
+    start = np.arange(0, links.shape[0] + 1, degree)
+    half_norms = half_squares(rows, base, n)
+    pool = np.empty(ef, np.int64)
+    seen = np.empty(n, np.uint8)
+    fresh = np.empty(degree, np.int32)
+    query = np.empty(rows.shape[1], np.float32)
+    order = np.empty(max(ef, degree) + 1, np.int64)
+    candidates = np.empty(max(ef, degree) + 1, np.int32)
+    kept = np.empty(degree + 1, np.int32)
+    chosen = np.empty(degree + 1, np.int32)
+    for node in range(n):
+        count = find_near(
+            rows, base, node, entries, links, start, degree, half_norms, pool, seen, fresh, query, candidates
+        )
+        number = prune(rows, base, node, candidates, count, degree // 2, 1.0, False, chosen)
+        for i in range(number):
+            other = int(chosen[i])
+            link(rows, base, graph, node, other, degree, 1.0, True, order, candidates, kept)
+            link(rows, base, graph, other, node, degree, 1.0, True, order, candidates, kept)
+
+
+@kernel
+def connect(rows: Rows, base: int, entries: Int32, eager: int, ef: int, graph: Int32, lengths: Int64) -> None:
+    """Link keys without links with keys that a search by Euclidean distance finds, both ways, where there is place.
 
     Then keys that no search from the entries reaches are linked from one that it finds near them.
     """
     n, degree = graph.shape
     links = graph.reshape(-1)
     start = np.arange(0, links.shape[0] + 1, degree)
-    for node in range(n):
-        graph[node, lengths[node] :] = -1
-    half_norms = np.empty(n, np.float32)
-    query = np.empty(rows.shape[1], np.float32)
-    for node in range(n):
-        read_row(rows, base + node, query)
-        norm = np.float32(0)
-        for j in range(query.shape[0]):
-            norm += query[j] * query[j]
-        half_norms[node] = norm / np.float32(2)
+    half_norms = half_squares(rows, base, n)
     pool = np.empty(ef, np.int64)
-    order = np.empty(max(ef, degree) + 1, np.int64)
-    candidates = np.empty(max(ef, degree) + 1, np.int32)
-    kept = np.empty(degree + 1, np.int32)
     seen = np.empty(n, np.uint8)
     fresh = np.empty(degree, np.int32)
+    query = np.empty(rows.shape[1], np.float32)
+    candidates = np.empty(ef, np.int32)
+    kept = np.empty(degree + 1, np.int32)
     reached = np.zeros(n, np.uint8)
     stack = np.empty(n, np.int32)
     for repairing in (False, True):
         if repairing:
             for entry in entries:
                 if entry >= 0:
-                    spread(links, start, eager, entry, reached, stack)
+                    spread(links, start, eager, int(entry), reached, stack)
         for node in range(n):
-            if reached[node] == 2 if repairing else (not every and lengths[node] > 0):
+            if reached[node] == 2 if repairing else lengths[node] > 0:
                 continue
-            read_row(rows, base + node, query)
-            seen[:] = 0
-            size, _ = enter(rows, base, query, entries, pool, seen, half_norms)
-            size, _ = beam_search(rows, base, query, links, start, eager, pool, size, seen, fresh, half_norms)
-            count = 0
-            for i in range(size):
-                other = packed_id(pool[i])
-                if other != node:
-                    candidates[count] = other
-                    count += 1
+            count = find_near(
+                rows, base, node, entries, links, start, eager, half_norms, pool, seen, fresh, query, candidates
+            )
             if repairing:
                 anchor(links, start, eager, candidates, count, node)
                 spread(links, start, eager, node, reached, stack)
                 continue
-            wanted = degree // 2 if every else min(4, degree)
-            number = prune(rows, base, node, candidates, count, wanted, 1.0, False, kept)
-            chosen = kept[:number].copy()
+            number = prune(rows, base, node, candidates, count, min(4, degree), 1.0, False, kept)
             for i in range(number):
-                if every:
-                    link(rows, base, graph, node, chosen[i], degree, 1.0, True, order, candidates, kept)
-                    link(rows, base, graph, chosen[i], node, degree, 1.0, True, order, candidates, kept)
-                else:
-                    append(links, start, node, chosen[i])
-                    append(links, start, chosen[i], node)
+                append(links, start, node, int(kept[i]))
+                append(links, start, int(kept[i]), node)
     count_links(graph, lengths)
 
 
@@ -412,14 +461,29 @@ def anchor(links: Int32, start: Int64, eager: int, candidates: Int32, count: int
 
 
 @kernel
-def build_heads(
+def choose_entries(knn: Int32, n: int, entries: Int32) -> None:
+    """Fill entries [E] with the keys that are nearest to most queries, by knn [m, N_q]."""
+    counts = np.zeros(n, np.int64)
+    for query in range(knn.shape[0]):
+        for key in knn[query]:
+            counts[key] += 1
+    size = 0
+    best = np.empty(entries.shape[0], np.int64)
+    for node in range(n):
+        if counts[node]:
+            _, size = insert_sorted(best, size, pack(np.float32(counts[node]), node))
+    for i in range(size):
+        entries[i] = packed_id(best[i])
+
+
+@kernel
+def build_by_cooccurrence(
     worker: int,
     workers: int,
     rows: Rows,
     stride: int,
     groups: int,
     knn: Int32,
-    pivots: bool,
     eager: int,
     ef: int,
     graph: Int32,
@@ -430,21 +494,34 @@ def build_heads(
     heads, n, _ = graph.shape
     for head in range(worker, heads, workers):
         base = (head * groups // heads) * stride
-        counts = np.zeros(n, np.int64)
-        for key in knn[head].flat:
-            counts[key] += 1
-        size = 0
-        best = np.empty(entries.shape[1], np.int64)
-        for node in range(n):
-            if counts[node]:
-                _, size = insert_sorted(best, size, pack(np.float32(counts[node]), node))
-        for i in range(size):
-            entries[head, i] = packed_id(best[i])
-        if pivots:
-            project_pivots(rows, base, knn[head], graph[head], lengths[head])
-        else:
-            project_cooccurrence(rows, base, knn[head], graph[head], lengths[head])
-        connect(rows, base, entries[head], pivots, eager, ef, graph[head], lengths[head])
+        choose_entries(knn[head], n, entries[head])
+        project_cooccurrence(rows, base, knn[head], graph[head], lengths[head])
+        connect(rows, base, entries[head], eager, ef, graph[head], lengths[head])
+
+
+@kernel
+def build_by_pivots(
+    worker: int,
+    workers: int,
+    rows: Rows,
+    stride: int,
+    groups: int,
+    knn: Int32,
+    eager: int,
+    ef: int,
+    graph: Int32,
+    entries: Int32,
+    lengths: Int64,
+) -> None:
+    """As `build_by_cooccurrence`; a kernel of its own, so that only what is used is compiled."""
+    heads, n, _ = graph.shape
+    for head in range(worker, heads, workers):
+        base = (head * groups // heads) * stride
+        choose_entries(knn[head], n, entries[head])
+        project_pivots(rows, base, knn[head], graph[head])
+        link_all(rows, base, entries[head], ef, graph[head])
+        count_links(graph[head], lengths[head])
+        connect(rows, base, entries[head], eager, ef, graph[head], lengths[head])
 
 
 @kernel

@@ -181,3 +181,15 @@ def test_policies_that_draw_for_a_whole_batch_run_one_by_one(loaded, tmp_path, m
     assert set(sizes) == {1}
     run(loaded, tmp_path, policies=("quest",), batch_size=4)
     assert max(sizes) == 4
+
+
+def test_the_warm_up_of_a_run_searches_and_inserts_so_that_no_measured_step_loads_their_code(loaded, monkeypatch):
+    index, done = registry().find("index", "roargraph"), []
+    for step in ("_build", "_search", "_insert"):
+        plain = getattr(index, step)
+        monkeypatch.setattr(
+            index, step, lambda self, *given, step=step, plain=plain: (done.append(step), plain(self, *given))[1]
+        )
+    request = runner.Request("retrieval", {}, Budget(ratio=0.3), "short", {}, 512, 1, 1)
+    runner._warm_up(runner.plan(request, loaded), loaded)
+    assert {"_build", "_search", "_insert"} == set(done)
