@@ -17,9 +17,9 @@ class KVzip(KVCachePolicy):
 
     A key's importance is the highest softmax weight that any query of the replay, of any query head of its group, gives
     it; the softmax runs over the chunk's keys and the replayed ones up to the query, as the paper's chunked scoring
-    does. A layer's budget is shared by its heads in the order of importance, so heads keep different numbers; the paper
-    lets layers compete as well. The texts before the replay are the paper's, without a chat template. Generated tokens
-    are kept.
+    does. A layer's budget is shared by its heads in the order of importance, so heads keep different numbers, unless
+    the budget gives each its own; the paper lets layers compete as well. The texts before the replay are the paper's,
+    without a chat template. Generated tokens are kept.
     """
 
     name = "kvzip"
@@ -27,6 +27,7 @@ class KVzip(KVCachePolicy):
     reference = "Kim et al., KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction, arXiv 2505.23416"
     query_window = 0
     grows = True
+    head_budgets = True
 
     class Options(Options):
         """Options of KVzip."""
@@ -65,8 +66,11 @@ class KVzip(KVCachePolicy):
 
             replay(more, observe)
         for layer in layers:
-            importance = layer.state.pop("importance").flatten(1)
-            if not layer.budget.covers_all:
+            importance = layer.state.pop("importance")
+            if layer.budget.heads is not None:
+                layer.keep_top(importance)
+            elif not layer.budget.covers_all:
+                importance = importance.flatten(1)
                 best = importance.topk(layer.budget.tokens * layer.kv_heads, dim=-1).indices
                 kept = torch.zeros_like(importance, dtype=torch.bool).scatter_(1, best, True)
                 layer.store.keep(kept.view(layer.rows, layer.kv_heads, tokens))

@@ -20,8 +20,8 @@ class SqueezedAttention(SelectingPolicy):
     The weight of a cluster's average token is exp(q·C_i/√d) / Σ_j N_j exp(q·C_j/√d). One threshold for the layer is
     calibrated so that the prompt's last queries take, on average over heads, what the budget leaves; where a step's
     queries would take more, only their best clusters up to the budget are attended to. Heads share the layer's
-    budget, so one may attend to more than its mean. Generated tokens stay attended, as the user's input does in the
-    paper.
+    budget, so one may attend to more than its mean, unless the budget gives each its own. Generated tokens stay
+    attended, as the user's input does in the paper.
     """
 
     name = "squeezed_attention"
@@ -31,6 +31,7 @@ class SqueezedAttention(SelectingPolicy):
     reference = "Hooper et al., Squeezed Attention: Accelerating Long Context Length LLM Inference, arXiv 2411.09688"
     adaptive = True
     grows = True
+    head_budgets = True
     query_window = CALIBRATION
 
     class Options(Options):
@@ -60,10 +61,11 @@ class SqueezedAttention(SelectingPolicy):
         layer.state["sizes"] = sizes.view(*shape, number)
         layer.state["assigned"] = assigned.to(torch.int32).view(*shape, -1)
         layer.store.index_bytes = sum(layer.state[name].nbytes for name in ("centroids", "sizes", "assigned"))
-        wanted = layer.budget.beside(layer.static[1], points.shape[1])
+        room = self.room(layer, layer.budget.beside(layer.static[1], points.shape[1]), layer.heads)
+        wanted = room * layer.heads if isinstance(room, int) else room.sum(1)
         estimates, sizes = self._estimates(layer, queries)
         order = estimates.sort(-1, descending=True)
-        within = sizes.gather(-1, order.indices).cumsum(-1) <= wanted * layer.heads * queries.shape[2]
+        within = sizes.gather(-1, order.indices).cumsum(-1) <= wanted * queries.shape[2]
         layer.state["threshold"] = torch.where(within, order.values, torch.inf).amin(-1, keepdim=True)
 
     def _estimates(self, layer: Layer, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,12 +77,15 @@ class SqueezedAttention(SelectingPolicy):
         return estimates.flatten(1), sizes.expand_as(logits).flatten(1)
 
     def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
-        """Take the clusters above the threshold, the best of the layer first, up to the budget of all its heads."""
-        estimates, sizes = self._estimates(layer, queries)
+        """Take the clusters above the threshold, the best first, up to the budget of all heads, or each of its own."""
+        room = self.room(layer, wanted, layer.heads)
+        shape = (layer.rows, 1 if isinstance(room, int) else layer.heads, -1)
+        estimates, sizes = (part.view(shape) for part in self._estimates(layer, queries))
         order = estimates.sort(-1, descending=True)
-        within = sizes.gather(-1, order.indices).cumsum(-1) <= wanted * layer.heads
-        taken = torch.zeros_like(within).scatter(-1, order.indices, within & (order.values >= layer.state["threshold"]))
+        within = sizes.gather(-1, order.indices).cumsum(-1) <= (wanted * layer.heads if isinstance(room, int) else room)
+        above = order.values >= layer.state["threshold"][..., None]
+        taken = torch.zeros_like(within).scatter(-1, order.indices, within & above)
         grouped = taken.view(layer.rows, layer.kv_heads, layer.heads // layer.kv_heads, -1)
         assigned = layer.state["assigned"].long()[:, :, None].expand(-1, -1, grouped.shape[2], -1)
         ids = padded_ids(grouped.gather(-1, assigned).flatten(1, 2), layer.store.aside_start)
-        return Selection(ids, padded=True, evaluations=float(grouped.shape[-1]))
+        return Selection(ids, padded=True, evaluations=float(layer.state["centroids"].shape[2]))

@@ -8,6 +8,7 @@ from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 from kvbench import runner
+from kvbench.plugins import registry
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +179,24 @@ def test_lists_name_summarise_and_describe(kvbench, command):
     code, _, err = kvbench(command, "nonesuch")
     assert code == 2
     assert "nonesuch" in err
+
+
+def test_all_policies_run_and_one_that_cannot_is_left_out_with_its_reason(run, monkeypatch):
+    classes = registry().classes
+    some = {name: classes["policy"][name] for name in ("quest", "infllm", "full", "full_no_cache")}
+    monkeypatch.setattr(registry(), "classes", {**classes, "policy": some})
+    code, out, err = run("--policy", "all", "--ratio", "0.5", "--budget", "ada", "--json")
+    assert code == 0
+    assert [entry["policy"] for entry in json.loads(out)["runs"]] == ["quest", "full"]  # none that has no cache
+    assert "Left out infllm: Budget 'ada' gives each head its own number of tokens" in " ".join(err.split())
+
+
+def test_all_policies_go_on_where_one_fails_on_an_example(run, monkeypatch):
+    classes = registry().classes
+    some = {name: classes["policy"][name] for name in ("snapkv", "quest", "full")}
+    monkeypatch.setattr(registry(), "classes", {**classes, "policy": some})
+    monkeypatch.setattr("kvbench.strategies.snapkv.window_attention", lambda *_: 1 / 0)
+    code, out, err = run("--policy", "all", "--ratio", "0.5", "--json")
+    assert code == 0
+    assert [entry["policy"] for entry in json.loads(out)["runs"]] == ["quest", "full"]
+    assert "Left out snapkv: Policy 'snapkv' (kvbench.strategies.snapkv) failed in prefill" in " ".join(err.split())
