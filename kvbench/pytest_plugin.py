@@ -39,15 +39,16 @@ class RatioGate:
 
     def time(
         self, name: str, candidate: Callable[[], object], reference: Callable[[], object], *, rounds: int = 7,
-        scale: float = 1,
+        scale: float = 1, warm_up: bool = True,
     ) -> float:  # fmt: skip
         """Time `candidate` against `reference`, in turn, and gate the median ratio of their times (lower is better).
 
         The ratio is multiplied by `scale` first: the reference's amount of work over the candidate's, for a time per
-        unit of work.
+        unit of work. Both run once unmeasured before, unless `warm_up` says no (for what takes a minute).
         """
-        for warm_up in (reference, candidate):
-            warm_up()
+        if warm_up:
+            reference()
+            candidate()
         reference_s: list[float] = []
 
         def time_reference() -> None:

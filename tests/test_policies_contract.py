@@ -390,59 +390,9 @@ def test_a_profile_that_does_not_fit_is_refused_before_anything_runs(content, me
         pass
 
 
-def rounded(x, bits=2):
-    """A group of numbers on the nearest of 2^bits levels between its minimum and its maximum."""
-    low = x.min().half().double()
-    scale = ((x.max() - low) / (2**bits - 1)).half().double()
-    return low + scale * ((x - low) / scale).round().clamp(0, 2**bits - 1)
-
-
-@pytest.mark.parametrize("bits", [2, 4])
-def test_kivi_attends_to_keys_rounded_per_channel_and_values_per_token(bits):
-    prompt, group, residual = 75, 8, 16
-    probe, session = record("kivi", None, tokens(2, prompt), {"group": group, "residual": residual, "bits": bits}, 8)
-    for (layer, queries, static, selection, _, now), output in zip(probe.steps, probe.outputs, strict=True):
-        assert selection.everything
-        assert not len(static)
-        for row in range(2):
-            for head in range(0, 6, 2):
-                keys, values = (part[layer.index][row, head // 3, :now].double() for part in (probe.keys, probe.values))
-                for start in range(0, now // residual * residual, group):
-                    for channel in range(8):
-                        keys[start : start + group, channel] = rounded(keys[start : start + group, channel], bits)
-                for token in range(now - residual):
-                    values[token] = rounded(values[token], bits)
-                expected = softmax_attention(queries[row, head, 0], keys, values, layer.scaling)
-                torch.testing.assert_close(output[row, head].double(), expected, atol=1e-3, rtol=1e-2)
-    store = session.cache.stores()[0]
-    torch.testing.assert_close(store.aside_keys[:, :, 80:], probe.keys[0][:, :, 80:82])
-    assert store.aside.length == 82
-
-
 def test_kivi_refuses_groups_that_do_not_fit():
     with (
         kvbench.attach(MODEL, policy="kivi", options={"group": 16, "residual": 40}),
         pytest.raises(KVBenchError, match="multiples of the group of 16"),
     ):
         generate(MODEL, tokens(1, 60))
-
-
-def test_think_drops_the_channels_that_the_last_queries_weigh_least():
-    prompt, window = 60, 8
-    probe, _ = record("think", None, tokens(2, prompt), {"pruned": 0.4, "window": window})
-    for (layer, queries, static, _, _, now), output in zip(probe.steps, probe.outputs, strict=True):
-        assert sorted(static.tolist()) == list(range(prompt - window, now))
-        for row in range(2):
-            for group in range(2):
-                keys = probe.keys[layer.index][row, group, :now].double()
-                asked = probe.prompt_queries[layer.index][row, group * 3 : group * 3 + 3, -window:].double()
-                score = [
-                    torch.linalg.matrix_norm(torch.outer(asked[..., j].flatten(), keys[: prompt - window, j]))
-                    for j in range(8)
-                ]
-                dropped = torch.stack(score).topk(3, largest=False).indices
-                keys[: prompt - window, dropped] = 0
-                for head in range(group * 3, group * 3 + 3):
-                    values = probe.values[layer.index][row, group, :now]
-                    expected = softmax_attention(queries[row, head, 0], keys, values, layer.scaling)
-                    torch.testing.assert_close(output[row, head].double(), expected, atol=1e-4, rtol=1e-3)

@@ -385,3 +385,54 @@ def test_magicpig_samples_by_the_angle_to_the_centred_keys():
         p = (1 - angle / math.pi) ** 2
         u = 1 - (1 - p) ** 30 - 30 * p * (1 - p) ** 29
         assert weight == pytest.approx(-math.log(u), rel=1e-4, abs=1e-5)
+
+
+def softmax_attention(query, keys, values):
+    return (keys @ query / query.shape[0] ** 0.5).softmax(0) @ values
+
+
+def rounded(x, bits):
+    """A group of numbers on the nearest of 2^bits levels between its minimum and its maximum."""
+    low = x.min().half().double()
+    scale = ((x.max() - low) / (2**bits - 1)).half().double()
+    return low + scale * ((x - low) / scale).round().clamp(0, 2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_kivi_attends_to_keys_rounded_per_channel_and_values_per_token(vectors, bits):
+    group, residual, prompt, d = 8, 16, vectors.prompt, vectors.keys.shape[3]
+    share = vectors.queries.shape[1] // vectors.keys.shape[1]
+    options = {"group": group, "residual": residual, "bits": bits}
+    for step in drive("kivi", vectors, prompt, options):
+        assert step.selection.everything
+        if step.now not in (prompt + 1, prompt + residual, prompt + 23):
+            continue
+        for row, head, _ in pairs(vectors)[::share]:
+            query, keys, values = vectors.of(row, head, step.now)
+            for start in range(0, step.now // residual * residual, group):
+                for channel in range(d):
+                    keys[start : start + group, channel] = rounded(keys[start : start + group, channel], bits)
+            for token in range(step.now - residual):
+                for start in range(0, d, group):
+                    values[token, start : start + group] = rounded(values[token, start : start + group], bits)
+            expected = softmax_attention(query, keys, values)
+            torch.testing.assert_close(step.output[row, head].squeeze(0).double(), expected, atol=1e-3, rtol=1e-2)
+    waiting = step.now // residual * residual
+    assert torch.equal(step.layer.store.aside_keys[:, :, waiting:], vectors.keys[:, :, waiting : step.now])
+
+
+def test_think_drops_the_channels_that_the_last_queries_weigh_least(vectors):
+    window, prompt, d = 8, vectors.prompt, vectors.keys.shape[3]
+    share = vectors.queries.shape[1] // vectors.keys.shape[1]
+    for step in drive("think", vectors, prompt, {"pruned": 0.4, "window": window}):
+        for row, first, group in pairs(vectors)[::share]:
+            asked = vectors.queries[row, first : first + share, prompt - window : prompt].double()
+            whole = vectors.keys[row, group, : prompt - window].double()
+            score = [torch.linalg.matrix_norm(torch.outer(asked[..., j].flatten(), whole[:, j])) for j in range(d)]
+            dropped = torch.stack(score).topk(int(0.4 * d), largest=False).indices
+            for head in range(first, first + share):
+                assert step.static(row, head) == list(range(prompt - window, step.now))
+                query, keys, values = vectors.of(row, head, step.now)
+                keys[: prompt - window, dropped] = 0
+                expected = softmax_attention(query, keys, values)
+                torch.testing.assert_close(step.output[row, head].squeeze(0).double(), expected, atol=1e-4, rtol=1e-3)
