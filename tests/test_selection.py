@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from drive import Vectors, drive, random_vectors
+from drive import Driven, Vectors, drive, random_vectors
 from tiny import small_options
 
 from kvbench.indexes.kmeans import kmeans
@@ -436,3 +436,36 @@ def test_think_drops_the_channels_that_the_last_queries_weigh_least(vectors):
                 keys[: prompt - window, dropped] = 0
                 expected = softmax_attention(query, keys, values)
                 torch.testing.assert_close(step.output[row, head].squeeze(0).double(), expected, atol=1e-4, rtol=1e-3)
+
+
+def another(field):
+    """A valid value of an option that is not its default, as the command line gives it."""
+    if field.annotation is bool:
+        return str(not field.default).lower()
+    choices = getattr(field.annotation, "__args__", ())
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return next(choice for choice in choices if choice != field.default)
+    if isinstance(field.default, float):
+        return str(field.default * 1.25)
+    return "8" if field.default != 8 else "4"
+
+
+INDEX_OPTIONS = [
+    (name, option)
+    for name, policy in sorted(registry().classes["policy"].items())
+    if hasattr(policy, "index")
+    for option in policy.index.Options.model_fields
+]
+
+
+@pytest.mark.parametrize(("name", "option"), INDEX_OPTIONS)
+def test_every_option_of_an_index_reaches_it_through_its_policy(name, option):
+    policy = registry().find("policy", name)
+    value = another(policy.index.Options.model_fields[option])
+    driven = Driven(name, random_vectors(d=16), 40, {**STATIC, option: value})
+    step = driven.step()
+    index = driven.layer.state["index"]
+    given = getattr(index.options, option)
+    assert str(given).lower() == value
+    assert given != policy.index.Options.model_fields[option].default
+    assert len(step.selected(0, 0)) > 0
