@@ -169,6 +169,20 @@ def read_row(rows: Rows, row: int, out: Float32) -> None:
 
 # One int64 that sorts by score, then by smaller id: sortable bits of the score, 31 bits of ~id, whether expanded.
 @kernel
+def half_squares(rows: Rows, base: int, n: int) -> Float32:
+    """Half the squared norm of each of n rows."""
+    half_norms = np.empty(n, np.float32)
+    row = np.empty(rows.shape[1], np.float32)
+    for node in range(n):
+        read_row(rows, base + node, row)
+        norm = np.float32(0)
+        for j in range(row.shape[0]):
+            norm += row[j] * row[j]
+        half_norms[node] = norm / np.float32(2)
+    return half_norms
+
+
+@kernel
 def pack(score: np.float32, node: int) -> np.int64:
     """Score and id as one integer that orders by score, then by smaller id."""
     bits = np.int64(np.float32(score + np.float32(0)).view(np.int32))

@@ -17,6 +17,7 @@ from kvbench.indexes.kernels import (
     Rows,
     beam_search,
     enter,
+    half_squares,
     inner,
     insert_sorted,
     kernel,
@@ -302,20 +303,6 @@ def count_links(graph: Int32, lengths: Int64) -> None:
         lengths[node] = 0
         while lengths[node] < graph.shape[1] and graph[node, lengths[node]] >= 0:
             lengths[node] += 1
-
-
-@kernel
-def half_squares(rows: Rows, base: int, n: int) -> Float32:
-    """Half the squared norm of each of n rows."""
-    half_norms = np.empty(n, np.float32)
-    row = np.empty(rows.shape[1], np.float32)
-    for node in range(n):
-        read_row(rows, base + node, row)
-        norm = np.float32(0)
-        for j in range(row.shape[0]):
-            norm += row[j] * row[j]
-        half_norms[node] = norm / np.float32(2)
-    return half_norms
 
 
 @kernel

@@ -16,6 +16,7 @@ from kvbench.indexes.kernels import (
     Rows,
     beam_search,
     enter,
+    half_squares,
     kernel,
     link,
     packed_id,
@@ -161,14 +162,8 @@ def build_vamana(
         degree = mine.shape[1]
         links = mine.reshape(-1)
         start = np.arange(0, links.shape[0] + 1, degree)
-        half_norms = np.empty(total, np.float32)
+        half_norms = half_squares(rows, base, total)
         query = np.empty(rows.shape[1], np.float32)
-        for node in range(total):
-            read_row(rows, base + node, query)
-            norm = np.float32(0)
-            for j in range(query.shape[0]):
-                norm += query[j] * query[j]
-            half_norms[node] = norm / np.float32(2)
         pool = np.empty(ef, np.int64)
         sorting = np.empty(ef + degree + 1, np.int64)
         candidates = np.empty(ef + degree + 1, np.int32)
