@@ -35,7 +35,7 @@ def run(
     model: Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")] = "smollm2-135m",
     task: Annotated[str, typer.Option(help="Task; `kvbench tasks` lists them.")] = "niah_single_1",
     context_length: Annotated[int, typer.Option(min=1, help="Tokens of prompt and answer together.")] = 2048,
-    examples: Annotated[int, typer.Option(min=1, help="Number of examples.")] = 5,
+    examples: Annotated[int, typer.Option(min=1, help="Number of examples.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the examples.")] = 42,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of the policy, name=value.")
