@@ -329,6 +329,39 @@ def enter(
 
 
 @kernel
+def find_near(
+    rows: Rows,
+    base: int,
+    node: int,
+    entries: Int32,
+    links: Int32,
+    start: Int64,
+    eager: int,
+    half_norms: Float32,
+    pool: Int64,
+    seen: NDArray[np.uint8],
+    fresh: Int32,
+    query: Float32,
+    candidates: Int32,
+) -> int:
+    """Put the keys that a search by Euclidean distance finds near a node into candidates, nearest first; their number.
+
+    `pool` [ef] is the candidate list; `seen`, `fresh` and `query` are scratch.
+    """
+    read_row(rows, base + node, query)
+    seen[:] = 0
+    size, _ = enter(rows, base, query, entries, pool, seen, half_norms)
+    size, _ = beam_search(rows, base, query, links, start, eager, pool, size, seen, fresh, half_norms)
+    count = 0
+    for i in range(size):
+        other = packed_id(pool[i])
+        if other != node:
+            candidates[count] = other
+            count += 1
+    return count
+
+
+@kernel
 def sort_by_distance(rows: Rows, base: int, node: int, ids: Int32, count: int, order: Int64) -> None:
     """Sort the first `count` ids by Euclidean distance to the node; `order` is scratch."""
     for i in range(count):

@@ -15,8 +15,7 @@ from kvbench.indexes.kernels import (
     Int32,
     Int64,
     Rows,
-    beam_search,
-    enter,
+    find_near,
     half_squares,
     inner,
     insert_sorted,
@@ -26,7 +25,6 @@ from kvbench.indexes.kernels import (
     pack,
     packed_id,
     prune,
-    read_row,
     sort_by_distance,
     spread,
     squared_distance,
@@ -303,39 +301,6 @@ def count_links(graph: Int32, lengths: Int64) -> None:
         lengths[node] = 0
         while lengths[node] < graph.shape[1] and graph[node, lengths[node]] >= 0:
             lengths[node] += 1
-
-
-@kernel
-def find_near(
-    rows: Rows,
-    base: int,
-    node: int,
-    entries: Int32,
-    links: Int32,
-    start: Int64,
-    eager: int,
-    half_norms: Float32,
-    pool: Int64,
-    seen: NDArray[np.uint8],
-    fresh: Int32,
-    query: Float32,
-    candidates: Int32,
-) -> int:
-    """Put the keys that a search by Euclidean distance finds near a node into candidates, nearest first; their number.
-
-    `pool` [ef] is the candidate list; `seen`, `fresh` and `query` are scratch.
-    """
-    read_row(rows, base + node, query)
-    seen[:] = 0
-    size, _ = enter(rows, base, query, entries, pool, seen, half_norms)
-    size, _ = beam_search(rows, base, query, links, start, eager, pool, size, seen, fresh, half_norms)
-    count = 0
-    for i in range(size):
-        other = packed_id(pool[i])
-        if other != node:
-            candidates[count] = other
-            count += 1
-    return count
 
 
 @kernel

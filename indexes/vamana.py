@@ -14,14 +14,11 @@ from kvbench.indexes.kernels import (
     Int32,
     Int64,
     Rows,
-    beam_search,
-    enter,
+    find_near,
     half_squares,
     kernel,
     link,
-    packed_id,
     prune,
-    read_row,
     sort_by_distance,
 )
 from kvbench.indexes.threads import on_threads
@@ -102,21 +99,14 @@ def take_up(
     base: int,
     node: int,
     graph: Int32,
-    pool: Int64,
-    size: int,
+    count: int,
     alpha: float,
     order: Int64,
     candidates: Int32,
     kept: Int32,
 ) -> None:
-    """Link a node with the pruned best of `pool` [size] and its present neighbours, both ways."""
+    """Link a node with the pruned best of the first `count` candidates and its present neighbours, both ways."""
     degree = graph.shape[1]
-    count = 0
-    for i in range(size):
-        other = packed_id(pool[i])
-        if other != node:
-            candidates[count] = other
-            count += 1
     for j in range(degree):
         other = graph[node, j]
         if other < 0:
@@ -180,8 +170,8 @@ def build_vamana(
                     for j in range(targets.shape[0]):
                         link(rows, base, mine, targets[j], node, degree, alpha, False, sorting, candidates, kept)
                     continue
-                read_row(rows, base + node, query)
-                seen[:] = 0
-                size, _ = enter(rows, base, query, entries[group], pool, seen, half_norms)
-                size, _ = beam_search(rows, base, query, links, start, degree, pool, size, seen, fresh, half_norms)
-                take_up(rows, base, node, mine, pool, size, alpha, sorting, candidates, kept)
+                entering = entries[group]
+                count = find_near(
+                    rows, base, node, entering, links, start, degree, half_norms, pool, seen, fresh, query, candidates
+                )
+                take_up(rows, base, node, mine, count, alpha, sorting, candidates, kept)
