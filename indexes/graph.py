@@ -97,6 +97,7 @@ class GraphIndex(Index):
             keys.stride,
             queries,
             *result,
+            least=2,
         )
 
     def _encode(self, first: int = 0) -> None:
@@ -166,9 +167,9 @@ class GraphIndex(Index):
 
 
 @kernel
-def widen_places(worker: int, workers: int, links: Int32, start: Int64, spare: int, degree: int, places: Int64) -> None:
-    """Raise `places` [S, ≥ n] so that the n nodes of this worker's graphs have `spare` free ones, `degree` in all."""
-    for graph in range(worker, start.shape[0], workers):
+def widen_places(part: int, parts: int, links: Int32, start: Int64, spare: int, degree: int, places: Int64) -> None:
+    """Raise `places` [S, ≥ n] so that the n nodes of this part's graphs have `spare` free ones, `degree` in all."""
+    for graph in range(part, start.shape[0], parts):
         for node in range(start.shape[1] - 1):
             used = 0
             for j in range(start[graph, node], start[graph, node + 1]):

@@ -491,13 +491,13 @@ def count_reached(links: Int32, start: Int64, eager: int, entries: Int32, n: int
 
 
 @kernel
-def move_links(worker: int, workers: int, links: Int32, start: Int64, new_links: Int32, new_start: Int64) -> None:
-    """Copy this worker's graphs to the places that `new_start` [S, ≥ n + 1] gives the nodes of `start` [S, n + 1].
+def move_links(part: int, parts: int, links: Int32, start: Int64, new_links: Int32, new_start: Int64) -> None:
+    """Copy this part's graphs to the places that `new_start` [S, ≥ n + 1] gives the nodes of `start` [S, n + 1].
 
     All other places become -1. Links beyond a node's new places are dropped.
     """
     graphs, n = start.shape[0], start.shape[1] - 1
-    for graph in range(worker, graphs, workers):
+    for graph in range(part, graphs, parts):
         new_links[new_start[graph, 0] : new_start[graph, -1]] = -1
         for node in range(n):
             first, place = start[graph, node], new_start[graph, node]
@@ -507,8 +507,8 @@ def move_links(worker: int, workers: int, links: Int32, start: Int64, new_links:
 
 @kernel
 def search_graph(
-    worker: int,
-    workers: int,
+    part: int,
+    parts: int,
     rows: Rows,
     stride: int,
     queries: Float32,
@@ -528,7 +528,7 @@ def search_graph(
     scores: Float32,
     evaluations: Int64,
 ) -> None:
-    """Search this worker's share of all heads' queries; fills ids and scores [H, q, k] and evaluations [H, q].
+    """Search this part's share of all heads' queries; fills ids and scores [H, q, k] and evaluations [H, q].
 
     queries [H, q, d] are scored against `rows`: keys, or SQ8 codes, and then `rerank` scores the pool again with
     `exact_queries` against `exact_rows`. start [S, ≥ n + 1] and entries [S, E] belong to S graphs of at most
@@ -539,7 +539,7 @@ def search_graph(
     seen = np.empty(n, np.uint8)
     pool = np.empty(ef, np.int64)
     fresh = np.empty(degree, np.int32)
-    for item in range(worker, heads * count, workers):
+    for item in range(part, heads * count, parts):
         head, number = item // count, item % count
         graph = head * graphs // heads
         group = head * groups // heads

@@ -53,9 +53,9 @@ class HashTables:
         share = len(queries) // len(self._newest)
         found: list[NDArray[np.int32]] = [np.empty(0, np.int32)] * len(queries)
 
-        def some(worker: int, workers: int) -> None:
+        def some(part: int, parts: int) -> None:
             counts = np.zeros(self.n, np.uint16)
-            for head in range(worker, len(queries), workers):
+            for head in range(part, len(queries), parts):
                 group = head // share
                 counts[:] = 0
                 found[head] = _count(codes[head], self._newest[group], self._older[group], counts, least)

@@ -430,8 +430,8 @@ def choose_entries(knn: Int32, n: int, entries: Int32) -> None:
 
 @kernel
 def build_by_cooccurrence(
-    worker: int,
-    workers: int,
+    part: int,
+    parts: int,
     rows: Rows,
     stride: int,
     groups: int,
@@ -442,9 +442,9 @@ def build_by_cooccurrence(
     entries: Int32,
     lengths: Int64,
 ) -> None:
-    """Build this worker's heads' graphs [n, degree] from knn [H, m, N_q]; fills graph, entries and lengths."""
+    """Build this part's heads' graphs [n, degree] from knn [H, m, N_q]; fills graph, entries and lengths."""
     heads, n, _ = graph.shape
-    for head in range(worker, heads, workers):
+    for head in range(part, heads, parts):
         base = (head * groups // heads) * stride
         choose_entries(knn[head], n, entries[head])
         project_cooccurrence(rows, base, knn[head], graph[head], lengths[head])
@@ -453,8 +453,8 @@ def build_by_cooccurrence(
 
 @kernel
 def build_by_pivots(
-    worker: int,
-    workers: int,
+    part: int,
+    parts: int,
     rows: Rows,
     stride: int,
     groups: int,
@@ -467,7 +467,7 @@ def build_by_pivots(
 ) -> None:
     """As `build_by_cooccurrence`; a kernel of its own, so that only what is used is compiled."""
     heads, n, _ = graph.shape
-    for head in range(worker, heads, workers):
+    for head in range(part, heads, parts):
         base = (head * groups // heads) * stride
         choose_entries(knn[head], n, entries[head])
         project_pivots(rows, base, knn[head], graph[head])
@@ -478,11 +478,11 @@ def build_by_pivots(
 
 @kernel
 def find_worst(
-    worker: int, workers: int, rows: Rows, stride: int, groups: int, queries: Float32, knn: Int32, worst: Float32
+    part: int, parts: int, rows: Rows, stride: int, groups: int, queries: Float32, knn: Int32, worst: Float32
 ) -> None:
-    """Smallest inner product of each query [H, m, d] with the keys in its list [H, m, N_q], for this worker's heads."""
+    """Smallest inner product of each query [H, m, d] with the keys in its list [H, m, N_q], for this part's heads."""
     heads, m, _ = knn.shape
-    for head in range(worker, heads, workers):
+    for head in range(part, heads, parts):
         base = (head * groups // heads) * stride
         for query in range(m):
             worst[head, query] = smallest(rows, base, queries[head, query], knn[head, query])[1]
@@ -541,8 +541,8 @@ def enlist(
 
 @kernel
 def insert_heads(
-    worker: int,
-    workers: int,
+    part: int,
+    parts: int,
     rows: Rows,
     stride: int,
     groups: int,
@@ -556,9 +556,9 @@ def insert_heads(
     links: Int32,
     start: Int64,
 ) -> None:
-    """Insert the keys from `first` (at least 1) to n into the graphs of this worker's heads."""
+    """Insert the keys from `first` (at least 1) to n into the graphs of this part's heads."""
     heads, m, _ = knn.shape
-    for head in range(worker, heads, workers):
+    for head in range(part, heads, parts):
         base = (head * groups // heads) * stride
         mine = start[head]
         lists = knn[head]

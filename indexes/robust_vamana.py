@@ -107,7 +107,7 @@ def stitch_head(rows: Rows, base: int, n: int, graph: Int32) -> None:
 
 
 @kernel
-def stitch(worker: int, workers: int, rows: Rows, stride: int, n: int, graph: Int32) -> None:
-    """Stitch the graphs of this worker's groups."""
-    for group in range(worker, graph.shape[0], workers):
+def stitch(part: int, parts: int, rows: Rows, stride: int, n: int, graph: Int32) -> None:
+    """Stitch the graphs of this part's groups."""
+    for group in range(part, graph.shape[0], parts):
         stitch_head(rows, group * stride, n, graph[group])

@@ -6,6 +6,7 @@ another process wanted the core, and its pool does not survive a fork.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +19,30 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)
 
 
-def on_threads(work: Callable[..., None], items: int, *arguments: Any) -> None:
-    """Run `work(worker, workers, *arguments)` for every worker, at most one for each of the items, and wait for all."""
-    workers = max(1, min(int(numba.get_num_threads()), items))
-    others = []
-    if workers > 1:
-        pool = _pools.get(workers) or _pools.setdefault(workers, ThreadPoolExecutor(workers - 1, "kvbench-index"))
-        others = [pool.submit(work, worker, workers, *arguments) for worker in range(1, workers)]
+PARTS = 4
+"""Parts that a thread's share of the work is cut into, so that a slow core does fewer of them."""
+
+
+def on_threads(work: Callable[..., None], items: int, *arguments: Any, least: int = 1) -> None:
+    """Run `work(part, parts, *arguments)` for every part of the items; a thread that is free takes the next one.
+
+    Parts have at least `least` items: waking a thread costs some 50 microseconds.
+    """
+    workers = max(1, min(int(numba.get_num_threads()), items // least))
+    if workers == 1:
+        work(0, 1, *arguments)
+        return
+    parts = min(items // least, PARTS * workers)
+    turns = itertools.count()
+
+    def take() -> None:
+        while (part := next(turns)) < parts:
+            work(part, parts, *arguments)
+
+    pool = _pools.get(workers) or _pools.setdefault(workers, ThreadPoolExecutor(workers - 1, "kvbench-index"))
+    others = [pool.submit(take) for _ in range(workers - 1)]
     try:
-        work(0, workers, *arguments)
+        take()
     finally:
         for other in others:
             other.result()
@@ -35,11 +51,11 @@ def on_threads(work: Callable[..., None], items: int, *arguments: Any) -> None:
 def each_head(heads: int, work: Callable[[int], None]) -> None:
     """Run `work(head)` for every head, each with a single-threaded faiss."""
 
-    def run(worker: int, workers: int) -> None:
+    def run(part: int, parts: int) -> None:
         before = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
         try:
-            for head in range(worker, heads, workers):
+            for head in range(part, heads, parts):
                 work(head)
         finally:
             faiss.omp_set_num_threads(before)

@@ -128,8 +128,8 @@ def take_up(
 
 @kernel
 def build_vamana(
-    worker: int,
-    workers: int,
+    part: int,
+    parts: int,
     rows: Rows,
     stride: int,
     total: int,
@@ -141,12 +141,12 @@ def build_vamana(
     alphas: NDArray[np.float64],
     nearest: Int32,
 ) -> None:
-    """Insert the nodes in `order` into the graphs of this worker's groups, once for each of `alphas`.
+    """Insert the nodes in `order` into the graphs of this part's groups, once for each of `alphas`.
 
     Row `g * stride + i` is node i of `total`; graph [G, ≥ total, degree]; entries [G, E]. Nodes from n on are queries:
     they keep links to their `nearest` keys [G, m, degree] unpruned, and the reverse links are pruned as others are.
     """
-    for group in range(worker, graph.shape[0], workers):
+    for group in range(part, graph.shape[0], parts):
         base = group * stride
         mine = graph[group]
         degree = mine.shape[1]

@@ -61,9 +61,10 @@ class _SomeHeads(Storage):
 class DuoAttention(KVCachePolicy):
     """Gives the whole context to as many retrieval heads as the model's budget allows; all others stream.
 
-    The paper learns each head's score by optimisation on synthetic data; here a score comes from a `profile`, or is
-    measured on the prompt: the share of its last queries' attention that falls outside sinks and recent window. The
-    heads of all layers compete, so a layer may attend to more than its share of the budget; the total stays within it
+    The paper learns each head's score by optimisation on synthetic data, so that streaming moves the model's output
+    least; here a score comes from a `profile`, or is measured on the prompt: how far, squared and summed over the
+    query heads of the key/value head, the outputs of its last queries would move if it streamed. The heads of all
+    layers compete, so a layer may attend to more than its share of the budget; the total stays within it
     when the prompt ends, and grows with the context for retrieval heads only. The published 64 sinks and 256 recent
     tokens hold from 8K tokens on.
     """
@@ -115,12 +116,19 @@ class DuoAttention(KVCachePolicy):
         self._profile = scores
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Measure how much of each head's attention a streaming head would miss."""
+        """Measure how far each head's outputs would move if it streamed."""
         if self._profile is None:
             sinks, recent = layer.static
-            weights = window_attention(queries, keys, layer.scaling)[..., sinks : max(layer.tokens - recent, sinks)]
-            missed = weights.sum(-1).mean(-1)
-            layer.state["score"] = missed.view(layer.rows, layer.kv_heads, -1).mean(-1).double()
+            weights = window_attention(queries, keys, layer.scaling)
+            window, tokens = weights.shape[2:]
+            key, query = (
+                torch.arange(tokens, device=keys.device),
+                torch.arange(tokens - window, tokens, device=keys.device),
+            )
+            streamed = weights * ((key < sinks) | (key > query[:, None] - recent))
+            change = weights - streamed / streamed.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+            moved = change.view(layer.rows, layer.kv_heads, -1, tokens) @ values.float()
+            layer.state["score"] = moved.square().sum((2, 3), dtype=torch.float64) / window
 
     def after_prompt(self, layers: list[Layer], ids: Tensor, replay: Replay) -> None:
         """Make the best heads of the model retrieval heads and cut the others down."""

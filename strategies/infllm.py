@@ -35,12 +35,15 @@ class InfLLM(KVCachePolicy):
     sum, over heads and representatives, of their products with the query, and so needs only the representatives' sum.
     Tokens outside the local window, initial ones included, all stand at a distance of `local` tokens. Here the prompt
     itself is computed exactly, where the paper reads it block by block through the same lookup; tokens of a block that
-    is not full yet stay in the window. The published sizes hold from 128K tokens on (initial tokens and blocks from
-    16K); shorter contexts get shorter ones.
+    is not full yet stay in the window. Of the published 6,272 tokens two thirds are the local window; so they are here
+    of any budget, up to the published 4,096. Initial tokens and blocks have the published sizes from 16K tokens on.
+    Where heads have different budgets, the window is the smallest head's, and each head attends to as many blocks of
+    the one ranking as its budget allows.
     """
 
     name = "infllm"
     summary = "Looks up blocks of offloaded tokens by representative tokens, one set of blocks for all heads."
+    head_budgets = True
     reference = (
         "Xiao et al., InfLLM: Training-Free Long-Context Extrapolation for LLMs with an Efficient Context Memory, "
         "arXiv 2402.04617"
@@ -50,26 +53,29 @@ class InfLLM(KVCachePolicy):
         """Options of InfLLM."""
 
         init: int | None = Field(None, ge=0, description="initial tokens; by default 128, at most 1/128 of the context")
-        local: int | None = Field(None, ge=1, description="local window; by default 4096, at most 1/32 of the context")
+        local: int | None = Field(
+            None, ge=1, description="local window; by default 4096, at most two thirds of the budget"
+        )
         block_size: int | None = Field(
             None, ge=1, description="tokens in a block; by default 128, at most 1/128 of the context, at least 8"
         )
         representatives: int = Field(4, ge=1, description="representative tokens of a block")
 
-        def sizes(self, context: int) -> tuple[int, int, int]:
-            """Initial tokens, local window and block, in tokens, for a prompt of `context` tokens."""
+        def sizes(self, context: int, budget: int) -> tuple[int, int, int]:
+            """Initial tokens, local window and block, in tokens, for prompts of `context` and `budget` tokens."""
             init = min(128, context // 128) if self.init is None else self.init
-            local = max(1, min(4096, context // 32)) if self.local is None else self.local
-            return init, local, max(8, min(128, context // 128)) if self.block_size is None else self.block_size
+            block = max(8, min(128, context // 128)) if self.block_size is None else self.block_size
+            share = (budget - init - block + 1) * 2 // 3
+            return init, max(1, context // 64, min(4096, share)) if self.local is None else self.local, block
 
     def static_tokens(self, context: int) -> tuple[int, int]:
-        """Initial tokens, and the local window with a block that is not full yet."""
-        init, local, block = self.options.sizes(context)
+        """Initial tokens, and the smallest local window with a block that is not full yet."""
+        init, local, block = self.options.sizes(context, 0)
         return init, local + block - 1
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Offload the initial tokens and all full blocks before the local window; note the blocks' representatives."""
-        init, local, block = self.options.sizes(layer.tokens)
+        init, local, block = layer.state["sizes"] = self.options.sizes(layer.tokens, layer.budget.least)
         stop = init + max(layer.tokens - local - init, 0) // block * block
         if layer.budget.covers_all or stop == init:
             return
@@ -82,7 +88,7 @@ class InfLLM(KVCachePolicy):
 
     def _note_blocks(self, layer: Layer, first: int, keys: Tensor, queries: Tensor) -> None:
         """Append the blocks of `keys`, tokens from `first` on, given the heads' summed `queries` from there on."""
-        _, local, block = self.options.sizes(layer.prompt_tokens)
+        _, local, block = layer.state["sizes"]
         running = torch.nn.functional.pad(queries.double().cumsum(2), (0, 0, 1, 0))
         begin = torch.arange(1, keys.shape[2] + 1, device=keys.device)
         end = (begin + local).clamp(max=queries.shape[2])
@@ -98,7 +104,7 @@ class InfLLM(KVCachePolicy):
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Offload the oldest block of the window once the window is full without it."""
-        _, local, block = self.options.sizes(layer.prompt_tokens)
+        _, local, block = layer.state["sizes"]
         if "landmarks" in layer.state and layer.store.static_tokens >= local + block:
             first = layer.store.aside_stop
             moved, _ = layer.store.advance(block)
@@ -108,7 +114,7 @@ class InfLLM(KVCachePolicy):
         """Take the initial tokens and the blocks whose representatives match the query of all heads best."""
         if "landmarks" not in layer.state:
             return Selection()
-        init, local, block = self.options.sizes(layer.prompt_tokens)
+        init, local, block = layer.state["sizes"]
         shape = (layer.rows, layer.kv_heads, -1, 1, layer.head_dim)
         recent = torch.cat([layer.state["recent"], queries.view(shape).sum(2)], dim=2)
         layer.state["recent"] = recent[:, :, -(local + block) :]
@@ -116,9 +122,11 @@ class InfLLM(KVCachePolicy):
         landmarks = layer.state["landmarks"]
         relevance = (distant.view(shape).sum(2) @ landmarks.transpose(-1, -2)).sum((1, 2))
         blocks = landmarks.shape[2]
-        wanted = budget.beside(layer.store.static_tokens + init, blocks * block) // block
-        chosen = relevance.topk(wanted, dim=-1).indices
-        ids = (init + chosen[..., None] * block + torch.arange(block, device=chosen.device)).flatten(1)
-        ids = torch.cat([torch.arange(init, device=ids.device).expand(layer.rows, -1), ids], dim=1)
-        ids = ids[:, None].expand(-1, layer.kv_heads, -1)
-        return Selection(ids, queries=distant, evaluations=float(blocks))
+        static = layer.store.static_tokens + init
+        best = relevance.topk(budget.beside(static, blocks * block) // block, dim=-1).indices
+        chosen = budget.cut(best[:, None].expand(-1, layer.kv_heads, -1), static, unit=block)[..., None]
+        ids = (init + chosen * block + torch.arange(block, device=chosen.device)).masked_fill(chosen < 0, -1).flatten(2)
+        first = torch.arange(init, device=ids.device).expand(*ids.shape[:2], -1)
+        return Selection(
+            torch.cat([first, ids], dim=2), queries=distant, padded=budget.heads is not None, evaluations=float(blocks)
+        )

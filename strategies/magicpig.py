@@ -24,6 +24,7 @@ class MagicPIG(SelectingPolicy):
     summary = "Samples offloaded keys by hash tables (LSH) and weighs them by their sampling probability."
     reference = "Chen et al., MagicPIG: LSH Sampling for Efficient LLM Generation, arXiv 2410.16179"
     adaptive = True
+    head_budgets = True
     offload = True
     query_window = 0
 
@@ -58,17 +59,18 @@ class MagicPIG(SelectingPolicy):
         here = queries.squeeze(2).cpu().float()
         sampled = layer.state["tables"].collisions(here.flatten(0, 1), least=2)
         sizes = torch.tensor([len(ids) for ids in sampled]).view(layer.rows, layer.heads)
+        room = torch.as_tensor(self.room(layer, wanted, layer.heads)).cpu().expand(*sizes.shape, 1)
         ids = torch.full((layer.rows * layer.heads, max(int(sizes.max()), 1)), -1)
         for head, found in enumerate(sampled):
             ids[head, : len(found)] = torch.from_numpy(found)
         ids = ids.view(layer.rows, layer.heads, -1)
-        if ids.shape[-1] > wanted:
+        if (sizes[..., None] > room).any():
             lots = torch.rand(ids.shape[1:], generator=layer.state["random"]).expand_as(ids).masked_fill(ids < 0, -1)
-            ids = ids.gather(-1, lots.topk(wanted, dim=-1).indices)
+            ids = ids.gather(-1, lots.topk(min(wanted, ids.shape[-1]), dim=-1).indices)
         share = layer.heads // layer.kv_heads
         norms = layer.state["norms"].repeat_interleave(share, dim=1).gather(-1, ids.clamp_min(0))
         mean = layer.state["mean"].repeat_interleave(share, dim=1)
-        taken = (sizes / wanted).clamp_min(1).log()[..., None]
+        taken = (sizes[..., None] / room.clamp_min(1)).clamp_min(1).log()
         ids = torch.where(ids < 0, -1, ids + layer.store.aside_start)
         products = scores(here[:, :, None], layer.store.gather(ids)[0].float(), 1.0) - scores(
             here[:, :, None], mean, 1.0

@@ -350,17 +350,18 @@ def test_duo_attention_gives_the_context_to_the_best_heads_of_the_model(given, t
         options["profile"] = tmp_path / "profile.json"
     probe, session = record("duo_attention", budget, tokens(2, prompt), options)
     scores = torch.tensor(profile, dtype=torch.float64)[:, None].repeat(1, 2, 1)
+    moved = torch.zeros_like(scores)
     if not given:
         for layer in range(3):
             for row in range(2):
                 for head in range(6):
                     for i in range(prompt - window, prompt):
-                        keys = probe.keys[layer][row, head // 3, : i + 1].double()
-                        query = probe.prompt_queries[layer][row, head, i].double()
-                        missed = (keys @ query * 8**-0.5).softmax(0)[sinks : prompt - recent].sum()
-                        scores[layer, row, head // 3] += (missed / 3 / window) - (
-                            profile[layer][head // 3] / 3 / window
-                        )
+                        keys, values = (x[layer][row, head // 3, : i + 1].double() for x in (probe.keys, probe.values))
+                        query, near = probe.prompt_queries[layer][row, head, i], [0, 1, *range(i + 1 - recent, i + 1)]
+                        whole = softmax_attention(query, keys, values, 8**-0.5)
+                        streamed = softmax_attention(query, keys[near], values[near], 8**-0.5)
+                        moved[layer, row, head // 3] += (whole - streamed).square().sum()
+        scores = moved
     count = (budget - sinks - recent) * 6 // (prompt - sinks - recent)
     assert 0 < count < 6
     for (layer, queries, static, _, _, now), output in zip(probe.steps, probe.outputs, strict=True):
