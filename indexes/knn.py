@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kvbench.indexes.storage import KeyStore
 from kvbench.indexes.threads import each_head
+
+SCORES = 1 << 22
+"""Inner products of queries and keys that a thread holds at a time."""
 
 
 def nearest_keys(keys: KeyStore, queries: NDArray[np.float32], neighbors: int) -> NDArray[np.int32]:
@@ -16,11 +19,17 @@ def nearest_keys(keys: KeyStore, queries: NDArray[np.float32], neighbors: int) -
     S is a multiple of the key/value heads; queries [s] are compared with the keys of group s // (S // G).
     """
     sets, m, _ = queries.shape
-    knn = np.empty((sets, m, min(neighbors, keys.n)), np.int32)
+    n = keys.n
+    knn = np.empty((sets, m, min(neighbors, n)), np.int32)
+    k, rows = knn.shape[2], max(1, SCORES // n)
 
     def one(number: int) -> None:
-        block = keys.float32(number * keys.groups // sets)
-        knn[number] = faiss.knn(queries[number], block, knn.shape[2], metric=faiss.METRIC_INNER_PRODUCT)[1]
+        across = torch.from_numpy(keys.float32(number * keys.groups // sets)).T
+        for first in range(0, m, rows):
+            scores = (torch.from_numpy(queries[number, first : first + rows]) @ across).numpy()
+            found = np.argpartition(scores, n - k, axis=1)[:, n - k :]
+            order = np.argsort(-np.take_along_axis(scores, found, axis=1), axis=1, kind="stable")
+            knn[number, first : first + rows] = np.take_along_axis(found, order, axis=1)
 
     each_head(sets, one)
     return knn

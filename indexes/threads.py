@@ -14,6 +14,7 @@ from typing import Any
 
 import faiss
 import numba
+import torch
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)
@@ -49,15 +50,18 @@ def on_threads(work: Callable[..., None], items: int, *arguments: Any, least: in
 
 
 def each_head(heads: int, work: Callable[[int], None]) -> None:
-    """Run `work(head)` for every head, each with a single-threaded faiss."""
+    """Run `work(head)` for every head, each with a single-threaded faiss and torch."""
+    theirs = torch.get_num_threads()
 
     def run(part: int, parts: int) -> None:
         before = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1)
+        torch.set_num_threads(1)
         try:
             for head in range(part, heads, parts):
                 work(head)
         finally:
             faiss.omp_set_num_threads(before)
+            torch.set_num_threads(theirs)
 
     on_threads(run, heads)
