@@ -65,8 +65,9 @@ class DuoAttention(KVCachePolicy):
     least; here a score comes from a `profile`, or is measured on the prompt: how far, squared and summed over the
     query heads of the key/value head, the outputs of its last queries would move if it streamed. The heads of all
     layers compete, so a layer may attend to more than its share of the budget; the total stays within it
-    when the prompt ends, and grows with the context for retrieval heads only. The published 64 sinks and 256 recent
-    tokens hold from 8K tokens on.
+    when the prompt ends, and grows with the context for retrieval heads only. An allocator that gives each head its
+    own budget ranks the heads instead: those that it gives most become retrieval heads. The published 64 sinks and 256
+    recent tokens hold from 8K tokens on.
     """
 
     name = "duo_attention"
@@ -77,6 +78,7 @@ class DuoAttention(KVCachePolicy):
     )
 
     across_layers = True
+    head_budgets = True
 
     class Options(Options):
         """Options of DuoAttention."""
@@ -117,18 +119,21 @@ class DuoAttention(KVCachePolicy):
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Measure how far each head's outputs would move if it streamed."""
-        if self._profile is None:
+        if layer.budget.heads is not None:
+            if self._profile is not None:
+                raise KVBenchError(
+                    f"The profile {self.options.profile} and a budget that gives each head its own number of tokens "
+                    "both say which heads are retrieval heads: leave one of them out."
+                )
+        elif self._profile is None:
             sinks, recent = layer.static
             weights = window_attention(queries, keys, layer.scaling)
-            window, tokens = weights.shape[2:]
-            key, query = (
-                torch.arange(tokens, device=keys.device),
-                torch.arange(tokens - window, tokens, device=keys.device),
-            )
-            streamed = weights * ((key < sinks) | (key > query[:, None] - recent))
+            key = torch.arange(layer.tokens, device=keys.device)
+            query = key[-weights.shape[2] :, None]
+            streamed = weights * ((key < sinks) | (key > query - recent))
             change = weights - streamed / streamed.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-            moved = change.view(layer.rows, layer.kv_heads, -1, tokens) @ values.float()
-            layer.state["score"] = moved.square().sum((2, 3), dtype=torch.float64) / window
+            moved = change.view(layer.rows, layer.kv_heads, -1, layer.tokens) @ values.float()
+            layer.state["score"] = moved.square().sum((2, 3), dtype=torch.float64) / len(query)
 
     def after_prompt(self, layers: list[Layer], ids: Tensor, replay: Replay) -> None:
         """Make the best heads of the model retrieval heads and cut the others down."""
@@ -139,10 +144,15 @@ class DuoAttention(KVCachePolicy):
         heads = layers[0].kv_heads
         spare = sum(layer.budget.tokens - streamed for layer in layers) * heads
         whole = min(spare // (tokens - streamed), len(layers) * heads)
-        if self._profile is None:
-            scores = torch.cat([layer.state.pop("score") for layer in layers], dim=1)
-        else:
+        if self._profile is not None:
             scores = self._profile.flatten().expand(layers[0].rows, -1).to(ids.device)
+        elif any(layer.budget.heads is not None for layer in layers):
+            alike = torch.ones(layers[0].rows, heads, dtype=torch.int64, device=ids.device)
+            budgets = [layer.budget for layer in layers]
+            given = [alike * budget.tokens if budget.heads is None else budget.heads for budget in budgets]
+            scores = torch.cat(given, dim=1)
+        else:
+            scores = torch.cat([layer.state.pop("score") for layer in layers], dim=1)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(whole, dim=1).indices, True)
         for layer, mine in zip(layers, torch.split(chosen, heads, dim=1), strict=True):
             layer.state["heads"] = mine.clone()

@@ -183,12 +183,13 @@ def test_lists_name_summarise_and_describe(kvbench, command):
 
 def test_all_policies_run_and_one_that_cannot_is_left_out_with_its_reason(run, monkeypatch):
     classes = registry().classes
-    some = {name: classes["policy"][name] for name in ("quest", "duo_attention", "full", "full_no_cache")}
-    monkeypatch.setattr(registry(), "classes", {**classes, "policy": some})
+    some = {name: classes["policy"][name] for name in ("quest", "full", "full_no_cache")}
+    alike = type("Alike", (some["quest"],), {"name": "alike", "head_budgets": False})
+    monkeypatch.setattr(registry(), "classes", {**classes, "policy": {**some, "alike": alike}})
     code, out, err = run("--policy", "all", "--ratio", "0.5", "--budget", "ada", "--json")
     assert code == 0
     assert [entry["policy"] for entry in json.loads(out)["runs"]] == ["quest", "full"]  # none that has no cache
-    assert "Left out duo_attention: Budget 'ada' gives each head its own number of tokens" in " ".join(err.split())
+    assert "Left out alike: Budget 'ada' gives each head its own number of tokens" in " ".join(err.split())
 
 
 def test_all_policies_go_on_where_one_fails_on_an_example(run, monkeypatch):

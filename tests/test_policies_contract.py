@@ -9,6 +9,7 @@ from test_strategies import Watch, attended
 from tiny import tiny_model, tokens
 
 import kvbench
+from kvbench.budget import Budget
 from kvbench.errors import KVBenchError
 
 SILENT = {"instruction": "", "continuation": ""}
@@ -376,6 +377,22 @@ def test_duo_attention_gives_the_context_to_the_best_heads_of_the_model(given, t
                 torch.testing.assert_close(output[row, head].double(), expected, atol=1e-4, rtol=1e-3)
     aside = sum(store.aside._tokens.length * store.aside._tokens.keys.shape[1] for store in session.cache.stores())
     assert aside == 2 * count * (prompt + 7 - sinks - recent)
+
+
+def test_duo_attention_gives_the_context_to_the_heads_that_an_allocator_gives_most(tmp_path):
+    prompt, size, sinks, recent = 90, 40, 2, 8
+    budget = Budget(tokens=size, allocator="ada", options={"alpha": 0, "window": 8})
+    _, session = record("duo_attention", budget, tokens(2, prompt), {"sinks": sinks, "recent": recent})
+    layers = [layer.groups[0] for layer in session.cache.governed]
+    given = torch.cat([layer.budget.heads for layer in layers], dim=1)
+    chosen = torch.cat([layer.state["heads"] for layer in layers], dim=1)
+    count = (size - sinks - recent) * 6 // (prompt - sinks - recent)
+    assert (chosen.sum(1) == count).all()
+    for row in range(2):
+        assert given[row][chosen[row]].min() >= given[row][~chosen[row]].max()
+    (tmp_path / "profile.json").write_text("[[1, 2], [3, 4], [5, 6]]")
+    with pytest.raises(KVBenchError, match="leave one of them out"):
+        record("duo_attention", budget, tokens(2, prompt), {"profile": tmp_path / "profile.json"})
 
 
 @pytest.mark.parametrize(
