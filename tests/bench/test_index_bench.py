@@ -4,6 +4,7 @@ By default an 8K capture of the embedded model; `KVBENCH_BENCH_CAPTURE` names an
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -123,6 +124,31 @@ def test_parallel_efficiency_over_heads(data, built, ratio_gate):
 
     ratio_gate.time(
         "roargraph, threads x time on all threads / time on one", lambda: on(threads), lambda: on(1), scale=threads
+    )
+
+
+def test_all_threads_on_one_search_against_independent_searches(data, built, ratio_gate):
+    """What sharing one search among threads costs, beyond what the machine's cores cost each other."""
+    threads = numba.config.NUMBA_NUM_THREADS
+    pool = ThreadPoolExecutor(threads)
+
+    def alone(_):
+        numba.set_num_threads(1)  # of the pool's own thread
+        for _ in range(5):
+            built["roargraph"].search(data[2], K)
+
+    def together():
+        numba.set_num_threads(threads)
+        try:
+            for _ in range(5 * threads):
+                built["roargraph"].search(data[2], K)
+        finally:
+            numba.set_num_threads(1)
+
+    ratio_gate.time(
+        "roargraph, all threads on each search / each thread on a search of its own",
+        together,
+        lambda: list(pool.map(alone, range(threads))),
     )
 
 
