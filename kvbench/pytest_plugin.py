@@ -1,7 +1,8 @@
 """pytest fixture `ratio_gate`: benchmarks of ratios, held to a committed baseline, for kvbench and for any plugin.
 
-A ratio of two things measured side by side in one run carries over between machines, which seconds do not. The baseline
-is a JSON file (ini option `kvbench_baseline`, by default `benchmarks.json` beside the ini file); a run with
+A ratio of two things measured side by side in one run carries over to another hour, and better than seconds to another
+machine, though processors with other caches move it too: each baseline names its processor. The baseline is a JSON
+file (ini option `kvbench_baseline`, by default `benchmarks.json` beside the ini file); a run with
 `--kvbench-update-baseline` writes it. A ratio more than 20% worse than its baseline fails the test.
 """
 
@@ -63,22 +64,29 @@ class RatioGate:
 
     def ratio(self, name: str, value: float, *, better: Literal["lower", "higher"] = "lower") -> float:
         """Record a ratio in pytest-benchmark's `extra_info` and gate it; return it."""
+        from kvbench.results import processor  # noqa: PLC0415 - it is slow to import
+
         self.benchmark.extra_info[name] = value
+        here = processor()
         known = json.loads(self.baseline.read_text()) if self.baseline.exists() else {}
         if self.update:
-            known[name] = {"ratio": round(value, 4), "better": better}
+            known[name] = {"ratio": round(value, 4), "better": better, "processor": here}
             self.baseline.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
             return value
         if name not in known:
             pytest.fail(
-                f"Benchmark '{name}' has no baseline in {self.baseline}: run once with --kvbench-update-baseline."
+                f"Benchmark '{name}' has no baseline in {self.baseline}: run once with --kvbench-update-baseline.",
+                pytrace=False,
             )
         expected = float(known[name]["ratio"])
         worse = value > expected * (1 + TOLERANCE) if better == "lower" else value < expected * (1 - TOLERANCE)
         if worse:
+            there = known[name].get("processor", here)
+            moved = f" The baseline is of another processor, {there}: measure it on this one ({here}) first."
             pytest.fail(
                 f"Benchmark '{name}' measured {value:.3f}, more than {TOLERANCE:.0%} worse than its baseline of "
-                f"{expected:.3f} ({better} is better) in {self.baseline}."
+                f"{expected:.3f} ({better} is better) in {self.baseline}.{'' if there == here else moved}",
+                pytrace=False,
             )
         return value
 

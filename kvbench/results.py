@@ -331,6 +331,16 @@ def environment(device: str, device_name: str, threads: int, memory_method: str)
     }
 
 
+def processor() -> str:
+    """This machine's processor, by name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Metrics of a run from its examples; None where nothing was measured."""
     scores = [row["score"] for row in rows]

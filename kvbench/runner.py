@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.policy import Probe
 from kvbench.prefill import Prefill, prefill
-from kvbench.results import Run, RunConfig, environment
+from kvbench.results import Run, RunConfig, environment, processor
 from kvbench.session import Session, attach, check_head_budgets, token_bytes
 from kvbench.tasks.base import Example, Prompt, Task, encode, prompt_length
 from kvbench.tasks.forced import ForcedTask, TokenExample
@@ -200,7 +199,7 @@ def _prompt_tokens(config: RunConfig, prompt: Prompt) -> int:
 def environment_of(loaded: LoadedModel) -> dict[str, Any]:
     """What a run of this model is measured on."""
     device = loaded.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return environment(str(device), name, torch.get_num_threads(), method(device))
 
 
@@ -372,12 +371,3 @@ def stop_tokens(loaded: LoadedModel) -> set[int]:
     if loaded.tokenizer.eos_token_id is not None:
         found.add(int(loaded.tokenizer.eos_token_id))
     return found
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
