@@ -93,7 +93,7 @@ class ShadowKV(KVCachePolicy):
         rank: int = Field(160, ge=1, description="rank of the keys before rotation, all heads together")
         chunk_size: int = Field(8, ge=1, description="tokens in a chunk")
         outliers: int | None = Field(
-            None, ge=0, description="chunks kept exact; by default 48, at most a sixth of the budget"
+            None, ge=0, description="chunks kept exact; by default 48, at most a sixth of the budget, at least one"
         )
         local: int = Field(32, ge=1, description="most recent tokens of the prompt, always attended")
 
@@ -113,7 +113,7 @@ class ShadowKV(KVCachePolicy):
         landmarks = parts.mean(3)
         agreement = torch.cosine_similarity(parts, landmarks[:, :, :, None], dim=-1).amin(-1)
         budget = layer.budget.least - self.options.local
-        outliers = min(48, budget // chunk // 6) if self.options.outliers is None else self.options.outliers
+        outliers = max(1, min(48, budget // chunk // 6)) if self.options.outliers is None else self.options.outliers
         outliers = min(outliers, budget // chunk, chunks)
         odd = agreement.topk(outliers, dim=-1, largest=False).indices
         plain = layer.unrotate(mine, torch.arange(stop))

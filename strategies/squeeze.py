@@ -20,7 +20,7 @@ class Squeeze(BudgetAllocator):
     A layer's importance is how much its attention turns the hidden states: the cosine similarity before and after it,
     averaged over the prompt's tokens. k-means makes three groups of the layers; those of the highest
     similarity get p times the mean, and the others share equally what that frees. (The paper's b counts all tokens
-    of a layer; here those beside the static set, which every layer needs.)
+    of a layer; here those beside the static set, which every layer needs. The default of p is kvbench's own.)
     """
 
     name = "squeeze"
@@ -33,7 +33,9 @@ class Squeeze(BudgetAllocator):
     class Options(Options):
         """Options of SqueezeAttention."""
 
-        p: float = Field(0.3, ge=0, le=1, description="the least important layers' share of the mean; 1 is uniform")
+        p: float = Field(
+            0.3, ge=0, le=1, description="the least important layers' share of the mean, to be tuned; 1 is uniform"
+        )
         groups: int = Field(3, ge=2, description="groups of layers that k-means makes")
 
     def reduce_hidden(self, before: Tensor, after: Tensor) -> Tensor:
