@@ -75,8 +75,8 @@ class ShadowKV(KVCachePolicy):
 
     A chunk's landmark is the mean of its keys; a group scores it by its query heads' highest softmax weight. Chunks
     whose keys agree least with their landmark (outliers) are kept exact and always attended. Generated tokens stay as
-    they are, as in the paper, and take the place of chunks in the budget. The rank is that of a key of all heads
-    together: a model with fewer than 160 such dimensions loses nothing.
+    they are, as in the paper, and take the place of chunks in the budget, in the end of outliers too. The rank is that
+    of a key of all heads together: a model with fewer than 160 such dimensions loses nothing.
     """
 
     name = "shadowkv"
@@ -128,7 +128,9 @@ class ShadowKV(KVCachePolicy):
         """Take the outliers and the chunks whose landmarks weigh most."""
         if "landmarks" not in layer.state:
             return Selection()
-        landmarks, outliers, chunk = layer.state["landmarks"], layer.state["outliers"], self.options.chunk_size
+        landmarks, chunk = layer.state["landmarks"], self.options.chunk_size
+        room = max(budget.least - layer.store.static_tokens, 0) // chunk
+        outliers = layer.state["outliers"][..., :room]
         grouped = queries.view(layer.rows, layer.kv_heads, -1, layer.head_dim)
         logits = (grouped @ landmarks.transpose(-1, -2)).float() * layer.scaling
         odd = torch.zeros(landmarks.shape[:3], dtype=torch.bool, device=logits.device).scatter_(2, outliers, True)
