@@ -54,7 +54,9 @@ class InfLLM(KVCachePolicy):
 
         init: int | None = Field(None, ge=0, description="initial tokens; by default 128, at most 1/128 of the context")
         local: int | None = Field(
-            None, ge=1, description="local window; by default 4096, at most two thirds of the budget"
+            None,
+            ge=1,
+            description="local window; by default two thirds of the budget, within 1/64 of the context and 4096",
         )
         block_size: int | None = Field(
             None, ge=1, description="tokens in a block; by default 128, at most 1/128 of the context, at least 8"
@@ -65,8 +67,8 @@ class InfLLM(KVCachePolicy):
             """Initial tokens, local window and block, in tokens, for prompts of `context` and `budget` tokens."""
             init = min(128, context // 128) if self.init is None else self.init
             block = max(8, min(128, context // 128)) if self.block_size is None else self.block_size
-            share = (budget - init - block + 1) * 2 // 3
-            return init, max(1, context // 64, min(4096, share)) if self.local is None else self.local, block
+            share = max((budget - init - block + 1) * 2 // 3, context // 64, 1)
+            return init, min(4096, share) if self.local is None else self.local, block
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Initial tokens, and the smallest local window with a block that is not full yet."""

@@ -110,46 +110,36 @@ def test_time_per_evaluation_against_faiss_hnsw(data, built, ratio_gate):
     assert per_evaluation <= 1
 
 
+def search(index, queries, threads, times):
+    """Search so many times, on as many threads."""
+    numba.set_num_threads(threads)
+    try:
+        for _ in range(times):
+            index.search(queries, K)
+    finally:
+        numba.set_num_threads(1)
+
+
 def test_parallel_efficiency_over_heads(data, built, ratio_gate):
     """Time on all threads times their number, over one thread's: the inverse of the efficiency, whose aim is 80%."""
-    threads = numba.config.NUMBA_NUM_THREADS
-
-    def on(number):
-        numba.set_num_threads(number)
-        try:
-            for _ in range(5):
-                built["roargraph"].search(data[2], K)
-        finally:
-            numba.set_num_threads(1)
-
+    index, queries, threads = built["roargraph"], data[2], numba.config.NUMBA_NUM_THREADS
     ratio_gate.time(
-        "roargraph, threads x time on all threads / time on one", lambda: on(threads), lambda: on(1), scale=threads
+        "roargraph, threads x time on all threads / time on one",
+        lambda: search(index, queries, threads, 5),
+        lambda: search(index, queries, 1, 5),
+        scale=threads,
     )
 
 
 def test_all_threads_on_one_search_against_independent_searches(data, built, ratio_gate):
     """What sharing one search among threads costs, beyond what the machine's cores cost each other."""
-    threads = numba.config.NUMBA_NUM_THREADS
-    pool = ThreadPoolExecutor(threads)
-
-    def alone(_):
-        numba.set_num_threads(1)  # of the pool's own thread
-        for _ in range(5):
-            built["roargraph"].search(data[2], K)
-
-    def together():
-        numba.set_num_threads(threads)
-        try:
-            for _ in range(5 * threads):
-                built["roargraph"].search(data[2], K)
-        finally:
-            numba.set_num_threads(1)
-
-    ratio_gate.time(
-        "roargraph, all threads on each search / each thread on a search of its own",
-        together,
-        lambda: list(pool.map(alone, range(threads))),
-    )
+    index, queries, threads = built["roargraph"], data[2], numba.config.NUMBA_NUM_THREADS
+    with ThreadPoolExecutor(threads) as pool:
+        ratio_gate.time(
+            "roargraph, all threads on each search / each thread on a search of its own",
+            lambda: search(index, queries, threads, 5 * threads),
+            lambda: list(pool.map(lambda _: search(index, queries, 1, 5), range(threads))),
+        )
 
 
 @pytest.mark.parametrize("other", ["hnsw", "ivf", "vamana", "robust_vamana"])
