@@ -13,8 +13,8 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from kvbench.errors import KVBenchError
-from kvbench.extension import Extension
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extension import Extension
 from kvbench.indexes.storage import KeyStore, Vectors, as_float32, from_bits
 
 FORMAT = "kvbench-index"

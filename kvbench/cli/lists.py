@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from kvbench.cli.common import Json, Name, app, load_registry, out
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 
 def _list(kind: str, name: str | None, as_json: bool) -> None:
