@@ -119,12 +119,9 @@ def _check(content: Any, ours: bool) -> None:
         elif isinstance(node, (dict, list)):
             if depth == DEPTH:
                 raise ValueError("it is nested too deeply")
-            inner = node
             if isinstance(node, dict):
-                for key in node:
-                    check_text(key)
-                inner = node.values()
-            waiting += [(value, depth + 1) for value in inner]
+                waiting += [(key, depth) for key in node]
+            waiting += [(value, depth + 1) for value in (node.values() if isinstance(node, dict) else node)]
         elif ours and isinstance(node, float) and not math.isfinite(node):
             raise ValueError("a number is too large")
         elif ours and isinstance(node, int) and not -(2**63) <= node < 2**64:
