@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -44,13 +44,9 @@ class Registry:
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
         classes = self.classes[kind]
-        if name in classes:
-            return classes[name]
-        near = difflib.get_close_matches(name, classes, n=3) or sorted(classes)
-        known = f"choose one of {', '.join(near)}." if near else "none is installed."
-        hint = f"did you mean {' or '.join(near)}?" if len(near) < len(classes) else known
-        failed = f" These plugins did not load: {'; '.join(self.failures)}." if self.failures else ""
-        raise KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+        if name not in classes:
+            raise unknown(kind, name, classes, self.failures)
+        return classes[name]
 
     def options(self, kind: str, name: str, values: Mapping[str, Any]) -> Any:
         """Validate options of the extension `name`: unknown names and wrong types raise, naming the value."""
@@ -71,14 +67,27 @@ class Registry:
         return self.find(kind, name)(self.options(kind, name, values or {}))
 
 
+def unknown(kind: str, name: str, known: Collection[str], failures: Sequence[str]) -> KVBenchError:
+    """The error of a name that is none of the `known`, with the nearest of them and the plugins that failed."""
+    near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+    choice = f"choose one of {', '.join(near)}." if near else "none is installed."
+    hint = f"did you mean {' or '.join(near)}?" if len(near) < len(known) else choice
+    failed = f" These plugins did not load: {'; '.join(failures)}." if failures else ""
+    return KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+
+
+def plugin_entries() -> list[EntryPoint]:
+    """The entry points of every installed plugin, kvbench's own first."""
+    found = entry_points(group=PROJECT)
+    return sorted(found, key=lambda entry: (not entry.value.startswith("kvbench."), entry.name))
+
+
 @cache
 def registry() -> Registry:
     """Load every plugin once; one that fails is noted in `failures` and does not take the others down."""
     found = Registry()
     plugins: list[tuple[EntryPoint, Any]] = []
-    for entry in sorted(
-        entry_points(group=PROJECT), key=lambda entry: (not entry.value.startswith("kvbench."), entry.name)
-    ):
+    for entry in plugin_entries():
         with _noted(found, entry):
             manager = pluggy.PluginManager(PROJECT)
             manager.add_hookspecs(Registration)
