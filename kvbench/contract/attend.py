@@ -20,25 +20,26 @@ def attend(layer: Layer, queries: Tensor, selection: Selection, *, with_weights:
     if layer.exact_attention is not None and selection.ids is None and not with_weights:
         return Attention(layer.exact_attention())
     store = layer.store
-    parts: list[tuple[Tensor, Tensor | Storage]] = [
-        (scores(queries, keys, layer.scaling) if mask is None
-         else scores(queries, keys, layer.scaling).masked_fill_(_per_head(~mask, layer.heads), -torch.inf), values)
-        for keys, values, mask in store.static_parts()
-    ]  # fmt: skip
+    parts: list[tuple[Tensor, Tensor | Storage]] = []
+    for keys, values, mask in store.static_parts():
+        logits = layer.capped(scores(queries, keys, layer.scaling))
+        if mask is not None:
+            logits = logits.masked_fill_(_per_head(~mask, layer.heads), -torch.inf)
+        parts.append((logits, values))
     chosen = _chosen(layer, queries if selection.queries is None else selection.queries, selection)
     if chosen is not None:
         here = chosen[0].device == queries.device
         parts.append(chosen if here else _as_one_row(softmax_parts([chosen]), queries.device))
     if selection.summary is not None:
         parts.append(selection.summary)
-    return softmax_parts(parts, with_weights=with_weights)
+    return softmax_parts(parts, sink_logits=layer.sink_logits, with_weights=with_weights)
 
 
 def _chosen(layer: Layer, queries: Tensor, selection: Selection) -> tuple[Tensor, Tensor | Storage] | None:
     """Logits and values of the selected tokens, where they lie."""
     ids, store = selection.ids, layer.store
     if selection.everything and store.aside_stop > store.aside_start:
-        logits = store.aside.scores(queries, layer.scaling)
+        logits = layer.capped(store.aside.scores(queries, layer.scaling))
         if selection.heads is not None:
             logits = logits.masked_fill_(
                 ~_per_head(selection.heads.to(logits.device), layer.heads)[..., None], -torch.inf
@@ -47,7 +48,7 @@ def _chosen(layer: Layer, queries: Tensor, selection: Selection) -> tuple[Tensor
     if ids is None or not ids.shape[-1]:
         return None
     keys, values = store.gather(ids)
-    logits = scores(queries.to(keys.device), keys, layer.scaling)
+    logits = layer.capped(scores(queries.to(keys.device), keys, layer.scaling))
     if selection.log_weights is not None:
         logits = logits + selection.log_weights.to(keys.device)
     if selection.padded:

@@ -44,19 +44,26 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     return (grouped @ values).reshape(batch, heads, 1, values.shape[-1]).float()
 
 
-def softmax_parts(parts: Sequence[tuple[Tensor, Tensor | Summed]], *, with_weights: bool = False) -> Attention:
+def softmax_parts(
+    parts: Sequence[tuple[Tensor, Tensor | Summed]], *, sink_logits: Tensor | None = None, with_weights: bool = False
+) -> Attention:
     """Merge partial attentions over disjoint token sets into the softmax attention over their union.
 
     Each part is a pair of logits, float32 [B, H, t] (-inf masks a token), and values [B, G or H, t, d] or the storage
     that holds them. The maximum
     over all parts is subtracted once and one normaliser divides the sum, all in float32, which equals merging
     normalised partial outputs by γ = exp(lse_part − lse_total) (RetrievalAttention, arXiv 2409.10516, eq. 5).
+    `sink_logits` [H] are logits without a value: they add to the normaliser alone.
     """
     peak = torch.stack([logits.amax(-1) if logits.shape[-1] else logits.new_full(logits.shape[:-1], -torch.inf)
                         for logits, _ in parts]).amax(0)  # fmt: skip
+    if sink_logits is not None:
+        peak = torch.maximum(peak, sink_logits.to(peak))
     shift = torch.where(peak.isfinite(), peak, torch.zeros_like(peak)).unsqueeze(-1)
     exponentials = [(logits - shift).exp_() for logits, _ in parts]
     total = torch.stack([part.sum(-1) for part in exponentials]).sum(0)
+    if sink_logits is not None:
+        total = total + (sink_logits.to(total) - shift.squeeze(-1)).exp()
     output = sum(
         (
             weighted_sum(part, values) if isinstance(values, Tensor) else values.weighted_sum(part)

@@ -46,6 +46,10 @@ class Layer:
     """Sinks and recent window, in tokens, that the policy always attends to (`KVCachePolicy.static_tokens`)."""
     prompt_tokens: int
     module: nn.Module
+    softcap: float | None = None
+    """Where the model caps its scores before the softmax: they become softcap · tanh(score / softcap)."""
+    sink_logits: Tensor | None = None
+    """Where the model has attention sinks without a value: their logits [H], which only the softmax's sum sees."""
     state: dict[str, Any] = field(default_factory=dict)
     prompt_queries: Tensor | None = None
     """During `prefill` only: the queries [B, H, m, d] that probes asked for (`Probe.query_window`)."""
@@ -63,6 +67,10 @@ class Layer:
     def tokens(self) -> int:
         """Tokens of the context so far, evicted ones included."""
         return self.store.tokens
+
+    def capped(self, scores: Tensor) -> Tensor:
+        """The scaled `scores` of queries and keys as the model's softmax takes them."""
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)
 
     def queries_for(self, hidden: Tensor) -> Tensor:
         """The queries [B, H, 1, d], after rotation, that this layer would have for another `hidden` [B, 1, D].

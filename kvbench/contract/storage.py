@@ -62,9 +62,13 @@ class Storage(ABC):
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens, `keys` and `values` [B, G, m, d], at the end."""
 
+    def decoded(self) -> tuple[Tensor, Tensor]:
+        """All keys and all values, two [B, G, t, d]."""
+        return self.keys, self.values
+
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values, two [B, H or G, k, d], of the tokens in `slots` [B, H or G, k]; `heads` is H or G."""
-        return TokenBuffer(self.keys, self.values).pick(slots, heads)
+        return TokenBuffer(*self.decoded()).pick(slots, heads)
 
     def scores(self, queries: Tensor, scaling: float) -> Tensor:
         """Scaled inner products, float32 [B, H, t], of `queries` [B, H, 1, d] with all keys; −inf masks a token."""
@@ -77,6 +81,9 @@ class Storage(ABC):
 
 
 StorageFactory = Callable[[Tensor, Tensor], Storage]
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Makes keys and values [B, H, t, d] of what is held of tokens, two [B, G, t, r], such as their latents."""
 
 
 class TokenBuffer(Storage):
@@ -106,6 +113,19 @@ class TokenBuffer(Storage):
     def nbytes(self) -> int:
         """Bytes of the memory held, spare room included."""
         return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
+
+    @property
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as they are held, views."""
+        return self.keys, self.values
+
+    def kept(self, ids: Tensor) -> TokenBuffer:
+        """A copy of the tokens in slots `ids` [t] or, for each row and head, [B, G, t]."""
+        slots = ids.expand(*self._keys.shape[:2], -1) if ids.dim() == 1 else ids
+        keys, values = (
+            part.gather(2, slots[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (self.keys, self.values)
+        )
+        return TokenBuffer(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens at the end."""
@@ -152,6 +172,9 @@ class RaggedBuffer:
         rank = torch.arange(int(self.lengths.max()), device=kept.device)
         first = (self.lengths.reshape(-1).cumsum(0) - self.lengths.reshape(-1)).view(self.lengths.shape)
         self.mask = rank < self.lengths[..., None]
+        order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+        self.ids = torch.where(self.mask, order[..., : rank.shape[0]], -1)
+        """Places of the kept tokens among the n [B, G, t], −1 where padded."""
         self._slots = torch.where(self.mask, first[..., None] + rank, 0)
 
     def replace(self, slots: Tensor, where: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -175,7 +198,7 @@ class KVStore:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         """Hold a whole prompt, `keys` and `values` [B, G, n, d], as the static set."""
         self.tokens = keys.shape[2]
-        self._static = TokenBuffer(keys, values)
+        self._static = self._buffer(keys, values)
         self._static_ids = torch.arange(self.tokens, device=keys.device)
         self._ragged: RaggedBuffer | None = None
         self._ragged_kept: Tensor | None = None
@@ -224,8 +247,12 @@ class KVStore:
         if self._ragged is not None:
             parts.append(self._ragged.padded())
         if self._static.length or not parts:
-            parts.append((self._static.keys, self._static.values, None))
+            parts.append((*self._static.decoded(), None))
         return parts
+
+    def raw(self) -> tuple[Tensor, Tensor]:
+        """The static set as it is held, two [B, G, t, d], where all heads share its tokens."""
+        return self._static.raw
 
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Copy the set-aside tokens `ids` [B, H or G, k] (−1 gives any token) as keys and values [B, H or G, k, d].
@@ -255,46 +282,49 @@ class KVStore:
 
         `kept` is int64 [t] or [B, G, t], ids to keep per head, or bool [B, G, n] where heads keep different numbers.
         """
-        keys, values = self._static.keys, self._static.values
         if kept.dtype == torch.bool:
             counts = kept.sum(-1)
             if int(counts.min()) != int(counts.max()):
-                self._ragged = RaggedBuffer(keys, values, kept)
-                columns = torch.arange(self._ragged.mask.shape[-1], device=kept.device)
-                order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-                self._ragged_kept = torch.where(self._ragged.mask, order[..., columns], -1)
-                self._static = TokenBuffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+                keys, values = self._static.raw
+                self._ragged = self._ragged_buffer(keys, values, kept)
+                self._ragged_kept = self._ragged.ids
+                self._static = self._buffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
                 self._static_ids = self._static_ids[:0].clone()
                 return
             kept = kept.nonzero()[:, -1].view(*kept.shape[:2], -1)
-        shared = kept.dim() == 1
-        slots = kept if not shared else kept.expand(*keys.shape[:2], -1)
-        kept_keys, kept_values = (
-            part.gather(2, slots[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (keys, values)
-        )
-        self._static = TokenBuffer(kept_keys, kept_values)
+        self._static = self._static.kept(kept)
         self._static_ids = kept.clone()
 
-    def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory = TokenBuffer) -> None:
+    def _buffer(self, keys: Tensor, values: Tensor) -> TokenBuffer:
+        return TokenBuffer(keys, values)
+
+    def _ragged_buffer(self, keys: Tensor, values: Tensor, kept: Tensor) -> RaggedBuffer:
+        return RaggedBuffer(keys, values, kept)
+
+    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, two [B, H or G, t, d], of tokens as they are held, two [B, G, t, d]: the same here."""
+        return keys, values
+
+    def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory | None = None) -> None:
         """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
 
         `storage` makes what holds them from then on, from copies of their keys and values [B, G, t, d] on the device
         where they shall lie. Called once, in `prefill` or `after_prompt`; later tokens follow with `advance`.
         """
         assert self._aside is None, "tokens were set aside before"
-        keys, values = self._static.keys, self._static.values
+        keys, values = self._static.raw
         self._device = HOST if offload else keys.device
-        self._aside = storage(
-            keys[:, :, start:stop].to(self._device, copy=True), values[:, :, start:stop].to(self._device, copy=True)
-        )
+        parts = keys[:, :, start:stop], values[:, :, start:stop]
+        copies = [part.to(self._device, copy=True) for part in (parts if storage is None else self.decode(*parts))]
+        self._aside = self._buffer(*copies) if storage is None else storage(*copies)
         rest = torch.cat([torch.arange(start), torch.arange(stop, self.tokens)]).to(keys.device)
-        self._static = TokenBuffer(keys[:, :, rest], values[:, :, rest])
+        self._static = self._buffer(keys[:, :, rest], values[:, :, rest])
         self._static_ids = rest
         self._offloaded = offload
         self.aside_start, self.aside_stop = start, stop
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add new tokens, `keys` and `values` [B, G, m, d], to the static set; the session calls this."""
+        """Add new tokens, as they are held, [B, G, m, d], to the static set; the session calls this."""
         new = torch.arange(self.tokens, self.tokens + keys.shape[2], device=self._static_ids.device)
         self._static.append(keys, values)
         shape = (*self._static_ids.shape[:-1], keys.shape[2])
@@ -308,8 +338,12 @@ class KVStore:
         """
         assert self._aside is not None, "no tokens are set aside"
         slots = self._slots_of(self.aside_stop, count)
-        keys, values = self._static.keys[:, :, slots], self._static.values[:, :, slots]
-        self._aside.append(keys, values)
+        held_keys, held_values = (part[:, :, slots] for part in self._static.raw)
+        keys, values = self.decode(held_keys, held_values)
+        if isinstance(self._aside, type(self._static)):
+            self._aside.append(held_keys, held_values)
+        else:
+            self._aside.append(keys, values)
         self.aside_stop += count
         self._drop(slots)
         return keys, values

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionLayer,
+)
 
 from kvbench.contract.budget import BudgetRequest, LayerBudget, PromptLayer, allocate_heads
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.latents import LatentStore
 from kvbench.contract.layer import Layer
 from kvbench.contract.storage import KVStore, TokenBuffer
-from kvbench.engine.governor import Governor, governed_layers
+from kvbench.engine.governor import Governor
+from kvbench.engine.prompt import Attends
 from kvbench.engine.rotary import Rotary
 
 
@@ -41,16 +49,13 @@ class PolicyCache(Cache):
     def __init__(self, session: Governor, padding: Tensor | None) -> None:
         self.session = session
         layers = DynamicCache(config=session.config).layers
-        governed = governed_layers(layers)
-        if not governed and not session.policy.exact:
-            raise KVBenchError(
-                f"{type(session.model).__name__} has no full-attention layer for policy '{session.policy.name}' to "
-                "govern (its layers are sliding-window or linear): choose another model, or policy 'full'."
-            )
-        self.governed = [PolicyCacheLayer(session, self, index, number) for index, number in enumerate(governed)]
-        for layer in self.governed:
-            layers[layer.number] = layer
+        self.governed: list[PolicyCacheLayer] = []
+        for index, number in enumerate(session.survey.layers):
+            kind = HybridCacheLayer if isinstance(layers[number], LinearAttentionLayer) else PolicyCacheLayer
+            layers[number] = kind(session, self, index, number, layers[number])
+            self.governed.append(layers[number])
         super().__init__(layers=layers)
+        self._latest: Any = None
         self.lanes = self._lanes(padding)
         self.budgets: dict[int, tuple[BudgetRequest | None, list[LayerBudget]]] = {}
         self.index_s = 0.0
@@ -67,6 +72,29 @@ class PolicyCache(Cache):
             return [Lane(None, 0)]
         return [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Pass new keys and values on to a layer."""
+        self._latest = self.layers[layer_idx]
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def source(self, key: Tensor) -> PolicyCacheLayer | None:
+        """The governed layer whose tokens an attention call attends to, by the `key` that it was given.
+
+        Layers of some models share another layer's keys, or are run several times: their number does not say it.
+        """
+        if isinstance(self._latest, PolicyCacheLayer) and self._latest.pending:
+            return self._latest
+        return next((layer for layer in self.governed if layer.returned is not None and layer.returned() is key), None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise KVBenchError(
+            "A cache that a policy governs cannot be copied: run the prompt again for each continuation, inside the "
+            "`with` block of `attach`."
+        )
+
     def stores(self) -> list[KVStore]:
         """The stores of all governed layers and groups of rows."""
         return [layer.store for cached in self.governed for layer in cached.groups]
@@ -74,7 +102,7 @@ class PolicyCache(Cache):
     def bytes(self) -> dict[str, int]:
         """Bytes held now: `resident` on the device, `offloaded` on the host, `index` in the policy's structures."""
         stores = self.stores()
-        own = sum(_tensor_bytes(layer) for layer in self.layers if not isinstance(layer, PolicyCacheLayer))
+        own = sum(_tensor_bytes(layer) for layer in self.layers if type(layer) is not PolicyCacheLayer)
         return {
             "resident": own + sum(store.resident_bytes for store in stores),
             "offloaded": sum(store.offloaded_bytes for store in stores),
@@ -107,9 +135,14 @@ class PolicyCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
 
-    def __init__(self, session: Governor, cache: PolicyCache, index: int, number: int) -> None:
+    def __init__(
+        self, session: Governor, cache: PolicyCache, index: int, number: int, replaced: CacheLayerMixin
+    ) -> None:
         super().__init__()
         self.session, self.cache, self.index, self.number = session, cache, index, number
+        self.expand = session.survey.layers[number].expand
+        self.longest: int | None = getattr(replaced, "sliding_window", None)
+        """The window of a model whose longest context it holds: there is no attention beyond it to govern."""
         self.seen = 0
         self.prompt: TokenBuffer | None = None
         self.prompt_queries: list[Tensor] = []
@@ -117,47 +150,71 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.attended = 0
         """Tokens that came through the attention function, to notice a model that goes around it."""
         self.new: tuple[Tensor, Tensor] | None = None
-        self.waiting: tuple[nn.Module, float, int] | None = None
-        """Attention module, scaling and query heads, once the prompt's attention is done."""
+        """What a decoding step gave to the cache."""
+        self.pending = False
+        """Whether its attention is still to come in this forward call."""
+        self.in_prompt = True
+        """Whether this forward call is part of the prompt."""
+        self.before_step = 0
+        """Tokens of the context before this forward call."""
+        self.checked = False
+        """Whether a decoding step's mask was looked at."""
+        self.returned: weakref.ref[Tensor] | None = None
+        """The keys that the latest update returned."""
+        self.waiting: Attends | None = None
+        """Set once the prompt's attention is done."""
+        self.readers: dict[nn.Module, list[Layer]] = {}
+        """The layers of other attention modules that read this layer's tokens."""
         self.hidden: list[Tensor] = []
         """What the allocator keeps of the prompt's hidden states, call by call."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare before the first tokens come."""
-        self.is_initialized = True
+        """Nothing to prepare: what is held lies in stores, and `keys` and `values` stay None."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, G, m, d]; return those that the model's own attention would attend to."""
-        self.is_initialized = True
         if self.seen == 0:
             announced = self.session.prompt_tokens
             self.cache_prompt_tokens = key_states.shape[2] if announced is None else announced
         self.seen += key_states.shape[2]
-        if self.groups:
-            self.new = key_states, value_states
-            if not self.session.policy.exact:
-                return key_states, value_states
-            store = self.groups[0].store
-            store.append(key_states, value_states)
-            keys, values, _ = store.static_parts()[0]
-            return keys, values
+        if self.longest is not None and self.seen > self.longest:
+            raise KVBenchError(
+                f"Layer {self.number} of {type(self.session.model).__name__} has a window of {self.longest} tokens and "
+                f"the context has {self.seen}: a policy governs it only where the window holds everything."
+            )
+        self.in_prompt, self.pending, self.before_step = not self.groups, True, self.seen - key_states.shape[2]
+        keys, values = (
+            self._prompt_update(key_states, value_states) if self.in_prompt else self._step(key_states, value_states)
+        )
+        self.returned = weakref.ref(keys)
+        return keys, values
+
+    def _prompt_update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.seen > self.cache_prompt_tokens:
             raise KVBenchError(
                 f"A forward call took the prompt to {self.seen} tokens, past the {self.cache_prompt_tokens} that "
                 "prompt_tokens announced: split the call where the prompt ends."
             )
         if self.prompt is None:
-            self.prompt = TokenBuffer(key_states, value_states)
+            self.prompt = TokenBuffer(keys, values)
         else:
-            self.prompt.append(key_states, value_states)
+            self.prompt.append(keys, values)
         return self.prompt.keys, self.prompt.values
 
-    def end_prompt(self, module: nn.Module, scaling: float, heads: int) -> None:
+    def _step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.new = keys, values
+        if not self.session.policy.exact:
+            return keys, values
+        store = self.groups[0].store
+        store.append(keys, values)
+        return store.raw()
+
+    def end_prompt(self, attends: Attends) -> None:
         """Note that the prompt's attention is done; the policy takes over now, or when the allocator has measured."""
         assert self.prompt is not None
         session = self.session
         keys, values = self.prompt.keys, self.prompt.values
-        self.waiting = module, scaling, heads
+        self.waiting = attends
         if not session.policy.exact and not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
             raise KVBenchError(
                 f"Layer {self.number} of {type(session.model).__name__} gave keys or values that are NaN or infinite: "
@@ -166,11 +223,15 @@ class PolicyCacheLayer(CacheLayerMixin):
         if not session.defers:
             self.finish_prompt()
 
+    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of what the cache holds of tokens."""
+        return (keys, values) if self.expand is None else self.expand(keys, values)
+
     @property
     def prompt_keys(self) -> Tensor:
         """The prompt's keys [B, G, n, d], until the policy takes over."""
         assert self.prompt is not None
-        return self.prompt.keys
+        return self.decode(*self.prompt.raw)[0]
 
     def measured(self, lane: Lane) -> Any:
         """What the allocator measures in this layer for a lane."""
@@ -185,14 +246,13 @@ class PolicyCacheLayer(CacheLayerMixin):
         hidden = torch.cat(self.hidden, dim=1) if self.hidden else None
         if hidden is not None and lane.rows is not None:
             hidden = hidden[lane.rows, lane.padding :]
-        return PromptLayer(self.index, self.number, self.waiting[1], queries, keys, hidden)
+        return PromptLayer(self.index, self.number, self.waiting.scaling, queries, keys, hidden)
 
     def finish_prompt(self) -> None:
         """Split the prompt into groups of equally long rows; each gets its budget and is taken over by the policy."""
         assert self.prompt is not None and self.waiting is not None
         session, window = self.session, self.session.query_window(self.number)
-        module, scaling, heads = self.waiting
-        keys, values = self.prompt.keys, self.prompt.values
+        attends, keys, values = self.waiting, self.prompt.keys, self.prompt.values
         queries = torch.cat(self.prompt_queries, dim=2) if len(self.prompt_queries) > 1 else self.prompt_queries[0]
         self.prompt_queries = [queries]
         budgets = []
@@ -206,15 +266,20 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.cache.index_s += session.now() - start
         self.prompt, self.prompt_queries, self.waiting, self.hidden = None, [], None, []
         for lane, budget in zip(self.cache.lanes, budgets, strict=True):
-            lane_keys, lane_values = lane.take(keys, padded=True), lane.take(values, padded=True)
+            held = lane.take(keys, padded=True), lane.take(values, padded=True)
+            lane_keys, lane_values = self.decode(*held)
             tokens = lane_keys.shape[2]
             lane_queries = last_queries(lane.take(queries), tokens if window is None else min(window, tokens))
             layer = Layer(
-                index=self.index, count=len(self.cache.governed), number=self.number, heads=heads,
-                kv_heads=keys.shape[1], head_dim=keys.shape[3], scaling=scaling, rows=lane_keys.shape[0],
-                store=KVStore(lane_keys, lane_values), budget=budget,
-                static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
-                rotary=Rotary(session.model, session.config, module, self.number),
+                index=self.index, count=len(self.cache.governed), number=self.number, heads=attends.heads,
+                kv_heads=lane_keys.shape[1], head_dim=lane_keys.shape[3], scaling=attends.scaling,
+                rows=lane_keys.shape[0],
+                store=KVStore(*held) if self.expand is None else LatentStore(*held, self.expand),
+                budget=budget, static=session.policy.static_tokens(tokens), prompt_tokens=tokens,
+                module=attends.module, softcap=attends.softcap, sink_logits=attends.sink_logits,
+                rotary=Rotary(
+                    session.model, session.config, attends.module, self.number, latent=self.expand is not None
+                ),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
             )  # fmt: skip
             self.groups.append(layer)
@@ -226,6 +291,20 @@ class PolicyCacheLayer(CacheLayerMixin):
             session.call("prefill", layer=layer, queries=policy_queries, keys=lane_keys, values=lane_values)
             self.cache.index_s += session.now() - start
             layer.prompt_queries = None
+
+    def readers_of(self, attends: Attends) -> list[Layer]:
+        """The layers, one for each group of rows, of another attention module that reads this layer's tokens.
+
+        They share store and state with this layer's own, whose hooks `prefill` and `insert` speak for all.
+        """
+        module: Any = attends.module
+        if module not in self.readers:
+            self.readers[module] = [
+                replace(layer, number=module.layer_idx, module=module, heads=attends.heads, scaling=attends.scaling,
+                        softcap=attends.softcap, sink_logits=attends.sink_logits)
+                for layer in self.groups
+            ]  # fmt: skip
+        return self.readers[module]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover the whole context, evicted tokens included."""
@@ -248,10 +327,30 @@ class PolicyCacheLayer(CacheLayerMixin):
     crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _unsupported
 
 
+class HybridCacheLayer(PolicyCacheLayer, LinearAttentionAndFullAttentionLayer):
+    """A governed layer that has the states of linear attention, too, which stay transformers' own."""
+
+    def __init__(
+        self, session: Governor, cache: PolicyCache, index: int, number: int, replaced: LinearAttentionLayer
+    ) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=replaced.number_of_states)
+        PolicyCacheLayer.__init__(self, session, cache, index, number, replaced)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Prepare for the first keys and values, or for the first states."""
+        if kwargs:
+            LinearAttentionLayer.lazy_initialization(self, **kwargs)
+        else:
+            PolicyCacheLayer.lazy_initialization(self, *args)
+
+
 def last_queries(queries: Tensor, count: int) -> Tensor:
     """The last `count` of `queries` [B, H, m, d]."""
     return queries[:, :, queries.shape[2] - count :]
 
 
 def _tensor_bytes(layer: Any) -> int:
-    return sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values) if isinstance(tensor, Tensor))
+    """Bytes of the keys, values and states that one of transformers' own cache layers holds."""
+    held = [part for value in vars(layer).values() for part in (value.values() if isinstance(value, dict) else [value])]
+    tensors = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in held if isinstance(part, Tensor)}
+    return sum(storage.nbytes() for storage in tensors.values())

@@ -9,8 +9,6 @@ from typing import Any
 import pluggy
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from kvbench.contract.attend import attend
 from kvbench.contract.attention import Attention
@@ -22,6 +20,7 @@ from kvbench.contract.markers import PROJECT, hookimpl
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
 from kvbench.contract.selection import Selection
+from kvbench.engine.survey import Survey, survey, text_config
 from kvbench.plugins import registry
 
 
@@ -66,12 +65,13 @@ class Governor:
         for plugin in (DefaultPolicy(), policy, *probes):
             manager.register(plugin)
         self.hook: Any = manager.hook
-        if not (hasattr(model, "set_attn_implementation") and self.model._can_set_attn_implementation()):
+        self.config: Any = text_config(model)
+        self.survey: Survey = survey(model) if policy.cached else Survey({})
+        if self.survey.refusal is not None and not policy.exact:
             raise KVBenchError(
-                f"{type(model).__name__} does not go through transformers' attention interface, so no policy can "
-                "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
+                f"{self.survey.refusal}, so policy '{policy.name}' cannot govern it: choose policy 'full', or an "
+                "architecture of docs/models.md that policies govern (Llama, Qwen, Gemma, DeepSeek-V3, ...)."
             )
-        self.config: Any = self.model.config.get_text_config(decoder=True)
         self._cuda = next(model.parameters()).device.type == "cuda"
 
     def now(self) -> float:
@@ -97,7 +97,7 @@ class Governor:
         sinks, window = self.policy.static_tokens(tokens)
         request = BudgetRequest(
             layers=len(numbers),
-            tokens=self.budget.size(tokens, token_bytes(self.model)),
+            tokens=self.budget.size(tokens, self.survey.token_bytes),
             context=tokens,
             minimum=min(max(sinks + window, 1), tokens),
             window=window,
@@ -129,23 +129,6 @@ class Governor:
             culprit = next((plugin for plugin in (self.policy, *self.probes) if plugin is owner), culprit)
             trace = trace.tb_next
         return culprit
-
-
-def governed_layers(layers: Sequence[CacheLayerMixin]) -> list[int]:
-    """The places of the layers that a policy governs: those of full attention, not sliding-window or linear ones."""
-    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
-
-
-def token_bytes(model: Any) -> int:
-    """Bytes of one token's keys and values, in the model's dtype, over the layers that a policy governs.
-
-    layers × 2 × key/value heads × head dimension × bytes of a number, from the model's configuration.
-    """
-    config = model.config.get_text_config(decoder=True)
-    layers = len(governed_layers(DynamicCache(config=config).layers))
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(max(layers, 1) * 2 * heads * dim * model.dtype.itemsize)
 
 
 def check_head_budgets(policy: KVCachePolicy | type[KVCachePolicy], allocator: BudgetAllocator) -> None:

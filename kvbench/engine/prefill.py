@@ -13,7 +13,7 @@ from torch import Tensor
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.engine.cache import PolicyCacheLayer
-from kvbench.engine.prompt import Prefill, PrefilledLayer
+from kvbench.engine.prompt import Attends, Prefill, PrefilledLayer
 from kvbench.engine.session import Session
 
 
@@ -32,7 +32,8 @@ class _Recorder(KVCachePolicy):
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Note the vectors."""
-        self.layers[layer.number] = PrefilledLayer(keys, values, queries, layer.module, layer.scaling)
+        attends = Attends(layer.module, layer.heads, layer.scaling, layer.softcap, layer.sink_logits)
+        self.layers[layer.number] = PrefilledLayer(*layer.store.raw(), queries, attends)
 
 
 @torch.inference_mode()
@@ -95,7 +96,8 @@ def forward(session: Session, ids: Tensor, mask: Tensor | None, start: int, chun
     past = session.cache if start else None
     extra: dict[str, Any] = {}
     whole = ids.shape[1]
-    size = chunk or whole
+    shares = start > 0 and not session.policy.exact and session.survey.shares
+    size = 1 if shares else chunk or whole  # layers that share keys see the tokens after the prompt one by one
     # The first chunk shows the session all padding.
     opening = size if mask is None or start else max(size, whole - int(mask.sum(1).min()) + 1)
     borders = [start, *range(min(start + opening, whole), whole, size), whole]

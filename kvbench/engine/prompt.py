@@ -9,17 +9,35 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class PrefilledLayer:
-    """What one governed layer made of the prompt: keys and values [B, G, n, d], padding included, and queries.
+class Attends:
+    """How a layer's attention module attends; see `kvbench.contract.layer.Layer`."""
 
-    `queries` [B, H, m, d] are those of the last m tokens.
+    module: nn.Module
+    heads: int
+    scaling: float
+    softcap: float | None = None
+    sink_logits: Tensor | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module, query: Tensor, arguments: dict[str, Any]) -> Attends:
+        """From a call of its attention function, for queries [B, H, m, d]."""
+        return cls(
+            module, query.shape[1], arguments.get("scaling") or query.shape[3] ** -0.5, arguments.get("softcap"),
+            arguments.get("s_aux"),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrefilledLayer:
+    """What one governed layer made of the prompt: keys and values as the cache holds them, [B, G, n, d], and queries.
+
+    Padding is included; `queries` [B, H, m, d] are those of the last m tokens.
     """
 
     keys: Tensor
     values: Tensor
     queries: Tensor
-    module: nn.Module
-    scaling: float
+    attends: Attends
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
@@ -27,17 +27,28 @@ class ReplayCache(Cache):
     def __init__(self, cache: PolicyCache, lane: Lane, layers: list[Layer], observe: Observe) -> None:
         governed = {layer.number: layer for layer in layers}
         own = [
-            _ReplayLayer(governed[number]) if number in governed else _copied(held, lane, layers[0].tokens)
+            _ReplayLayer(governed[number])
+            if number in governed and not isinstance(held, LinearAttentionLayer)
+            else _copied(held, lane, layers[0].tokens)
             for number, held in enumerate(cache.layers)
         ]
         super().__init__(layers=own)
-        self._governed, self._observe = governed, observe
+        self._observe, self._latest = observe, own[0]
 
-    def observed(self, number: int, queries: Tensor) -> None:
-        """Show the policy what layer `number` attends with, where a policy governs it."""
-        held = self.layers[number]
-        if isinstance(held, _ReplayLayer):
-            self._observe(held.layer, queries, held.new)
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Pass new keys and values on to a layer."""
+        self._latest = self.layers[layer_idx]
+        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return keys, values
+
+    def observed(self, queries: Tensor, keys: Tensor) -> None:
+        """Show the policy what the layer that was updated last attends with, where a policy governs it."""
+        held = self._latest
+        if isinstance(held, _ReplayLayer) and held.pending:
+            held.pending = False
+            self._observe(held.layer, queries, keys[:, :, held.layer.tokens :])
 
 
 class _ReplayLayer(CacheLayerMixin):
@@ -45,7 +56,7 @@ class _ReplayLayer(CacheLayerMixin):
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
-        self.layer, self.is_initialized = layer, True
+        self.layer, self.is_initialized, self.pending = layer, True, False
         if layer.store.static_tokens != layer.tokens or layer.store.static_ids.dim() != 1:
             raise KVBenchError(
                 f"The prompt of layer {layer.number} is not whole any more, so nothing can be replayed after it: "
@@ -57,8 +68,8 @@ class _ReplayLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The stored prompt's keys and values with the replayed ones [B, G, m, d] behind them; nothing is kept."""
-        self.new = key_states
-        keys, values, _ = self.layer.store.static_parts()[0]
+        self.pending = True
+        keys, values = self.layer.store.raw()
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -76,6 +87,8 @@ class _ReplayLayer(CacheLayerMixin):
 
 def _copied(held: CacheLayerMixin, lane: Lane, tokens: int) -> CacheLayerMixin:
     """A sliding-window layer's state for the lane's rows of `tokens` tokens, without their padding."""
+    if isinstance(held, DummyLayer):
+        return held
     if type(held) is not DynamicSlidingWindowLayer:
         raise KVBenchError(
             f"A policy cannot replay tokens through a cache layer of type {type(held).__name__}, whose state cannot be "

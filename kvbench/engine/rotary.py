@@ -24,9 +24,13 @@ class Rotary:
     module applies them, so interleaved, partial and scaled (YaRN) variants come out as the model has them.
     """
 
-    def __init__(self, model: nn.Module, config: Any, module: nn.Module, number: int) -> None:
-        """For layer `number` of `model`, whose text configuration is `config` and whose attention is `module`."""
+    def __init__(self, model: nn.Module, config: Any, module: nn.Module, number: int, *, latent: bool = False) -> None:
+        """For layer `number` of `model`, whose text configuration is `config` and whose attention is `module`.
+
+        The keys of a `latent` layer are made from what its cache holds, rotated before.
+        """
         self._model, self._config, self._module, self._number = model, config, module, number
+        self._latent = latent
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `x` [..., n, d] to `positions` [n]; raises KVBenchError where the model has no such embedding."""
@@ -63,6 +67,8 @@ class Rotary:
 
     @cached_property
     def _source(self) -> tuple[nn.Module, dict[str, Any]]:
+        if self._latent:
+            raise self._missing("its attention makes keys from what the cache holds, only a part of which is rotated")
         found = [
             module for module in self._model.modules()
             if type(module).__name__.endswith("RotaryEmbedding") and getattr(module, "config", None) is self._config

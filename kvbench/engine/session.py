@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
@@ -21,16 +18,11 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
-from kvbench.engine.governor import Governor, governed_layers
-from kvbench.engine.prompt import Prefill
+from kvbench.engine.governor import Governor
+from kvbench.engine.interface import answering, attached, capture, own_attention
+from kvbench.engine.prompt import Attends, Prefill
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
-
-_SESSIONS: dict[int, Session] = {}
-"""The attached sessions, by the identity of the text configuration that their attention modules share."""
-
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
-"""Arguments of an attention function that change the softmax in ways that only the model's own attention knows."""
 
 
 class Session(Governor):
@@ -48,46 +40,35 @@ class Session(Governor):
         super().__init__(model, policy, budget, probes, prompt_tokens)
         self.tokenizer = tokenizer
         self.cache: PolicyCache | None = None
-        self.implementation: str = self.config._attn_implementation
-        self._handles: list[Any] = []
-        self._watched: set[int] = set()
-        self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+        self.implementation = str(self.config._attn_implementation)
+        self._calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._projecting = False
         self._replay: ReplayCache | None = None
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Session:
-        if id(self.config) in _SESSIONS:
+        if attached(self.config):
             raise KVBenchError("The model has a policy attached already: leave that `with` block first.")
         self.policy.begin(self._view())
-        self._before = {
-            "": self.model.config._attn_implementation,
-            **{
-                key: getattr(self.model.config, key)._attn_implementation
-                for key in self.model.config.sub_configs
-                if getattr(self.model.config, key) is not None
-            },
-        }
-        _SESSIONS[id(self.config)] = self
+        self._stack = ExitStack()
         if not self.policy.cached:
-            self._handles = [self.model.register_forward_pre_hook(self._without_cache, with_kwargs=True)]
+            self._hook(self.model.register_forward_pre_hook(self._without_cache, with_kwargs=True))
             return self
-        name = f"kvbench_{self.implementation}"
-        AttentionInterface.register(name, _attention)
-        if self.implementation in ALL_MASK_ATTENTION_FUNCTIONS:
-            AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self.implementation])
-        self.model.set_attn_implementation(
-            {key: name if self._is_text(key) else value for key, value in self._before.items()}
-        )
-        self._handles = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward),
-        ]
+        self._stack.enter_context(answering(self.config, self))
+        self._hook(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
+        self._hook(self.model.register_forward_hook(self._after_forward))
         if self.allocator is not None and self.allocator.reads_hidden:
-            numbers = governed_layers(DynamicCache(config=self.config).layers)
-            self._handles += watch_residual(self.model, numbers, self._hidden)
+            for handle in watch_residual(self.model, tuple(self.survey.layers), self._hidden):
+                self._hook(handle)
+        if self.policy.uses_hidden:
+            for layer in self.survey.layers.values():
+                for module in set(layer.modules):
+                    self._hook(module.register_forward_pre_hook(self._note_call, with_kwargs=True))
         return self
+
+    def _hook(self, handle: Any) -> None:
+        self._stack.callback(handle.remove)
 
     def _hidden(self, number: int, before: Tensor, after: Tensor) -> None:
         """Keep what the allocator needs of a layer's hidden states [B, m, D] while the prompt passes."""
@@ -96,27 +77,19 @@ class Session(Governor):
         if isinstance(cached, PolicyCacheLayer) and not cached.groups:
             cached.hidden.append(self.allocator.reduce_hidden(before, after))
 
-    def _is_text(self, key: str) -> bool:
-        config = self.model.config if key == "" else getattr(self.model.config, key)
-        return config is self.config
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._watched.clear()
-        _SESSIONS.pop(id(self.config), None)
-        self.model.set_attn_implementation(self._before)
+        self._stack.close()
 
     def _view(self) -> ModelView:
-        heads = self.config.num_attention_heads
-        tokenizer = self.tokenizer
+        tokenizer, layers = self.tokenizer, self.survey.layers
+        first = next(iter(layers.values()), None)
         return ModelView(
             name=type(self.model).__name__,
-            numbers=tuple(governed_layers(DynamicCache(config=self.config).layers)),
-            heads=heads,
-            kv_heads=getattr(self.config, "num_key_value_heads", None) or heads,
+            numbers=tuple(layers),
+            heads=0 if first is None else first.heads,
+            kv_heads=0 if first is None else first.kv_heads,
             config=self.config.to_dict(),
             parameters={name: weight.detach() for name, weight in self.model.named_parameters()},
             tokenize=None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
@@ -132,7 +105,8 @@ class Session(Governor):
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self._replay is not None:
             return args, kwargs
-        if isinstance(past, PolicyCache) and past is self.cache:
+        if isinstance(past, PolicyCache) and past.session is self:
+            self.cache = past
             if not past.complete:
                 past.prompt_ids.append(ids)
             return args, kwargs
@@ -165,8 +139,6 @@ class Session(Governor):
     def _complete(self, cache: PolicyCache) -> None:
         if not cache.complete and all(layer.groups for layer in cache.governed):
             cache.complete = True
-            for cached in cache.governed:
-                self._watch_hidden(cached.groups[0].module)
             self._finish_prompt(cache)
 
     def resume(self, prompt: Prefill, tokens: int | None = None) -> None:
@@ -185,11 +157,11 @@ class Session(Governor):
         for cached in cache.governed:
             part, window = prompt.layers[cached.number], self.query_window(cached.number)
             cached.update(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
-            cached.attended += count
+            cached.attended, cached.pending = cached.attended + count, False
             known = part.queries[:, :, : part.queries.shape[2] - (whole - count)]
             cached.prompt_queries = [known if window is None else last_queries(known, min(window, known.shape[2]))]
             if cached.seen == cached.cache_prompt_tokens:
-                cached.end_prompt(part.module, part.scaling, part.queries.shape[1])
+                cached.end_prompt(part.attends)
         if self.defers:
             cache.finish_prompt()
         self._complete(cache)
@@ -223,19 +195,13 @@ class Session(Governor):
             self.call("after_prompt", layers=layers, ids=own[:, lane.padding :], replay=replay)
             cache.index_s += self.now() - start
 
-    def _watch_hidden(self, module: nn.Module) -> None:
-        """Note from now on what the attention `module` is called with, where the policy wants to know."""
-        if self.policy.uses_hidden and id(module) not in self._watched:
-            self._watched.add(id(module))
-            self._handles.append(module.register_forward_pre_hook(self._note_call, with_kwargs=True))
-
     def _note_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._projecting and self._replay is None:
-            self._calls[module.layer_idx] = args, kwargs
+            self._calls[module] = args, kwargs
 
     def _project(self, module: Any, lane: Lane, step: int, hidden: Tensor) -> Tensor:
         """The queries of `module` at this call for `hidden` [B, 1, D] in place of its own input of the lane's rows."""
-        args, kwargs = self._calls[module.layer_idx]
+        args, kwargs = self._calls[module]
         rows = slice(None) if lane.rows is None else lane.rows
         inputs = _hidden(args, kwargs).clone()
         inputs[rows, step] = hidden[:, 0]
@@ -243,81 +209,88 @@ class Session(Governor):
         kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
         self._projecting = True
         try:
-            if args:
-                module(inputs, *args[1:], **kwargs)
-            else:
-                module(**{**kwargs, "hidden_states": inputs})
-        except _Projected as found:
-            return lane.take(found.queries)[:, :, step : step + 1]
+            found = capture(
+                module, (inputs, *args[1:]) if args else (), kwargs if args else {**kwargs, "hidden_states": inputs}
+            )
         finally:
             self._projecting = False
-        raise AssertionError("an attention module that came through the attention interface left it")
+        return lane.take(found.query)[:, :, step : step + 1]
 
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of one layer: the model's own for the prompt, the policy's afterwards."""
-        if self._projecting:
-            raise _Projected(query)
+        own = functools.partial(own_attention(module, self.implementation), module, query, key, value, mask, **kwargs)
         if self._replay is not None:
-            self._replay.observed(module.layer_idx, query)
-            return self._own_attention(module)(module, query, key, value, mask, **kwargs)
+            self._replay.observed(query, key)
+            return own()
         if self.cache is None:
             raise KVBenchError(f"Call {type(self.model).__name__} itself while a policy is attached, not a part of it.")
-        cached = self.cache.layers[module.layer_idx]
-        own = self._own_attention(module)
-        if not isinstance(cached, PolicyCacheLayer):
-            return own(module, query, key, value, mask, **kwargs)
-        cached.attended += query.shape[2]
-        scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
-        if not cached.groups:
-            if cached.waiting is not None:
-                raise KVBenchError(f"{type(self.model).__name__} calls layer {cached.number} twice in a forward pass.")
-            output, weights = own(module, query, key, value, mask, **kwargs)
-            window = self.query_window(cached.number)
-            if window is None:
-                cached.prompt_queries.append(query)
-            else:
-                last = torch.cat([*cached.prompt_queries, query], dim=2)
-                cached.prompt_queries = [last[:, :, max(last.shape[2] - window, 0) :].clone()]
-            if cached.seen == cached.cache_prompt_tokens:
-                cached.end_prompt(module, scaling, query.shape[1])
-            return output, weights
+        cached = self.cache.source(key)
+        if cached is None:
+            return own()
+        first, cached.pending = cached.pending, False
+        attends = Attends.of(module, query, kwargs)
+        if cached.in_prompt:
+            output = own()
+            if first:
+                self._prompt_attended(cached, attends, query)
+            return output
+        cached.attended += query.shape[2] if first else 0
+        layers = cached.groups if first else cached.readers_of(attends)
         if self.policy.exact:
-            return self._exact_step(cached, query, lambda: own(module, query, key, value, mask, **kwargs)[0]), None
-        for name in _UNSUPPORTED:
-            if kwargs.get(name) is not None:
-                raise KVBenchError(
-                    f"{type(self.model).__name__} uses '{name}' in its attention, which policies do not support yet: "
-                    "choose another model, or policy 'full'."
-                )
-        return self._policy_steps(module, cached, query), None
+            return self._exact_step(layers[0], query, key, value, first, lambda: own()[0]), None
+        self._check_mask(mask, cached)
+        return self._policy_steps(cached, layers, query, key, value, first), None
 
-    def _exact_step(self, cached: PolicyCacheLayer, query: Tensor, own: Callable[[], Tensor]) -> Tensor:
-        layer = cached.groups[0]
-        assert cached.new is not None
-        keys, values = cached.new
+    def _prompt_attended(self, cached: PolicyCacheLayer, attends: Attends, query: Tensor) -> None:
+        """Keep of the prompt's queries what the policy needs; the prompt may end here."""
+        cached.attended += query.shape[2]
+        window = self.query_window(cached.number)
+        if window is None:
+            cached.prompt_queries.append(query)
+        else:
+            last = torch.cat([*cached.prompt_queries, query], dim=2)
+            cached.prompt_queries = [last[:, :, max(last.shape[2] - window, 0) :].clone()]
+        if cached.seen == cached.cache_prompt_tokens:
+            cached.end_prompt(attends)
+
+    def _exact_step(
+        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, first: bool, own: Callable[[], Tensor]
+    ) -> Tensor:
         layer.exact_attention = lambda: own().transpose(1, 2)
-        self.call("insert", layer=layer, keys=keys, values=values)
+        if first:
+            start = key.shape[2] - query.shape[2]
+            self.call("insert", layer=layer, keys=key[:, :, start:], values=value[:, :, start:])
         selection = self.call("select", layer=layer, queries=query, budget=layer.budget)
         output: Tensor = self.call("attend", layer=layer, queries=query, selection=selection).output
         return output.transpose(1, 2)
 
-    def _policy_steps(self, module: Any, cached: PolicyCacheLayer, query: Tensor) -> Tensor:
-        assert cached.new is not None
-        keys, values = cached.new
-        hidden = _hidden(*self._calls[module.layer_idx]) if self.policy.uses_hidden else None
-        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[3])
-        for lane, layer in zip(self.cache.lanes, cached.groups, strict=True):  # type: ignore[union-attr]
-            lane_queries, lane_keys, lane_values = lane.take(query), lane.take(keys), lane.take(values)
+    def _policy_steps(
+        self, cached: PolicyCacheLayer, layers: list[Layer], query: Tensor, key: Tensor, value: Tensor, first: bool
+    ) -> Tensor:
+        """The policy's attention, token by token; only the `first` layer that reads new tokens inserts them."""
+        assert self.cache is not None and cached.new is not None
+        if query.shape[2] > 1 and not first:
+            raise KVBenchError(
+                f"Layers of {type(self.model).__name__} share their keys and values, so the tokens after the prompt "
+                f"must come one at a time, not {query.shape[2]} in a call."
+            )
+        module: Any = layers[0].module
+        hidden = _hidden(*self._calls[module]) if self.policy.uses_hidden else None
+        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        for lane, layer in zip(self.cache.lanes, layers, strict=True):
+            lane_queries, lane_keys, lane_values = lane.take(query), lane.take(key), lane.take(value)
+            held_keys, held_values = (lane.take(part) for part in cached.new)
             for step in range(query.shape[2]):
                 now = slice(step, step + 1)
-                new_keys, new_values, queries = lane_keys[:, :, now], lane_values[:, :, now], lane_queries[:, :, now]
+                queries = lane_queries[:, :, now]
                 if hidden is not None:
                     layer.hidden = lane.take(hidden)[:, now]
                     layer.project = functools.partial(self._project, module, lane, step)
-                layer.store.append(new_keys, new_values)
-                self.call("insert", layer=layer, keys=new_keys, values=new_values)
+                if first:
+                    layer.store.append(held_keys[:, :, now], held_values[:, :, now])
+                    self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
                 selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
                 part = result.squeeze(2).to(output.dtype)
@@ -326,33 +299,26 @@ class Session(Governor):
                 else:
                     output[lane.rows, step] = part
                 layer.project = None
-        self._calls.pop(module.layer_idx, None)
+        self._calls.pop(module, None)
         return output
 
-    def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.implementation, eager
-        )
-        return function
-
-
-def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    session = _SESSIONS.get(id(getattr(module, "config", None)))
-    if session is None:
-        raise KVBenchError(
-            f"{type(module).__name__} has its own configuration object, so its attention cannot be matched to the "
-            "attached model: use an architecture whose layers share the model's configuration."
-        )
-    return session.attention(module, query, key, value, attention_mask, **kwargs)
-
-
-class _Projected(Exception):  # noqa: N818  no error: it leaves an attention module once its queries are known
-    def __init__(self, queries: Tensor) -> None:
-        super().__init__()
-        self.queries = queries
+    def _check_mask(self, mask: Tensor | None, cached: PolicyCacheLayer) -> None:
+        """Refuse a model whose mask hides more than padding and the future, at the first step of each layer."""
+        if mask is None or cached.checked:
+            return
+        cached.checked = True
+        hidden = ~mask if mask.dtype == torch.bool else mask != 0
+        assert self.cache is not None
+        padding = torch.zeros(hidden.shape[0], dtype=torch.int64)
+        for lane in self.cache.lanes:
+            padding[slice(None) if lane.rows is None else lane.rows] = lane.padding
+        columns = torch.arange(hidden.shape[-1], device=hidden.device)
+        seen = (columns >= padding.to(hidden.device)[:, None]) & (columns < cached.before_step + 1)
+        if bool((hidden[:, :, 0] & seen[:, None]).any()):
+            raise KVBenchError(
+                f"The mask of layer {cached.number} of {type(self.model).__name__} hides or weighs tokens itself, so a "
+                "policy cannot govern it: choose policy 'full'."
+            )
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -18,10 +18,11 @@ from kvbench.contract.probe import Probe
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
 from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
-from kvbench.engine.governor import check_head_budgets, token_bytes
+from kvbench.engine.governor import check_head_budgets
 from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+from kvbench.engine.survey import token_bytes
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.runs.memory import PeakMemory, method, release
