@@ -349,9 +349,12 @@ def test_infinitebench_book_tasks(tokenizer, folder):
     assert (example.answer_prefix, example.max_new_tokens) == ("Summary:", 1200)
     assert task.score("Bob ran.\nAnn met.", example) == 1.0  # lines are sentences, in any order
     task, (example,) = made(
-        Dialogue, tokenizer, path=folder("longdialogue_qa_eng.jsonl", BOOK | {"answer": ["ANN", "BOB"]})
+        Dialogue, tokenizer, path=folder("longdialogue_qa_eng.jsonl", BOOK | {"answer": ["STAMP PAID", "BOB"]})
     )
-    assert [task.score(p, example) for p in (" Ann.", "Anna", "Bob", "")] == [1.0, 0.0, 0.0, 0.0]
+    for prediction, score in (
+        (" Stamp Paid.", 1), ("STAMP PAID", 1), ("is Bob", 1), ("Bobby", 1), ("Paid", 0), ("Stamp.Paid", 0), ("", 0),
+    ):  # fmt: skip
+        assert task.score(prediction, example) == score, prediction
 
 
 @pytest.mark.parametrize("answer", ["Rome", ["Rome"], ["Rome", "B"]])
@@ -362,7 +365,8 @@ def test_infinitebench_multiple_choice(tokenizer, folder, answer):
     assert (example.answer_prefix, example.references) == ("The letter of the correct answer is", ("Rome", "B"))
     for prediction, score in (
         (" B", 1), ("B. Rome", 1), ("A", 0), ("Rome", 1), ("the answer is: B", 1), ("the answer is: C", 0),
-        ("I say B or C", 1), ("I say C or B", 0), ("", 0), ("no idea", 0), ("the answer is", 0),
+        ("I say B or C", 1), ("I say C or B", 1), ("A? No, B", 1), ("B? No, A", 1), ("A? No, C", 0), ("A\nB", 0),
+        ("", 0), ("no idea", 0), ("the answer is", 0),
     ):  # fmt: skip
         assert task.score(prediction, example) == score, prediction
     task, (example,) = made(CodeDebug, tokenizer, path=folder("code_debug.jsonl", row))
@@ -371,7 +375,11 @@ def test_infinitebench_multiple_choice(tokenizer, folder, answer):
         ("B. Rome", 1),
         (" B:", 1),
         ("A. Oslo", 0),
-        ("B", 0),
+        ("B", 1),
+        ("Rome", 1),
+        ("C or B", 1),
+        ("B or C", 1),
+        ("A or C", 0),
         ("it is: B", 1),
         ("it is: Rome", 1),
         ("it is:", 0),
@@ -436,6 +444,13 @@ def test_scbench_scores(tokenizer, folder, name, turn, right, wrong):
 def test_scbench_names_a_malformed_row(tokenizer, folder):
     with pytest.raises(KVBenchError, match=r"Row 1 of .*scbench_kv\.jsonl is not as published \(KeyError: 'answer'\)"):
         scbench(tokenizer, folder, "kv", {"input": "Key"})
+
+
+def test_scbench_judges_a_choice_by_the_first_letter(tokenizer, folder):
+    turn = {"input": "Who?", "options": ["a", "b", "c", "d"], "answer": "B"}
+    task, (example,) = scbench(tokenizer, folder, "choice_eng", turn)
+    assert example.question == "Question: Who?\nA. a\nB. b\nC. c\nD. d\n\nThe the correct answer is"
+    assert [task.score(p, example) for p in ("B or C", "C or B", "the answer is: B")] == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize("length", [1024, 3000])

@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from kvbench import chat
 from kvbench.errors import KVBenchError
-from kvbench.extension import Extension
+from kvbench.extension import Extension, Options
 
 FULLEST, FULL_ENOUGH = 0.99, 0.90
 """Shares of the context length: `fill` stops at the first, and refuses less than the second."""
@@ -21,7 +22,9 @@ class Example:
     The user's turn is `context` followed by `question`; `answer_prefix` begins the assistant's turn; the model then
     writes at most `max_new_tokens` tokens. `info` says where the example comes from (text and its hash, depth in
     percent, ...). Without `chat` the text is given as it is, without the tokenizer's chat template, as some benchmarks
-    have it for completions and few-shot examples.
+    have it for completions and few-shot examples. `solved` are questions with their answers before it, each a turn of
+    the user and one of the assistant; they count as context. An assistant's turn that begins inside a thinking block
+    gets no answer prefix, unless `thinking_prefix`.
     """
 
     id: str
@@ -32,21 +35,44 @@ class Example:
     max_new_tokens: int
     info: dict[str, str | int | float] = field(default_factory=dict)
     chat: bool = True
+    solved: tuple[tuple[str, str], ...] = ()
+    thinking_prefix: bool = False
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a whole prompt: the first `context_tokens` are the context, the rest the question and after."""
+    """Token ids of a whole prompt: the first `context_tokens` are the context, the rest the question and after.
+
+    `prefix_left_out` says that the example has an answer prefix which was not given, since the turn begins with a
+    thinking block.
+    """
 
     input_ids: list[int]
     context_tokens: int
+    prefix_left_out: bool = False
+
+
+class TaskOptions(Options):
+    """What every task with an answer prefix lets users choose."""
+
+    thinking_prefix: bool = Field(
+        default=False,
+        description="Give the answer prefix inside a thinking block, too, where the chat template opens one.",
+    )
 
 
 class Task(Extension, ABC):
     """A source of examples with a score; third parties subclass it and register the class with `kvbench_tasks`."""
 
+    Options: ClassVar[type[BaseModel]] = TaskOptions
+
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options = self.Options() if options is None else options
+
+    @property
+    def thinking_prefix(self) -> bool:
+        """The option of that name, for the examples that the task makes."""
+        return bool(getattr(self.options, "thinking_prefix", False))
 
     @abstractmethod
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
@@ -73,46 +99,55 @@ def encode(tokenizer: Any, example: Example) -> Prompt:
     border between context and question counts as question.
     Raises KVBenchError for a tokenizer without character offsets or a chat template that changes the text.
     """
-    text, border, bos = _render(tokenizer, example)
+    rendered = _render(tokenizer, example)
     if not getattr(tokenizer, "is_fast", False):
         raise KVBenchError(
             f"The tokenizer {type(tokenizer).__name__} gives no character offsets, which kvbench needs to tell context "
             "from question: use a model with a fast tokenizer (tokenizer.json)."
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     context_tokens = 0
     for _, end in encoded["offset_mapping"]:
-        if end > border:
+        if end > rendered.border:
             break
         context_tokens += 1
-    return Prompt([*bos, *encoded["input_ids"]], len(bos) + context_tokens)
+    ids = [*rendered.bos, *encoded["input_ids"]]
+    return Prompt(ids, len(rendered.bos) + context_tokens, rendered.prefix_left_out)
 
 
 def prompt_length(tokenizer: Any, example: Example) -> int:
     """Count the tokens of an example's whole prompt, without those of the answer."""
-    text, _, bos = _render(tokenizer, example)
-    return len(bos) + len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    rendered = _render(tokenizer, example)
+    return len(rendered.bos) + len(tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _render(tokenizer: Any, example: Example) -> tuple[str, int, list[int]]:
-    """Give the prompt's text, the position where the question begins, and the ids to put before it."""
-    content = example.context + example.question
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    border: int
+    """Where the question begins in the text."""
+    bos: tuple[int, ...] = ()
+    """Ids to put before the text's."""
+    prefix_left_out: bool = False
+
+
+def _render(tokenizer: Any, example: Example) -> _Rendered:
+    content, prefix = example.context + example.question, example.answer_prefix
     if not content.strip():
         raise KVBenchError(f"Example {example.id} has neither context nor question: give it some text.")
-    if not (example.chat and getattr(tokenizer, "chat_template", None)):
+    if not (example.chat and chat.has_template(tokenizer)):
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("", verbose=False)["input_ids"][:1] == [bos]
-        text = f"{content} {example.answer_prefix}" if example.answer_prefix else content
-        return text, len(example.context), [bos] if adds_bos else []
-    header = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=False,
-        add_generation_prompt=True,
-        # Template variables of some families: a thinking block cannot follow the answer prefix, and the templates that
-        # print today's date would change the prompt every day.
-        enable_thinking=False,
-        date_string="26 Jul 2024",
-    )
+        before = "".join(f"{_joined(question, answer)}\n" for question, answer in example.solved)
+        return _Rendered(
+            before + _joined(content, prefix), len(before) + len(example.context), (bos,) if adds_bos else ()
+        )
+    turns = [
+        {"role": role, "content": text}
+        for pair in example.solved
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    header = chat.render(tokenizer, [*turns, {"role": "user", "content": content}])
     # Templates may strip the message, but nothing else.
     start = header.rfind(content.strip())
     if start < 0:
@@ -121,7 +156,14 @@ def _render(tokenizer: Any, example: Example) -> tuple[str, int, list[int]]:
             "told apart: use a tokenizer whose template keeps the message as it is."
         )
     border = start + len(example.context) - (len(content) - len(content.lstrip()))
-    return header + example.answer_prefix, border, []
+    thinks = chat.ends_in_thinking(header[start + len(content.strip()) :])
+    left_out = bool(prefix) and thinks and not example.thinking_prefix
+    return _Rendered(header + ("" if left_out else prefix), border, prefix_left_out=left_out)
+
+
+def _joined(text: str, answer: str) -> str:
+    """A question and the beginning of its answer as plain text, with white space between them."""
+    return f"{text} {answer}" if answer and not answer[0].isspace() else text + answer
 
 
 def fill(

@@ -15,12 +15,11 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-import kvbench.extension
 from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task, prompt_length
+from kvbench.tasks.base import Example, Task, TaskOptions, prompt_length
 
 
-class FileOptions(kvbench.extension.Options):
+class FileOptions(TaskOptions):
     """Where the published files are."""
 
     path: str = Field(default="", description="Folder of the published files, or one of them; otherwise KVBENCH_DATA.")
