@@ -1,10 +1,15 @@
 """Tasks made from published files (LongBench, ∞-Bench, SCBench, ClassEval), shared contexts and long answers."""
 
 import json
+import random
 import re
+import time
 import zipfile
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from test_tasks import make_tokenizer, one
 
 from kvbench.errors import KVBenchError
@@ -26,6 +31,7 @@ from kvbench.tasks.metrics import bleu, chrf, edit_similarity, f1_characters, ro
 from kvbench.tasks.ruler import NiahMultikey1, NiahSingle2
 from kvbench.tasks.ruler_more import HotpotQA, Squad
 from kvbench.tasks.shared import SharedNeedles
+from kvbench.tasks.texts import essays
 
 TASKS = {task.name: task for task in kvbench_tasks()}
 FUNCTION = "def f(x):\n    return x + 1\n"
@@ -521,6 +527,47 @@ def test_classeval_compares_the_code_block_with_the_solution(tokenizer, folder):
 
 
 # Metrics of libraries
+
+
+TEXTS = st.lists(st.lists(st.sampled_from("abcd"), max_size=9).map(" ".join), max_size=5).map("\n".join)
+
+
+@given(prediction=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=2))
+@settings(max_examples=300, deadline=None)
+def test_rouge_is_that_of_rouge_score(prediction, references):
+    for kind, metric in (("rougeL", rouge_l), ("rougeLsum", rouge_lsum)):
+        scorer = RougeScorer([kind])
+        assert metric(prediction, references) == max(
+            scorer.score(reference, prediction)[kind].fmeasure for reference in references
+        )
+
+
+def test_rouge_of_real_text_is_that_of_rouge_score():
+    lines = re.findall(r"[^.]+\.", " ".join(essays().words[:1600]))
+    prediction, reference = "\n".join(lines[::2] + lines[1::3]), "\n".join(lines)
+    scores = RougeScorer(["rougeL", "rougeLsum"]).score(reference, prediction)
+    assert rouge_l(prediction, [reference]) == scores["rougeL"].fmeasure
+    assert rouge_lsum(prediction, [reference]) == scores["rougeLsum"].fmeasure
+
+
+def test_rouge_of_long_texts_takes_a_moment():
+    rng = random.Random(1)
+    first, second = (" ".join(f"w{rng.randrange(2000)}" for _ in range(5000)) for _ in range(2))
+    start = time.perf_counter()
+    assert 0 < rouge_l(first, [second]) < 1
+    assert time.perf_counter() - start < 1
+    start = time.perf_counter()
+    assert 0 < rouge_lsum(first, [second]) < 1
+    assert rouge_lsum(first.replace(" ", "\n", 500), [second.replace(" ", "\n", 500)]) > 0
+    assert time.perf_counter() - start < 8
+
+
+def test_chinese_answers_lose_the_published_punctuation():
+    assert f1_characters("〈北京〉，！", ["北京"]) == pytest.approx(
+        2 * 2 / 6
+    )  # 〈 and 〉 are not in the published list
+    assert f1_characters(" 北\n京。《", ["北京"]) == pytest.approx(2 * 2 / 5)
+    assert f1_characters("北京→", ["北京"]) == pytest.approx(2 * 2 / 5)
 
 
 def test_metrics_of_libraries():
