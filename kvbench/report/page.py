@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
 import re
@@ -17,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from kvbench import spreadsheet
 from kvbench.report.charts import MIB, Chart, Row, model_text, setting_text
 from kvbench.report.collect import BASELINE, Collection, ReportRun, budget_text, labels
 from kvbench.report.commands import analyze_command, run_command
@@ -419,9 +419,7 @@ def markdown(content: Content) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Rows as CSV."""
     target = io.StringIO()
-    writer = csv.DictWriter(target, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    spreadsheet.write_table(target, rows, lineterminator="\n")
     return target.getvalue()
 
 
