@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import pluggy
@@ -42,13 +42,9 @@ class Registry:
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
         classes = self.classes[kind]
-        if name in classes:
-            return classes[name]
-        near = difflib.get_close_matches(name, classes, n=3) or sorted(classes)
-        known = f"choose one of {', '.join(near)}." if near else "none is installed."
-        hint = f"did you mean {' or '.join(near)}?" if len(near) < len(classes) else known
-        failed = f" These plugins did not load: {'; '.join(self.failures)}." if self.failures else ""
-        raise KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+        if name not in classes:
+            raise unknown(kind, name, classes, self.failures)
+        return classes[name]
 
     def options(self, kind: str, name: str, values: Mapping[str, Any]) -> Any:
         """Validate options of the extension `name`: unknown names and wrong types raise, naming the value."""
@@ -69,13 +65,26 @@ class Registry:
         return self.find(kind, name)(self.options(kind, name, values or {}))
 
 
+def unknown(kind: str, name: str, known: Collection[str], failures: Sequence[str]) -> KVBenchError:
+    """The error of a name that is none of the `known`, with the nearest of them and the plugins that failed."""
+    near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+    choice = f"choose one of {', '.join(near)}." if near else "none is installed."
+    hint = f"did you mean {' or '.join(near)}?" if len(near) < len(known) else choice
+    failed = f" These plugins did not load: {'; '.join(failures)}." if failures else ""
+    return KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+
+
+def plugin_entries() -> list[EntryPoint]:
+    """The entry points of every installed plugin, kvbench's own first."""
+    found = entry_points(group=PROJECT)
+    return sorted(found, key=lambda entry: (not entry.value.startswith("kvbench."), entry.name))
+
+
 @cache
 def registry() -> Registry:
     """Load every plugin once; one that fails is noted in `failures` and does not take the others down."""
     found = Registry()
-    for entry in sorted(
-        entry_points(group=PROJECT), key=lambda entry: (not entry.value.startswith("kvbench."), entry.name)
-    ):
+    for entry in plugin_entries():
         try:
             plugin = entry.load()
             manager = pluggy.PluginManager(PROJECT)

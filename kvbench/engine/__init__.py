@@ -1,0 +1,1 @@
+"""Carries the contract inside an unchanged model."""
