@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import numpy as np
-
 from kvbench.errors import KVBenchError
 
 
@@ -153,6 +151,8 @@ def _in_common(line: list[int], others: list[list[int]]) -> list[int]:
     Among several such subsequences it is the one that rouge-score takes, which goes back in the other line only where
     that alone keeps the length. The lengths of all others are computed at once, a row for each word of the line.
     """
+    import numpy as np  # noqa: PLC0415
+
     starts = np.cumsum([0, *(len(other) + 1 for other in others)])
     columns = np.full(starts[-1], -3)
     for start, other in zip(starts, others, strict=False):
