@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvbench import figures, spreadsheet
-from kvbench.capture import Capture, CapturedLayer
-from kvbench.errors import KVBenchError
+from kvbench.capture.files import Capture, CapturedLayer
+from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 
 SCHEMA = 1

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 _THINKING = (
     ("<think>", "</think>"),

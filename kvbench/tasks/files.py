@@ -15,8 +15,9 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task, TaskOptions, prompt_length
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import Example, Task, TaskOptions
+from kvbench.tasks.prompts import prompt_length
 
 
 class FileOptions(TaskOptions):

@@ -9,9 +9,10 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task, TaskOptions, prompt_length
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.metrics import METRICS
+from kvbench.tasks.prompts import prompt_length
 
 Metric = Literal[
     "string_match_all", "string_match_part", "exact_match", "f1", "rouge_l", "rouge_lsum", "bleu", "chrf",

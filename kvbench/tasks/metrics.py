@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:

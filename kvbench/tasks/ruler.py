@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
-from kvbench.tasks.base import Example, Task, TaskOptions, fill
+from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.files import FileOptions
 from kvbench.tasks.metrics import string_match_all
+from kvbench.tasks.prompts import fill
 from kvbench.tasks.texts import NOISE, Text, essays, words
 
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
