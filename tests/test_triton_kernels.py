@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_references import DEVICE, ERROR, attention64, error, gathered, ints, randn
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.engine import kernels
 from kvbench.engine.kernels import Segment, support
-from kvbench.errors import KVBenchError
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32

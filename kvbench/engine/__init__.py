@@ -1,1 +1,1 @@
-"""Carries the contract inside an unchanged model."""
+"""The engine: carries a policy inside an unchanged transformers model."""

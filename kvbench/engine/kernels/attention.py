@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.engine.kernels.merge import launch_merge
 from kvbench.engine.kernels.segments import one_segment, two_segments
 from kvbench.engine.kernels.support import (
@@ -26,7 +27,6 @@ from kvbench.engine.kernels.support import (
     split_count,
     tile,
 )
-from kvbench.errors import KVBenchError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.engine.kernels.support import check_rows, compiled, device_of, jit, next_power_of_2, per_group
-from kvbench.errors import KVBenchError
 
 try:
     import triton.language as tl

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.engine.kernels.support import (
     check_grouped,
     check_rows,
@@ -18,7 +19,6 @@ from kvbench.engine.kernels.support import (
     next_power_of_2,
     per_group,
 )
-from kvbench.errors import KVBenchError
 
 try:
     import triton.language as tl

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 try:
     import triton
