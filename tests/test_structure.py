@@ -65,11 +65,12 @@ def test_no_folder_is_part_of_an_import_circle():
     [
         ("contract", set()),
         ("plugins", {"contract"}),
+        ("kernels", {"contract"}),
         ("chat", {"contract"}),
-        ("engine", {"contract", "plugins", "chat"}),
+        ("engine", {"contract", "plugins", "kernels", "chat"}),
         ("reading", {"contract"}),
         ("indexes", {"contract", "reading"}),
-        ("strategies", {"contract", "indexes", "reading"}),
+        ("strategies", {"contract", "indexes", "reading", "kernels"}),
         ("tasks", {"contract", "reading", "chat"}),
     ],
 )

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvbench.engine import kernels
-from kvbench.engine.kernels import Segment, attention, support
+from kvbench.kernels import Segment, attention, support
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
