@@ -24,11 +24,12 @@ def _each(names: str, size: int) -> dict[str, int]:
 
 SIZES: dict[str, int] = {
     **_each("vocab_size vocab_size_per_layer_input unpadded_vocab_size", VOCABULARY),
-    **_each("hidden_size n_embd d_model emb_dim dim_model embedding_size word_embed_proj_dim attention_hidden_size", WIDTH),
-    **_each("lru_width input_embedding_size embedding_dim output_embedding_size intermediate_size ffn_dim n_inner", WIDTH),
-    **_each("decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner moe_intermediate_size shared_intermediate_size", WIDTH),
-    **_each("shared_expert_intermediate_size shared_experts_intermediate_size ffn_hidden_size intermediate_size_mlp", WIDTH),
-    **_each("expert_ffn_hidden_size dense_intermediate_size feed_forward_size moe_shared_expert_intermediate_size", WIDTH),
+    **_each("hidden_size n_embd d_model emb_dim dim_model embedding_size word_embed_proj_dim lru_width", WIDTH),
+    **_each("attention_hidden_size input_embedding_size embedding_dim output_embedding_size ffn_dim n_inner", WIDTH),
+    **_each("decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner intermediate_size moe_intermediate_size", WIDTH),
+    **_each("shared_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size", WIDTH),
+    **_each("ffn_hidden_size expert_ffn_hidden_size dense_intermediate_size feed_forward_size", WIDTH),
+    **_each("moe_shared_expert_intermediate_size intermediate_size_mlp", WIDTH),
     **_each("num_attention_heads n_head n_heads num_heads decoder_attention_heads encoder_attention_heads", HEADS),
     **_each("attention_heads num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads", HEADS),
     **_each("num_key_value_heads swa_num_key_value_heads num_kv_heads num_query_groups", HEADS // 2),

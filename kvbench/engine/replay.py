@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, LinearAttentionCacheLayerMixin
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
@@ -28,7 +28,7 @@ class ReplayCache(Cache):
         governed = {layer.number: layer for layer in layers}
         own = [
             _ReplayLayer(governed[number])
-            if number in governed and not isinstance(held, LinearAttentionLayer)
+            if number in governed and not isinstance(held, LinearAttentionCacheLayerMixin)
             else _copied(held, lane, layers[0].tokens)
             for number, held in enumerate(cache.layers)
         ]
@@ -87,7 +87,7 @@ class _ReplayLayer(CacheLayerMixin):
 
 def _copied(held: CacheLayerMixin, lane: Lane, tokens: int) -> CacheLayerMixin:
     """A sliding-window layer's state for the lane's rows of `tokens` tokens, without their padding."""
-    if isinstance(held, DummyLayer):
+    if not isinstance(held, CacheLayerMixin | LinearAttentionCacheLayerMixin):  # one that holds nothing
         return held
     if type(held) is not DynamicSlidingWindowLayer:
         raise KVBenchError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvbench import chat
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
@@ -51,24 +52,26 @@ class Session(Governor):
         if attached(self.config):
             raise KVBenchError("The model has a policy attached already: leave that `with` block first.")
         self.policy.begin(self._view())
-        self._stack = ExitStack()
-        if not self.policy.cached:
-            self._hook(self.model.register_forward_pre_hook(self._without_cache, with_kwargs=True))
-            return self
-        self._stack.enter_context(answering(self.config, self))
-        self._hook(self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True))
-        self._hook(self.model.register_forward_hook(self._after_forward))
-        if self.allocator is not None and self.allocator.reads_hidden:
-            for handle in watch_residual(self.model, tuple(self.survey.layers), self._hidden):
-                self._hook(handle)
-        if self.policy.uses_hidden:
-            for layer in self.survey.layers.values():
-                for module in set(layer.modules):
-                    self._hook(module.register_forward_pre_hook(self._note_call, with_kwargs=True))
+        with ExitStack() as stack:
+            if self.policy.cached:
+                stack.enter_context(answering(self.config, self))
+            for handle in self._hooks():
+                stack.callback(handle.remove)
+            self._stack = stack.pop_all()
         return self
 
-    def _hook(self, handle: Any) -> None:
-        self._stack.callback(handle.remove)
+    def _hooks(self) -> Iterator[Any]:
+        """Hang the session's hooks into the model; gives their handles."""
+        if not self.policy.cached:
+            yield self.model.register_forward_pre_hook(self._without_cache, with_kwargs=True)
+            return
+        yield self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        yield self.model.register_forward_hook(self._after_forward)
+        if self.allocator is not None and self.allocator.reads_hidden:
+            yield from watch_residual(self.model, tuple(self.survey.layers), self._hidden)
+        if self.policy.uses_hidden:
+            for module in {module for layer in self.survey.layers.values() for module in layer.modules}:
+                yield module.register_forward_pre_hook(self._note_call, with_kwargs=True)
 
     def _hidden(self, number: int, before: Tensor, after: Tensor) -> None:
         """Keep what the allocator needs of a layer's hidden states [B, m, D] while the prompt passes."""
@@ -85,6 +88,7 @@ class Session(Governor):
     def _view(self) -> ModelView:
         tokenizer, layers = self.tokenizer, self.survey.layers
         first = next(iter(layers.values()), None)
+        opening, closing = chat.around_a_message(tokenizer)
         return ModelView(
             name=type(self.model).__name__,
             numbers=tuple(layers),
@@ -93,6 +97,8 @@ class Session(Governor):
             config=self.config.to_dict(),
             parameters={name: weight.detach() for name, weight in self.model.named_parameters()},
             tokenize=None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
+            opening=tuple(tokenizer.encode(opening, add_special_tokens=False)) if opening else (),
+            closing=tuple(tokenizer.encode(closing, add_special_tokens=False)) if closing else (),
         )
 
     def _without_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.expansion import Expansion
-from kvbench.engine.interface import answering, own_attention
+from kvbench.engine.interface import answering, attached, own_attention
 
 _KNOWN = ("scaling", "dropout", "softcap", "s_aux", "position_ids", "cache_position")
 """Tensors and numbers among an attention function's arguments that kvbench honours, or that change nothing."""
@@ -82,6 +82,8 @@ def survey(model: Any) -> Survey:
     )
     known = _SURVEYS.get(model)
     if known is None or known[0] != key:
+        if attached(config):
+            raise KVBenchError("The model has a policy attached already: leave that `with` block first.")
         known = _SURVEYS[model] = key, _Surveyor(model, config).run()
     return known[1]
 
