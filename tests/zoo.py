@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import transformers
+from tiny import small_options
 from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import kvbench
+from kvbench.plugins import registry
 
 VOCABULARY, WIDTH, HEADS, DIM = 97, 64, 4, 16
 
@@ -132,6 +134,8 @@ def _shrunk(full: dict[str, Any]) -> dict[str, Any]:
     small |= {name: SIZES[name] for name in ("head_dim", "num_key_value_heads") if full.get(name, 0) is None}
     if "is_decoder" in full and not full.get("is_encoder_decoder"):
         small["is_decoder"] = True
+    if "initializer_range" in full:
+        small["initializer_range"] = 0.15  # attention that is peaked enough for its tokens to matter
     small |= CHANGES.get(kind, {})
     unset = ("model_type", "transformers_version", "dtype", "architectures", "_name_or_path")
     nested = {
@@ -182,6 +186,11 @@ def logits(model: Any, *, padded: bool, chunks: int) -> torch.Tensor:
     return torch.stack(found[-STEPS - 1 :])
 
 
+def options(policy: str) -> dict[str, Any]:
+    """Options of a policy that fit contexts of tens of tokens."""
+    return small_options(registry().classes["policy"][policy])
+
+
 @dataclass
 class Row:
     """What came of one model class: `exact`, or refused or not tried and why; `wrong` and `error` are faults."""
@@ -215,7 +224,7 @@ def tried(kind: str, policies: Iterable[str], settings: Iterable[tuple[bool, int
     for policy in policies:
         try:
             for setting, expected in plain:
-                with kvbench.attach(model, policy=policy, budget=1.0, prompt_tokens=PROMPT):
+                with kvbench.attach(model, policy=policy, options=options(policy), budget=1.0, prompt_tokens=PROMPT):
                     got = logits(model, padded=setting[0], chunks=setting[1])
                 if not (error := _error(got, expected)) < 2e-4:
                     return Row("wrong", places, f"{policy} is {error:.1g} off {setting}")

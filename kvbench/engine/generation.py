@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from kvbench.engine.prefill import forward, pad
 from kvbench.engine.prompt import Prefill
@@ -87,7 +88,7 @@ def generate_batch(
     tokens: list[list[int]] = [[] for _ in prompts]
     step_s: list[list[float]] = [[] for _ in prompts]
     going = set(range(len(prompts)))
-    extra: dict[str, Any] = {}
+    whole = ids
     while going:
         for row, token in enumerate(found.tolist()):
             if row in going and token not in stop:
@@ -96,14 +97,14 @@ def generate_batch(
                 going.discard(row)
         if not going:
             break
+        whole = torch.cat([whole, found[:, None]], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            extra = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
         began = session.now()
-        out = session.model(
-            found[:, None], past_key_values=session.cache, use_cache=True, logits_to_keep=1, **extra
-        )  # fmt: skip
-        found = out.logits[:, -1].argmax(-1)
+        inputs = step_inputs(session.model, whole, mask, session.cache)
+        if inputs["past_key_values"] is None:
+            session.prompt_tokens = whole.shape[1]
+        found = session.model(**inputs).logits[:, -1].argmax(-1)
         seconds = session.now() - began
         for row in going:
             step_s[row].append(seconds)
@@ -112,6 +113,25 @@ def generate_batch(
         Generation(mine, prefill_s, session.cache.index_s, steps, held)
         for mine, steps in zip(tokens, step_s, strict=True)
     ]
+
+
+def step_inputs(model: Any, ids: Tensor, mask: Tensor | None, past: Any) -> dict[str, Any]:
+    """What `model.generate` would call the model with for the last of the tokens `ids` [B, n].
+
+    `mask` [B, n] is 0 where a row is padded. A model may drop its cache, `past`, and want to see its context anew
+    (Phi3, where it turns to its rotary embedding for long contexts): then `past_key_values` is None.
+    """
+    plain = {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
+    if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+        inputs = {"input_ids": ids[:, -1:], **plain}
+        return (
+            inputs
+            if mask is None
+            else {**inputs, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        )
+    given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    prepared = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **plain, **given)
+    return {"past_key_values": None, **prepared}
 
 
 def _prompt(
@@ -164,8 +184,12 @@ def force(
     m = len(input_ids) − prompt_tokens − 1 positions: every token after the prompt but the last, which has no successor.
     """
     session.prompt_tokens = prompt_tokens
+
+    def anew(tokens: int) -> None:
+        session.prompt_tokens = tokens
+
     logits, first_s, step_s = _forced(
-        session.model, input_ids, prompt_tokens, prefill_chunk, session.now, cached=session.policy.cached
+        session.model, input_ids, prompt_tokens, prefill_chunk, session.now, anew, cached=session.policy.cached
     )
     index_s, held = 0.0, {"resident": 0, "offloaded": 0, "index": 0}
     if session.cache is not None:
@@ -181,12 +205,14 @@ def exact_logits(
 
     In the same calls, so that policy `full` differs in nothing, not even by rounding.
     """
-    return _forced(model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, cached=True)[0]
+    return _forced(model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, lambda tokens: None, cached=True)[
+        0
+    ]
 
 
 def _forced(
-    model: Any, input_ids: Sequence[int], prompt_tokens: int, prefill_chunk: int | None, now: Callable[[], float], *,
-    cached: bool,
+    model: Any, input_ids: Sequence[int], prompt_tokens: int, prefill_chunk: int | None, now: Callable[[], float],
+    anew: Callable[[int], None], *, cached: bool,
 ) -> tuple[Tensor, float, list[float]]:  # fmt: skip
     ids = torch.tensor([list(input_ids)], device=model.device)
     past, chunk, began = None, prefill_chunk or prompt_tokens, now()
@@ -201,7 +227,11 @@ def _forced(
     for place in range(prompt_tokens, ids.shape[1] - 1):
         began = now()
         if cached:
-            out = model(ids[:, place : place + 1], past_key_values=past, use_cache=True, logits_to_keep=1)
+            inputs = step_inputs(model, ids[:, : place + 1], None, past)
+            if inputs["past_key_values"] is None:
+                anew(place + 1)
+            out = model(**inputs)
+            past = out.past_key_values
         else:
             out = model(ids[:, : place + 1], use_cache=False, logits_to_keep=1)
         logits.append(out.logits[0, -1])

@@ -271,7 +271,7 @@ def _by_token(expand: Expansion, given: _Given, call: _Call) -> bool:
 
 def _kinds(cache: Cache) -> str:
     """The kinds of a cache's layers as configurations call them."""
-    names = {kind: name for name, kind in reversed(DYNAMIC_LAYER_TYPE_MAPPING.items())}
+    names = {kind: name for name, kind in reversed(DYNAMIC_LAYER_TYPE_MAPPING.items()) if name != "conv"}
     return ", ".join(sorted({names.get(type(layer), type(layer).__name__) for layer in cache.layers}))
 
 

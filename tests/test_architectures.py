@@ -1,0 +1,313 @@
+"""What architectures do otherwise than Llama, each on a tiny random model against plain transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tokens
+from transformers import BartConfig, BartForConditionalGeneration
+from zoo import PROMPT, SETTINGS, logits, options, tiny, tried
+
+import kvbench
+from kvbench.engine.generation import generate
+from kvbench.engine.survey import survey
+
+POLICIES = ["streaming_llm", "snapkv", "quest", "flat"]
+
+SAMPLE = {
+    "deepseek_v2": "3 of 3", "deepseek_v3": "3 of 3", "falcon_h1": "3 of 3", "gemma2": "1 of 3", "gemma3n_text": "1 of 4",
+    "gemma4_text": "1 of 4", "glm4_moe_lite": "3 of 3", "gpt_oss": "1 of 3", "hrm_text": "12 of 12", "jetmoe": "3 of 3",
+}  # fmt: skip
+"""Ten of the model types of `tox -e models`, and their governed layers."""
+
+
+@pytest.mark.parametrize("kind", SAMPLE)
+def test_full_is_exact_and_covering_policies_are_within_rounding(kind):
+    row = tried(kind, POLICIES, [(True, 2)])
+    assert (row.verdict, row.governed) == ("exact", SAMPLE[kind]), row.reason
+
+
+def test_a_graph_over_the_keys_of_latents_is_exact_when_it_covers():
+    assert tried("deepseek_v3", ["retrieval"], [(True, 2)]).verdict == "exact"
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "gemma3n_text"])
+@pytest.mark.parametrize(("padded", "chunks"), SETTINGS)
+def test_padded_and_unpadded_prompts_are_exact_in_one_chunk_and_in_two(kind, padded, chunks):
+    assert tried(kind, ["snapkv"], [(padded, chunks)]).verdict == "exact"
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa", "hy_v4"])
+def test_a_model_that_looks_at_the_name_of_its_attention_is_exact(kind):
+    model = tiny(kind)
+    assert tried(kind, ["snapkv"], [(True, 2)]).verdict == "exact, full only"
+    with pytest.raises(kvbench.KVBenchError, match="no full-attention layer .*indexed_attention.*policy 'full'"):
+        kvbench.attach(model, policy="snapkv", budget=0.5)
+
+
+def test_the_name_of_the_attention_is_the_models_own_before_and_after():
+    model = tiny_model()
+    with kvbench.attach(model):
+        inside = model.config._attn_implementation
+        assert inside == "sdpa"
+        assert inside in ("eager", "sdpa")
+        assert copy.deepcopy(model.config)._attn_implementation == "sdpa"
+    assert type(model.config._attn_implementation) is str
+
+
+# Latent attention
+
+
+def latents(model: Any, policy: Any, **given: Any) -> dict[str, int]:
+    given["options"] = options(policy) if isinstance(policy, str) else None
+    with kvbench.attach(model, policy=policy, **given) as session:
+        logits(model, padded=False, chunks=1)
+    return session.cache.bytes()
+
+
+def test_the_bytes_of_latent_attention_are_its_latents():
+    model = tiny("deepseek_v3")  # 24 numbers of latent and 8 of rotated key, in 3 layers of 2 rows
+    assert survey(model).token_bytes == 3 * (24 + 8) * 4
+    held = latents(model, "streaming_llm", budget=20)
+    assert held["resident"] <= 3 * 2 * (24 + 8) * 4 * (20 + 70)  # the budget, and spare room to grow
+    offloaded = latents(model, "flat", budget=20)["offloaded"]
+    assert 3 * 2 * (24 + 8) * 4 * 20 < offloaded <= 3 * 2 * (24 + 8) * 4 * (44 + 70)
+
+
+def test_hooks_see_the_keys_and_values_of_latent_attention():
+    shapes = []
+
+    class Looks(kvbench.KVCachePolicy):
+        name, summary, takes_budget = "looks", "Notes shapes.", False
+
+        def prefill(self, layer, queries, keys, values):
+            shapes.append((layer.heads, layer.kv_heads, layer.head_dim, keys.shape[1:], values.shape[1:]))
+
+        def insert(self, layer, keys, values):
+            shapes.append((keys.shape[1:], values.shape[1:]))
+            held, _, _ = layer.store.static_parts()[0]
+            torch.testing.assert_close(held[:, :, -1:], keys)
+
+    latents(tiny("deepseek_v3"), Looks())
+    assert shapes[0] == (4, 4, 20, (4, 36, 20), (4, 36, 16))
+    assert shapes[-1] == ((4, 1, 20), (4, 1, 16))
+
+
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "tova", "knorm"])
+def test_heads_that_keep_different_tokens_share_the_memory_of_latents(policy):
+    """Against the same policy on a store of keys and values, which the model's own expansion fills."""
+    model = tiny("deepseek_v3")
+    found = {}
+    for name in ("latents", "expanded"):
+        layers = survey(model).layers
+        given = {"policy": policy, "options": options(policy), "budget": 14}
+        with kvbench.attach(model, **given) as session, pytest.MonkeyPatch.context() as patch:
+            if name == "expanded":
+                patch.setattr("kvbench.engine.cache.LatentStore", _expanded_store(layers))
+            found[name] = logits(model, padded=False, chunks=1)
+        found[name, "bytes"] = session.cache.bytes()["resident"]
+    torch.testing.assert_close(found["latents"], found["expanded"], rtol=1e-4, atol=1e-4)
+    assert found["latents", "bytes"] < found["expanded", "bytes"]
+
+
+def _expanded_store(layers: dict[int, Any]) -> Any:
+    from kvbench.contract.storage import KVStore
+
+    class Expanded(KVStore):
+        def __init__(self, keys, values, expand):
+            self._expand = expand
+            super().__init__(*expand(keys, values))
+
+        def append(self, keys, values):
+            super().append(*self._expand(keys, values))
+
+    return Expanded
+
+
+@pytest.mark.parametrize("policy", ["shadowkv", "infllm"])
+def test_policies_that_need_keys_before_rotation_say_so_for_latents(policy):
+    with pytest.raises(kvbench.KVBenchError, match="no rotary embedding that can be undone"):
+        latents(tiny("deepseek_v3"), policy, budget=0.5)
+
+
+# Layers that share keys, layers that run several times
+
+
+def test_layers_that_share_keys_see_what_is_left_of_them():
+    """A policy that keeps the last tokens of the sharing layers' source, against a mask that hides the others."""
+    model = tiny("gemma3n_text")
+    seen = {}
+
+    class Looks(kvbench.KVCachePolicy):
+        name, summary, takes_budget = "looks", "Notes what each attention attends to.", False
+
+        def select(self, layer, queries, budget):
+            seen.setdefault(layer.number, []).append((layer.tokens, layer.module.layer_idx))
+            return kvbench.Selection()
+
+    latents(model, Looks())
+    assert list(seen) == [1, 3]
+    assert seen[3] == [(tokens, 3) for tokens in range(PROMPT + 1, PROMPT + 9)]
+
+
+def test_tokens_after_the_prompt_come_one_by_one_where_layers_share_keys():
+    model, ids = tiny("gemma3n_text"), tokens(1, 40)
+    with kvbench.attach(model, policy="streaming_llm", budget=12, prompt_tokens=30), torch.no_grad():
+        past = model(ids[:, :30], use_cache=True).past_key_values
+        with pytest.raises(
+            kvbench.KVBenchError, match="share their keys and values, so the tokens after the prompt must"
+        ):
+            model(ids[:, 30:], past_key_values=past, use_cache=True)
+    with kvbench.attach(model, policy="streaming_llm", budget=12) as session:
+        assert len(generate(session, ids[0].tolist(), prompt_tokens=30, max_new_tokens=4).tokens) == 4
+
+
+@pytest.mark.parametrize("policy", ["infinigen", "h2o", "kvzip"])
+@pytest.mark.parametrize("kind", ["gemma3n_text", "hrm_text"])
+def test_policies_with_hidden_states_scores_or_replays_cover_layers_that_share_or_repeat(kind, policy):
+    row = tried(kind, [policy], [(False, 1)])
+    assert row.verdict == "exact", row.reason
+
+
+# Scores
+
+
+def test_a_cap_before_the_softmax_is_honoured():
+    model = tiny("gemma2", attn_logit_softcapping=0.1)
+    expected = logits(model, padded=False, chunks=1)
+    with kvbench.attach(model, policy="snapkv", budget=1.0):
+        torch.testing.assert_close(logits(model, padded=False, chunks=1), expected, rtol=1e-4, atol=1e-4)
+    with kvbench.attach(model, policy="snapkv", budget=1.0), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kvbench.contract.layer.Layer.capped", lambda layer, scores: scores)
+        assert (logits(model, padded=False, chunks=1) - expected).abs().max() > 1e-3
+
+
+def test_sinks_without_a_value_take_their_share_of_the_softmax():
+    from kvbench.contract.attention import softmax_parts
+
+    random = torch.Generator().manual_seed(0)
+    scores, values = torch.randn(2, 3, 5, generator=random), torch.randn(2, 3, 5, 4, generator=random)
+    sinks = torch.tensor([0.5, -40.0, 60.0])
+    parts = [(scores[..., :2], values[:, :, :2]), (scores[..., 2:], values[:, :, 2:])]
+    found = softmax_parts(parts, sink_logits=sinks, with_weights=True)
+    every = torch.cat([scores, sinks[None, :, None].expand(2, -1, 1)], dim=-1).double()
+    weights = every.softmax(-1)[..., :5]
+    torch.testing.assert_close(found.weights, weights.float())
+    torch.testing.assert_close(
+        found.output[:, :, 0].double(), (weights[..., None] * values).sum(2), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(found.lse[..., 0].double(), every.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+# Windows
+
+
+def test_a_window_that_holds_the_longest_context_is_governed_and_a_longer_context_refused():
+    model = tiny_model("phi3", sliding_window=64, max_position_embeddings=64)
+    with kvbench.attach(model, policy="streaming_llm", budget=10) as session, torch.no_grad():
+        past = model(tokens(1, 60), use_cache=True).past_key_values
+        assert len(session.cache.governed) == 3
+        for _ in range(4):
+            past = model(tokens(1, 1), past_key_values=past, use_cache=True).past_key_values
+        with pytest.raises(kvbench.KVBenchError, match="has a window of 64 tokens and the context has 65"):
+            model(tokens(1, 1), past_key_values=past, use_cache=True)
+
+
+# Refusals, before anything is computed
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("diffllama", "calls its attention function more than once with the keys of layer 0"),
+        ("doge", "changes the scores of its attention by its mask"),
+        ("git", "does not pass its attention through transformers' attention interface in every layer"),
+        ("inkling_text", "changes its softmax by 'position_bias'"),
+        ("mamba", "no full-attention layer to govern .its layers are .*linear_attention"),
+        ("minimax", "does not run with a cache that is given to it: ValueError: MiniMax uses cache of its own"),
+        ("bloom", "does not go through transformers' attention interface"),
+    ],
+)
+def test_a_model_that_cannot_be_governed_is_refused_in_one_sentence(kind, said):
+    model = tiny(kind)
+    with pytest.raises(kvbench.KVBenchError, match=said) as refused:
+        kvbench.attach(model, policy="snapkv", budget=0.5)
+    assert str(refused.value).count("\n") == 0
+
+
+def test_an_encoder_decoder_model_is_refused_by_name():
+    model = BartForConditionalGeneration(BartConfig(
+        vocab_size=97, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+    ))  # fmt: skip
+    with pytest.raises(kvbench.KVBenchError, match="BartForConditionalGeneration is an encoder-decoder model"):
+        kvbench.attach(model)
+
+
+def test_a_model_is_surveyed_once_and_left_as_it_was():
+    model = tiny_model()
+    assert survey(model) is survey(model)
+    assert not model._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert survey(model.bfloat16()).token_bytes == 3 * 2 * 2 * 8 * 2
+
+
+# What users do with a model
+
+
+def test_guidance_keeps_a_cache_of_its_own():
+    model, ids = tiny_model(), tokens(1, 40)
+    given = {"max_new_tokens": 8, "do_sample": False, "guidance_scale": 1.7}
+    expected = model.generate(ids, **given)
+    for policy, budget in (("full", None), ("snapkv", 1.0)):
+        with kvbench.attach(model, policy=policy, budget=budget):
+            assert torch.equal(model.generate(ids, **given), expected)
+
+
+def test_a_governed_cache_is_not_copied():
+    model = tiny_model()
+    with kvbench.attach(model, policy="streaming_llm", budget=10), torch.no_grad():
+        past = model(tokens(1, 30), use_cache=True).past_key_values
+        with pytest.raises(kvbench.KVBenchError, match="cannot be copied: run the prompt again"):
+            copy.deepcopy(past)
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming_llm"])
+def test_a_compiled_model_gives_the_same_tokens(policy):
+    model, ids = tiny_model(), tokens(1, 40)
+    given = {"max_new_tokens": 6, "do_sample": False}
+    with kvbench.attach(model, policy=policy, budget=16):
+        expected = model.generate(ids, **given)
+    with kvbench.attach(model, policy=policy, budget=16):
+        model.forward = torch.compile(model.forward, backend="eager")
+        assert torch.equal(model.generate(ids, **given), expected)
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv"])
+def test_an_answer_that_switches_to_long_rope_equals_generate(policy):
+    """Phi3 computes its whole context anew where the answer crosses the length it was first trained for."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = tiny_model(
+        "phi3", max_position_embeddings=256, original_max_position_embeddings=48,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48, **factors},
+    )  # fmt: skip
+    ids = tokens(1, 42)
+    with kvbench.attach(model, policy=policy, budget=1.0):
+        expected = model.generate(ids, max_new_tokens=14, do_sample=False)[0, 42:].tolist()
+    assert expected == model.generate(ids, max_new_tokens=14, do_sample=False)[0, 42:].tolist()
+    with kvbench.attach(model, policy=policy, budget=1.0) as session:
+        assert generate(session, ids[0].tolist(), max_new_tokens=14).tokens == expected
+
+
+def test_covering_policies_in_bfloat16_differ_by_less_than_two_of_torchs_own_attentions():
+    model = tiny_model().bfloat16()
+    plain = logits(model, padded=False, chunks=1)
+    model.set_attn_implementation("eager")
+    rounding = (logits(model, padded=False, chunks=1) - plain).abs().mean()
+    model.set_attn_implementation("sdpa")
+    for policy in ("infinigen", "quest", "snapkv"):
+        with kvbench.attach(model, policy=policy, budget=1.0):
+            assert (logits(model, padded=False, chunks=1) - plain).abs().mean() < rounding
