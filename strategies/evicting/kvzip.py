@@ -56,7 +56,7 @@ class KVzip(KVCachePolicy):
             return
         chunk, tokens = self.options.chunk, ids.shape[1]
         for layer in layers:
-            layer.state["importance"] = torch.empty(layer.rows, layer.kv_heads, tokens, device=ids.device)
+            layer.state["importance"] = torch.empty(layer.rows, layer.kv_heads, tokens, device=layer.store.device)
         for start in range(0, tokens, chunk):
             stop = min(start + chunk, tokens)
             text = torch.tensor(self._texts[start > 0], dtype=ids.dtype, device=ids.device).expand(len(ids), -1)
