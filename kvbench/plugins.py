@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import Distribution, entry_points
 from typing import Any, TypeVar
 
 import pluggy
@@ -15,6 +16,7 @@ from pydantic import ValidationError
 from kvbench.errors import KVBenchError
 from kvbench.extension import Extension
 from kvbench.hookspecs import PROJECT, Registration
+from kvbench.identity import Identity, identity
 
 KINDS = {
     "policy": "kvbench_policies",
@@ -38,6 +40,10 @@ class Registry:
 
     classes: dict[str, dict[str, type[Any]]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     failures: list[str] = field(default_factory=list)
+    distributions: dict[type[Any], Distribution] = field(default_factory=dict)
+    """The distributions whose entry points registered the classes."""
+    loaded: float = field(default_factory=time.time)
+    _identities: dict[type[Any], Identity] = field(default_factory=dict)
 
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
@@ -68,6 +74,14 @@ class Registry:
         """Make the extension called `name` with validated options."""
         return self.find(kind, name)(self.options(kind, name, values or {}))
 
+    def identity(self, kind: str, name: str) -> Identity:
+        """Identify the code of the extension called `name`; computed once in a process."""
+        cls = self.find(kind, name)
+        if cls not in self._identities:
+            origin = self.distributions.get(cls)
+            self._identities[cls] = identity(cls, origin, loaded=None if origin is None else self.loaded)
+        return self._identities[cls]
+
 
 @cache
 def registry() -> Registry:
@@ -86,8 +100,11 @@ def registry() -> Registry:
                 for classes in getattr(manager.hook, hook)():
                     for cls in classes:
                         _register(found, kind, cls)
+                        if entry.dist is not None:
+                            found.distributions[cls] = entry.dist
         except Exception as error:
             found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
+    found.loaded = time.time()
     return found
 
 

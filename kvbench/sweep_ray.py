@@ -10,10 +10,10 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import KVBenchError
+from kvbench.errors import KVBenchError, sentence
 from kvbench.models import LoadedModel
 from kvbench.results import RunConfig
-from kvbench.sweep import Model, Outcome, Planned, Progress, document, reuse, run_one, sentence
+from kvbench.sweep import Model, Outcome, Planned, Progress, document, reuse, run_one
 
 ATTEMPTS = 3
 """How many workers a run may lose before it counts as failed."""
