@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import json
+import os
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from kvbench.errors import KVBenchError
-from kvbench.extension import Extension
-from kvbench.indexes.storage import KeyStore, Vectors, as_float32, from_bits
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extension import Extension
+from kvbench.indexes.storage import BEYOND, KeyStore, Vectors, as_float32, from_bits
+from kvbench.reading import check_regular, parse_json, plain, reading, reason
 
 FORMAT = "kvbench-index"
 VERSION = "1"
+MOST_HEADS = 2**16
+"""Query heads of an index, batch rows folded in."""
 State = dict[str, NDArray[Any]]
+
+
+class _About(BaseModel):
+    """What a saved index says of itself."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: str
+    options: dict[str, Any]
+    seed: int
+    heads: int = Field(ge=1, le=MOST_HEADS)
+    shape: Annotated[tuple[int, int, int], Field(strict=False)]
+    dtype: str
 
 
 class SearchResult(NamedTuple):
@@ -54,9 +72,11 @@ class Index(Extension, ABC):
     uses_queries: ClassVar[bool] = False
 
     def __init__(self, options: BaseModel | None = None, seed: int = 0) -> None:
-        """An empty index; KVBenchError if the options are another index's."""
+        """An empty index; KVBenchError if the options are another index's, or for a seed that faiss cannot take."""
         if options is not None and not isinstance(options, self.Options):
             raise KVBenchError(f"index {self.name} takes {self.name} options; it was given {type(options).__name__}.")
+        if not 0 <= seed < 2**31 - 1:
+            raise KVBenchError(f"The seed {seed} of index {self.name} is not between 0 and {2**31 - 2}.")
         self.options: Any = self.Options() if options is None else options
         self.seed = seed
         self.keys: KeyStore
@@ -73,6 +93,8 @@ class Index(Extension, ABC):
         self.heads = heads or (self.keys.groups if queries is None else int(queries.shape[0]))
         if self.heads % self.keys.groups:
             raise KVBenchError(f"{self.heads} query heads are no multiple of {self.keys.groups} key/value heads.")
+        if self.heads > MOST_HEADS:
+            raise KVBenchError(f"{self.heads} query heads are more than the {MOST_HEADS} of one index.")
         training = None
         if self.uses_queries:
             if queries is None or (self.keys.n and not queries.shape[1]):
@@ -129,7 +151,10 @@ class Index(Extension, ABC):
         """Bytes of the structure, besides the caller's keys."""
 
     def save(self, path: str | Path, *, keys: bool = True) -> None:
-        """Write the index as safetensors; with `keys=False` without the keys, which `load` then needs."""
+        """Write the index as safetensors, whole or not at all; with `keys=False` without the keys, which `load` needs.
+
+        Raises KVBenchError where it cannot be written.
+        """
         if not self.heads:
             raise KVBenchError(f"index {self.name} is empty; call build before save.")
         tensors: State = {}
@@ -148,34 +173,47 @@ class Index(Extension, ABC):
             "dtype": self.keys.dtype,
         }
         metadata = {"format": FORMAT, "version": VERSION, "index": json.dumps(about, sort_keys=True)}
-        save_file(tensors, str(path), metadata=metadata)
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}-{os.getpid()}")
+        try:
+            save_file(tensors, str(temporary), metadata=metadata)
+            temporary.replace(target)
+        except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise KVBenchError(
+                f"The index cannot be written to {path} ({reason(error)}): free some space or choose another path."
+            ) from error
 
     @classmethod
     def load(cls, path: str | Path, *, keys: Vectors | None = None) -> Self:
         """Read an index that this class saved; it searches exactly as the saved one did.
 
-        Raises KVBenchError if the file is truncated, foreign, of another index or inconsistent.
+        Raises KVBenchError if the file is truncated, foreign, of another index or inconsistent: what compiled code
+        relies on (sizes, ids, types, finite numbers) is checked here.
         """
-        try:
+        with reading(lambda reason: f"{path} cannot be read as a kvbench index: {reason}."):
+            check_regular(path)
             with safe_open(str(path), framework="numpy") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
                     raise KVBenchError(f"{path} is no kvbench index of version {VERSION}.")
-                about = json.loads(metadata["index"])
-                if about["name"] != cls.name:
-                    raise KVBenchError(f"{path} holds an index of kind {str(about['name'])[:40]!r}, not {cls.name}.")
-                index = cls(cls.Options(**about["options"]), int(about["seed"]))
+                about = _About.model_validate(parse_json(metadata["index"]))
+                if about.name != cls.name:
+                    raise KVBenchError(f"{path} holds an index of kind {plain(about.name)!r}, not {cls.name}.")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with reading(lambda reason: f"{path} is damaged: its parts do not fit together ({reason})."):
+            index = cls(cls.Options(**about.options), about.seed)
             if keys is None:
                 if "keys" not in tensors:
                     raise KVBenchError(f"{path} was saved without its keys; pass them as keys=.")
-                keys = from_bits(tensors["keys"], str(about["dtype"]))
+                keys = from_bits(tensors["keys"], about.dtype)
             index.keys = KeyStore(keys)
             stored = index.keys
-            if [stored.groups, stored.n, stored.d] != about["shape"] or stored.dtype != about["dtype"]:
-                raise KVBenchError(f"{path} belongs to keys of shape {about['shape']}, not to these.")
-            index.heads = int(about["heads"])
-            if index.heads < 1 or index.heads % stored.groups:
+            if (stored.groups, stored.n, stored.d) != about.shape or stored.dtype != about.dtype:
+                raise KVBenchError(f"{path} belongs to keys of shape {list(about.shape)}, not to these.")
+            index.heads = about.heads
+            if index.heads % stored.groups:
                 raise ValueError("heads")
             waiting = tensors.get("waiting")
             if waiting is not None:
@@ -184,12 +222,6 @@ class Index(Extension, ABC):
                 index._restore(
                     {name[len("index.") :]: array for name, array in tensors.items() if name.startswith("index.")}
                 )
-        except KVBenchError:
-            raise
-        except (OSError, SafetensorError) as error:
-            raise KVBenchError(f"{path} cannot be read as a kvbench index: {error}.") from error
-        except (ValidationError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            raise KVBenchError(f"{path} is damaged: its parts do not fit together ({type(error).__name__}).") from error
         return index
 
     def _effort(self, effort: int | None) -> int:
@@ -242,5 +274,13 @@ def expect_ids(state: State, name: str, shape: tuple[int | None, ...], n: int, l
     """A state's int32 array of ids between `lowest` and n - 1; ValueError otherwise."""
     array = expect(state, name, np.int32, shape)
     if array.size and (array.min() < lowest or array.max() >= n):
+        raise ValueError(name)
+    return array
+
+
+def expect_finite(state: State, name: str, shape: tuple[int | None, ...]) -> NDArray[np.float32]:
+    """A state's float32 array of this shape, finite as keys and means of keys are; ValueError otherwise."""
+    array = expect(state, name, np.float32, shape)
+    if array.size and not np.abs(array).max() <= 4 * BEYOND:
         raise ValueError(name)
     return array

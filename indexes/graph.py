@@ -8,10 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.extension import Options
-from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
+from kvbench.contract.extension import Options
+from kvbench.indexes.base import Index, SearchResult, State, expect, expect_finite, expect_ids
 from kvbench.indexes.kernels import Int32, Int64, count_reached, kernel, move_links, quantize_rows, search_graph
 from kvbench.indexes.threads import on_threads
+
+LEAST_SCALE = np.float32(1e-30)
+"""Of SQ8 codes, where all keys have the same value in a dimension."""
 
 
 class GraphOptions(Options):
@@ -108,7 +111,7 @@ class GraphIndex(Index):
         if first == 0:
             self.low = np.stack([keys.float32(g).min(0) for g in range(keys.groups)])
             high = np.stack([keys.float32(g).max(0) for g in range(keys.groups)])
-            self.scale = np.maximum((high - self.low) / np.float32(255), np.float32(1e-30))
+            self.scale = np.maximum((high - self.low) / np.float32(255), LEAST_SCALE)
             self.codes = np.empty((keys.groups, keys.n, keys.d), np.uint8)
         elif keys.n > self.codes.shape[1]:
             grown = np.empty((keys.groups, keys.n + max(64, keys.n // 16), keys.d), np.uint8)
@@ -160,10 +163,14 @@ class GraphIndex(Index):
         if widths.min() < 0 or widths.max() > self._degree:
             raise ValueError("start")
         self.entries = expect_ids(state, "entries", (graphs, None), n)
+        if not self.entries.shape[1] or self.entries[:, 0].min() < 0:
+            raise ValueError("entries")
         if self.options.sq8:
             self.codes = expect(state, "codes", np.uint8, (groups, n, d))
-            self.low = expect(state, "low", np.float32, (groups, d))
-            self.scale = expect(state, "scale", np.float32, (groups, d))
+            self.low = expect_finite(state, "low", (groups, d))
+            self.scale = expect_finite(state, "scale", (groups, d))
+            if self.scale.min() < LEAST_SCALE:
+                raise ValueError("scale")
 
 
 @kernel

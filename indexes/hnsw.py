@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.extension import Options
+from kvbench.contract.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
 from kvbench.indexes.flat import keep_best
 from kvbench.indexes.threads import each_head
@@ -52,9 +52,7 @@ class HNSW(Index):
         return links + self.keys.groups * self.keys.n * (12 + 4 * self.keys.d)
 
     def _new(self) -> Any:
-        index = faiss.IndexHNSWFlat(self.keys.d, self.options.degree, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction = self.options.construction_ef
-        return index
+        return faiss.IndexHNSWFlat(self.keys.d, self.options.degree, faiss.METRIC_INNER_PRODUCT)
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         self.indexes = [self._new() for _ in range(self.keys.groups)]
@@ -63,11 +61,13 @@ class HNSW(Index):
         self._insert(0)
 
     def _insert(self, first: int) -> None:
+        for index in self.indexes:
+            index.hnsw.efConstruction = min(self.options.construction_ef, self.keys.n)
         each_head(self.keys.groups, lambda group: self.indexes[group].add(self.keys.float32(group, first)))
 
     def _search(self, queries: NDArray[np.float32], k: int, effort: int, result: SearchResult) -> None:
         keys = self.keys
-        parameters = faiss.SearchParametersHNSW(efSearch=max(effort, k))
+        parameters = faiss.SearchParametersHNSW(efSearch=min(max(effort, k), keys.n))
         wanted = min(k, keys.n)
         with _STATISTICS:
             for head in range(self.heads):

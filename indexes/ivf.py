@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.extension import Options
-from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
+from kvbench.contract.extension import Options
+from kvbench.indexes.base import Index, SearchResult, State, expect_finite, expect_ids
 from kvbench.indexes.flat import keep_best
 from kvbench.indexes.threads import each_head
 
@@ -20,7 +20,7 @@ class IVFOptions(Options):
 
     lists: int = Field(0, ge=0, description="number of lists; 0 is one for every 64 keys")
     nprobe: int = Field(16, ge=1, description="lists scanned for a query")
-    iterations: int = Field(10, ge=1, description="k-means rounds")
+    iterations: int = Field(10, ge=1, le=10_000, description="k-means rounds")
 
 
 class IVF(Index):
@@ -131,7 +131,7 @@ class IVF(Index):
 
     def _restore(self, state: State) -> None:
         keys = self.keys
-        self.centroids = expect(state, "centroids", np.float32, (keys.groups, None, keys.d))
+        self.centroids = expect_finite(state, "centroids", (keys.groups, None, keys.d))
         self.assigned = expect_ids(state, "assigned", (keys.groups, keys.n), self.centroids.shape[1], lowest=0)
         self.lists = [self._empty_lists(centroids) for centroids in self.centroids]
         for group in range(keys.groups):

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.errors import KVBenchError
-from kvbench.indexes.base import State, expect, expect_ids
+from kvbench.contract.errors import KVBenchError
+from kvbench.indexes.base import State, expect, expect_finite, expect_ids
 from kvbench.indexes.ivf import IVF, IVFOptions
 
 
@@ -83,12 +83,12 @@ class IVFPQ(IVF):
 
     def _restore(self, state: State) -> None:
         keys = self.keys
-        self.centroids = expect(state, "centroids", np.float32, (keys.groups, None, keys.d))
-        self.assigned = expect_ids(state, "assigned", (keys.groups, keys.n), self.centroids.shape[1], lowest=0)
-        self.codebooks = expect(state, "codebooks", np.float32, (keys.groups, 256 * keys.d))
-        self.codes = expect(state, "codes", np.uint8, (keys.groups, keys.n, int(self.options.subspaces)))
         if keys.d % self.options.subspaces:
             raise ValueError("subspaces")
+        self.centroids = expect_finite(state, "centroids", (keys.groups, None, keys.d))
+        self.assigned = expect_ids(state, "assigned", (keys.groups, keys.n), self.centroids.shape[1], lowest=0)
+        self.codebooks = expect_finite(state, "codebooks", (keys.groups, 256 * keys.d))
+        self.codes = expect(state, "codes", np.uint8, (keys.groups, keys.n, int(self.options.subspaces)))
         self.lists = [self._empty_lists(centroids) for centroids in self.centroids]
         for group in range(keys.groups):
             faiss.copy_array_to_vector(self.codebooks[group], self.lists[group].pq.centroids)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.indexes.base import State, expect, expect_ids
+from kvbench.indexes.base import State, expect_finite, expect_ids
 from kvbench.indexes.graph import GraphIndex, GraphOptions, rows_of, starts
 from kvbench.indexes.kernels import (
     Float32,
@@ -90,7 +90,9 @@ class RoarGraph(GraphIndex):
 
     @property
     def _eager(self) -> int:
-        return int(self.options.eager) if self.options.projection == "cooccurrence" else self._degree
+        if self.options.projection == "pivot":
+            return self._degree
+        return min(int(self.options.eager), self._degree)
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         assert queries is not None
@@ -122,7 +124,7 @@ class RoarGraph(GraphIndex):
             keys.groups,
             knn,
             self._eager,
-            options.construction_ef,
+            min(options.construction_ef, n),
             graph,
             self.entries,
             lengths,
@@ -163,8 +165,16 @@ class RoarGraph(GraphIndex):
         super()._restore(state)
         if np.any(np.diff(self.start, axis=1) < 1):
             raise ValueError("start")
-        self.queries = expect(state, "queries", np.float32, (self.heads, None, self.keys.d))
+        self.queries = expect_finite(state, "queries", (self.heads, None, self.keys.d))
         self.knn = expect_ids(state, "knn", (self.heads, self.queries.shape[1], _KEPT_NEIGHBORS), self.keys.n)
+        # `enlist` counts on lists that hold a key or more, none twice, with -1 at their ends alone.
+        filled = self.knn >= 0
+        ordered = np.sort(self.knn, axis=2)
+        twice = (ordered[:, :, 1:] == ordered[:, :, :-1]) & (ordered[:, :, 1:] >= 0)
+        if not self.queries.shape[1] or not filled[:, :, 0].all() or (filled[:, :, 1:] > filled[:, :, :-1]).any():
+            raise ValueError("knn")
+        if twice.any():
+            raise ValueError("knn")
         self._worst = None
 
 

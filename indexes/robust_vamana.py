@@ -63,7 +63,7 @@ class RobustVamana(Vamana):
             order,
             graph,
             self.entries,
-            options.construction_ef,
+            min(options.construction_ef, total),
             np.array([1.0, options.alpha]),
             nearest,
         )

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.extension import Options
-from kvbench.indexes.base import Index, SearchResult, State, expect
+from kvbench.contract.extension import Options
+from kvbench.indexes.base import Index, SearchResult, State, expect, expect_finite
 from kvbench.indexes.flat import keep_best
 from kvbench.indexes.ivf import rescore
 from kvbench.indexes.threads import each_head
@@ -69,7 +69,9 @@ class SQ8(Index):
     def _restore(self, state: State) -> None:
         keys = self.keys
         codes = expect(state, "codes", np.uint8, (keys.groups, keys.n, keys.d))
-        scales = expect(state, "scales", np.float32, (keys.groups, 2 * keys.d))
+        scales = expect_finite(state, "scales", (keys.groups, 2 * keys.d))
+        if scales[:, keys.d :].min() < 0:
+            raise ValueError("scales")
         self.scalers = [self._new() for _ in range(keys.groups)]
         for group, scaler in enumerate(self.scalers):
             faiss.copy_array_to_vector(scales[group], scaler.sq.trained)

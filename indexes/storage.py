@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.indexes.kernels import decode, find_beyond
 
 Array = NDArray[Any]
@@ -16,8 +16,10 @@ Vectors = Array | torch.Tensor
 
 # numba has no 16-bit floats on CPUs: the kernels tell the two formats apart by the signedness of their bits.
 _BITS = {"float32": np.float32, "float16": np.uint16, "bfloat16": np.int16}
-# Largest finite magnitudes. `widen` reads float16's infinity and NaN as numbers beyond it.
-_LARGEST = {"float32": 3.4028234e38, "float16": 65504.0, "bfloat16": 3.4028234e38}
+BEYOND = 1e15
+"""Magnitude up to which sums of squared differences stay finite in float32, whatever the number of dimensions."""
+# `widen` reads float16's infinity and NaN as numbers beyond its largest one.
+_LARGEST = {"float32": BEYOND, "float16": 65504.0, "bfloat16": BEYOND}
 
 
 def as_bits(vectors: Vectors, what: str) -> tuple[Array, str]:
@@ -42,13 +44,16 @@ def as_bits(vectors: Vectors, what: str) -> tuple[Array, str]:
 
 
 def as_float32(vectors: Vectors, what: str) -> NDArray[np.float32]:
-    """The vectors as contiguous float32 [heads, vectors, d]; KVBenchError if any is NaN or infinite."""
+    """The vectors as contiguous float32 [heads, vectors, d]; KVBenchError if any is NaN, infinite or beyond 1e15."""
     array, name = as_bits(vectors, what)
     array = np.ascontiguousarray(array)
     wide = array if name == "float32" else decode(array)
     heads, count, d = wide.shape
     if find_beyond(wide.reshape(-1, d), count, heads, 0, count, _LARGEST[name]) >= 0:
-        raise KVBenchError(f"{what} hold NaN or infinite values; an index needs finite vectors.")
+        raise KVBenchError(
+            f"{what} hold NaN or infinite values, or such beyond {BEYOND:g}, whose squares overflow; an index needs "
+            "finite vectors."
+        )
     return wide
 
 
@@ -88,7 +93,10 @@ class KeyStore:
         self.groups, self.n, self.d = groups, n, d
         bad = find_beyond(self.rows, self.stride, groups, checked, n, _LARGEST[self.dtype])
         if bad >= 0:
-            raise KVBenchError(f"key {bad % n} of head {bad // n} is NaN or infinite; an index needs finite vectors.")
+            raise KVBenchError(
+                f"key {bad % n} of head {bad // n} is NaN or infinite, or beyond {BEYOND:g}, whose square overflows; "
+                "an index needs finite vectors."
+            )
 
     def append(self, keys: Vectors, storage: Vectors | None) -> None:
         """Append keys [G, m, d]: read from `storage` [G, n + m, d] where given, else copied to memory of our own."""

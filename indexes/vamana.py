@@ -66,7 +66,7 @@ class Vamana(GraphIndex):
             order,
             graph,
             self.entries,
-            self.options.construction_ef,
+            min(self.options.construction_ef, keys.n),
             alphas,
             nobody,
         )

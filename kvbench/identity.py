@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 SITES = ("site-packages", "dist-packages")
 """Names of folders where many distributions lie beside each other."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import Distribution, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import pluggy
 from pydantic import ValidationError
 
-from kvbench.errors import KVBenchError
-from kvbench.extension import Extension
-from kvbench.hookspecs import PROJECT, Registration
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extension import Extension
+from kvbench.contract.hooks import Registration
+from kvbench.contract.markers import PROJECT
 from kvbench.identity import Identity, identity
 
 KINDS = {
@@ -48,13 +50,9 @@ class Registry:
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
         classes = self.classes[kind]
-        if name in classes:
-            return classes[name]
-        near = difflib.get_close_matches(name, classes, n=3) or sorted(classes)
-        known = f"choose one of {', '.join(near)}." if near else "none is installed."
-        hint = f"did you mean {' or '.join(near)}?" if len(near) < len(classes) else known
-        failed = f" These plugins did not load: {'; '.join(self.failures)}." if self.failures else ""
-        raise KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+        if name not in classes:
+            raise unknown(kind, name, classes, self.failures)
+        return classes[name]
 
     def options(self, kind: str, name: str, values: Mapping[str, Any]) -> Any:
         """Validate options of the extension `name`: unknown names and wrong types raise, naming the value."""
@@ -83,29 +81,65 @@ class Registry:
         return self._identities[cls]
 
 
+def unknown(kind: str, name: str, known: Collection[str], failures: Sequence[str]) -> KVBenchError:
+    """The error of a name that is none of the `known`, with the nearest of them and the plugins that failed."""
+    near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+    choice = f"choose one of {', '.join(near)}." if near else "none is installed."
+    hint = f"did you mean {' or '.join(near)}?" if len(near) < len(known) else choice
+    failed = f" These plugins did not load: {'; '.join(failures)}." if failures else ""
+    return KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+
+
+def plugin_entries() -> list[EntryPoint]:
+    """The entry points of every installed plugin, kvbench's own first."""
+    found = entry_points(group=PROJECT)
+    return sorted(found, key=lambda entry: (not entry.value.startswith("kvbench."), entry.name))
+
+
 @cache
 def registry() -> Registry:
     """Load every plugin once; one that fails is noted in `failures` and does not take the others down."""
     found = Registry()
-    for entry in sorted(
-        entry_points(group=PROJECT), key=lambda entry: (not entry.value.startswith("kvbench."), entry.name)
-    ):
-        try:
-            plugin = entry.load()
+    plugins: list[tuple[EntryPoint, Any]] = []
+    for entry in plugin_entries():
+        with _noted(found, entry):
             manager = pluggy.PluginManager(PROJECT)
             manager.add_hookspecs(Registration)
-            manager.register(plugin, name=entry.name)
+            manager.register(entry.load(), name=entry.name)
             manager.check_pending()
-            for kind, hook in KINDS.items():
-                for classes in getattr(manager.hook, hook)():
-                    for cls in classes:
-                        _register(found, kind, cls)
-                        if entry.dist is not None:
-                            found.distributions[cls] = entry.dist
-        except Exception as error:
-            found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
+            plugins.append((entry, manager.hook))
+            _register_all(found, "index", manager.hook.kvbench_indexes(), entry)
+    indexes = list(found.classes["index"].values())
+    derived = []
+    for entry, hook in plugins:
+        with _noted(found, entry):
+            for kind, name in KINDS.items():
+                if kind == "policy":
+                    policies = [cls for classes in hook.kvbench_policies(indexes=indexes) for cls in classes]
+                    derived += [cls for cls in policies if getattr(cls, "derived", False)]
+                    _register_all(found, kind, [[cls for cls in policies if not getattr(cls, "derived", False)]], entry)
+                elif kind != "index":
+                    _register_all(found, kind, getattr(hook, name)(), entry)
+    _register_all(found, "policy", [[cls for cls in derived if cls.name not in found.classes["policy"]]])
     found.loaded = time.time()
     return found
+
+
+@contextmanager
+def _noted(found: Registry, entry: EntryPoint) -> Iterator[None]:
+    """Note a plugin's failure instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
+
+
+def _register_all(found: Registry, kind: str, answers: list[list[type[Any]]], entry: EntryPoint | None = None) -> None:
+    for classes in answers:
+        for cls in classes:
+            _register(found, kind, cls)
+            if entry is not None and entry.dist is not None:
+                found.distributions.setdefault(cls, entry.dist)
 
 
 def _register(found: Registry, kind: str, cls: type[Any]) -> None:

@@ -8,7 +8,7 @@ from importlib.metadata import Distribution
 
 import pytest
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity, _tops, differences, identity
 from kvbench.plugins import registry
 
@@ -206,8 +206,13 @@ def test_of_built_ins_an_edit_reaches_what_imports_it_only(monkeypatch):
         "kvbench.identity._content", lambda spec, loaded: reads.append(spec.name) or closure(spec, loaded)
     )
     identity(found.find("policy", "ivf"))
-    assert {"kvbench.strategies.ivf", "kvbench.strategies.index_retrieval", "kvbench.indexes.ivf"} <= set(reads)
-    assert not {"kvbench.strategies.quest", "kvbench.strategies", "kvbench.indexes.hnsw", "kvbench.tasks"} & set(reads)
+    assert {"kvbench.strategies.selecting.index_retrieval", "kvbench.indexes.ivf"} <= set(reads)
+    assert not {
+        "kvbench.strategies.selecting.quest",
+        "kvbench.strategies",
+        "kvbench.indexes.hnsw",
+        "kvbench.tasks",
+    } & set(reads)
 
 
 def test_differences_are_told_by_role():

@@ -11,15 +11,15 @@ from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 import kvbench
-from kvbench import runner
-from kvbench.budget import Budget
-from kvbench.errors import KVBenchError
+from kvbench.contract.budget import Budget
+from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
-from kvbench.measured import probed_trace, probed_values
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
-from kvbench.results import REPLACED, Run, find_runs, read, replace
-from kvbench.rows import fault, read_rows
+from kvbench.runs import runner
+from kvbench.runs.measured import probed_trace, probed_values
+from kvbench.runs.results import REPLACED, Run, find_runs, read, replace
+from kvbench.runs.rows import fault, read_rows
 
 
 class Gives(kvbench.Probe):
@@ -246,17 +246,13 @@ def test_a_probe_that_gives_a_list_stops_at_the_first_example_and_is_named(run, 
 @pytest.mark.parametrize("score", [math.nan, [1.0], None, torch.tensor(1.0), "1"])
 def test_a_task_that_scores_with_no_number_is_named(run, score):
     task = type("Bad", (Short,), {"name": "bad", "summary": "B.", "score": lambda *_: score})
-    with pytest.raises(
-        KVBenchError, match=r"Task 'bad' \(test_measured\) scored example short/1/0 with .* expected a f"
-    ):
+    with pytest.raises(KVBenchError, match=r"Task 'bad' \(\w+\) scored example short/1/0 with .* expected a f"):
         run("streaming_llm", task=task)
 
 
 def test_a_task_that_raises_is_named(run):
     task = type("Bad", (Short,), {"name": "bad", "summary": "B.", "score": lambda *_: {}["x"]})
-    with pytest.raises(
-        KVBenchError, match=r"Task 'bad' \(test_measured\) failed in the score of example short/1/0: KeyE"
-    ):
+    with pytest.raises(KVBenchError, match=r"Task 'bad' \(\w+\) failed in the score of example short/1/0: KeyE"):
         run("streaming_llm", task=task)
 
 
@@ -268,7 +264,7 @@ def test_a_policy_that_fails_leaves_the_others_alone(run, monkeypatch, tmp_path,
 
     def breaks(self, layer, keys, values):
         calls.append(layer.number)
-        if len(calls) > 130:
+        if len(calls) > 70:
             raise RuntimeError("broken on purpose")
 
     alike = type("Alike", (quest,), {"name": "alike", "summary": "A.", "insert": breaks})

@@ -18,7 +18,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     sweep,
 )
 from kvbench.cli.common import app, err
-from kvbench.errors import KVBenchError, out_of_memory, sentence
+from kvbench.contract.errors import KVBenchError, out_of_memory, sentence
 
 __all__ = ["app", "main"]
 

@@ -13,10 +13,10 @@ import typer
 from rich.table import Table
 
 from kvbench.cli.common import Json, app, err, interruptible, load_registry, out, seconds, share
-from kvbench.errors import KVBenchError, check_output
+from kvbench.contract.errors import KVBenchError, check_output
 
 if TYPE_CHECKING:
-    from kvbench.sweep import Outcome, Planned
+    from kvbench.runs.sweep import Outcome, Planned
 
 
 @app.command()
@@ -48,12 +48,12 @@ def sweep(
         raise KVBenchError("--address and --workers need --engine ray.")
     check_output(output)
     load_registry()
-    from kvbench.results import replace  # noqa: PLC0415
-    from kvbench.sweep import load, plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
+    from kvbench.runs.results import replace  # noqa: PLC0415
+    from kvbench.runs.sweep import load, plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
 
     load(file)  # a malformed file is told before a cluster starts
     if engine == "ray":
-        from kvbench.sweep_ray import cluster  # noqa: PLC0415
+        from kvbench.runs.ray import cluster  # noqa: PLC0415
 
         joining: Any = cluster(address, workers)
     else:
@@ -127,7 +127,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _policy(planned: Planned) -> str:
-    from kvbench.comparison import describe  # noqa: PLC0415
+    from kvbench.compare.comparison import describe  # noqa: PLC0415
 
     return describe(planned.config.model_dump(mode="json"))
 

@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.comparison import SAME, same_task
-from kvbench.errors import KVBenchError
-from kvbench.results import over_budget_text, read, summarise
-from kvbench.rows import fault, read_rows
+from kvbench.compare.comparison import SAME, same_task
+from kvbench.contract.errors import KVBenchError
+from kvbench.runs.results import over_budget_text, read, summarise
+from kvbench.runs.rows import fault, read_rows
+from kvbench.runs.traces import Trace, read_trace
 from kvbench.statistics import PairedDifference, holm, paired_difference
-from kvbench.traces import Trace, read_trace
 
 BASELINE = "full"
 SAME_EXAMPLES = (*SAME, "dtype", "seed")

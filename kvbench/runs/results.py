@@ -1,0 +1,421 @@
+"""Run folders: the configuration that names them, examples appended as they finish, and the metrics made of them.
+
+A folder holds `run.json`; `examples.jsonl`, all that the configuration determines: the same bytes however often the run
+was stopped and continued; and `timings.jsonl`, the measurements that differ from one execution to the next. A line in
+`examples.jsonl` makes an example finished: its timings were forced to the disk before.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+import filelock
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvbench.contract.budget import Budget
+from kvbench.contract.errors import KVBenchError, unwritable
+from kvbench.identity import Identity, differences
+from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
+from kvbench.statistics import confidence_interval, mean_interval, percentiles
+
+SCHEMA = 2
+"""Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
+READABLE = (1, 2)
+
+REPLACED = ".replaced"
+"""Folder, beside the runs, that holds those which --fresh replaced; nothing reads it."""
+
+PACKAGES = ("kvbench", "torch", "transformers", "faiss-cpu", "numba", "numpy", "pluggy", "pydantic", "scipy")
+
+
+BEYOND = "tokens_beyond_budget"
+"""Name under which the density probe says how far a step went beyond what its budget and its policy allow."""
+
+
+class RunConfig(BaseModel):
+    """Everything that a run's numbers depend on; its hash names the run's folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    model_fingerprint: str
+    device: str
+    dtype: str
+    policy: str
+    policy_options: dict[str, Any]
+    budget: Budget | None
+    task: str
+    task_options: dict[str, Any]
+    task_data: dict[str, str]
+    context_length: int
+    examples: int
+    seed: int
+    question: Literal["aware", "agnostic"]
+    prefill_chunk: int | None
+    recall_k: int
+    probe_examples: int
+    probes: tuple[str, ...] = ()
+    """Probes beyond the standard ones."""
+    batch_size: int = 1
+    share_prefill: bool = False
+    plugins: dict[str, Identity] = Field(default_factory=dict)
+    """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
+
+    @property
+    def hash(self) -> str:
+        """The first 12 hexadecimal digits of the SHA-256 of the configuration and the schema version."""
+        canonical = json.dumps({"schema": SCHEMA, **self.model_dump(mode="json")}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        return f"{self.policy}-{self.task}-{self.context_length}-{self.hash}"
+
+
+class Run:
+    """A run's folder, open for writing; `notes` says what a user should know of how it was found."""
+
+    def __init__(self, path: Path, config: RunConfig, environment: dict[str, Any]) -> None:
+        """Open or make the folder below `path`; what is already there must belong to this configuration."""
+        self.config, self.environment = config, environment
+        self.path = path / config.folder
+        self.status = "running"
+        self.metrics: dict[str, Any] = {}
+        self.notes: list[str] = []
+        with _disk(self.path):
+            new = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+        if new:
+            self._note_older(path)
+        self._take(read_rows(self.path))
+        for role, code in config.plugins.items():
+            if code.source is None:
+                self.notes.append(
+                    f"The source of {role} cannot be read, so an edit of it will not be noticed: use --fresh after one."
+                )
+        if (self.path / "run.json").exists():
+            found = read(self.path)
+            if found["config"] != config.model_dump(mode="json"):
+                raise KVBenchError(
+                    f"{self.path} holds another configuration's results: move it away, or use another --output."
+                )
+            self.status, self.metrics = found["status"], found["metrics"]
+            if self.status == "complete" and len(self.rows) != self.metrics["accuracy"]["n"]:
+                self.status = "interrupted"
+                self.notes.append(
+                    f"{self.path} had {self.metrics['accuracy']['n']} examples when it was complete and holds "
+                    f"{len(self.rows)} now: the missing ones run again."
+                )
+            if self.rows and self.status != "complete":
+                self._note_changes(found["environment"])
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the folder against a second writer, and note in `run.json` how the stretch ended."""
+        with ExitStack() as held:
+            with _disk(self.path):
+                held.enter_context(_locked(self.path))
+            self._take(read_rows(self.path))
+            self._repair()
+            self._write("running")
+            try:
+                yield
+                self.metrics = summarise(self.rows)
+            except BaseException as error:
+                # A disk that is full for examples is full for this too, and must not hide the first error.
+                with suppress(KVBenchError):
+                    self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+                raise
+            self._write("complete")
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Add a finished example and force it to the disk, its timings first."""
+        if any(row["id"] == other["id"] for other in self.rows):
+            raise KVBenchError(
+                f"Task '{self.config.task}' gave two examples the id {row['id']}: report it to the task's author."
+            )
+        wrong = fault(row)
+        if wrong is not None:
+            raise KVBenchError(f"Example {row['id']} of task '{self.config.task}' was not kept: {wrong}.")
+        lasting, timed = split(row)
+        lines = {"timings.jsonl": line({"id": row["id"], **timed}), "examples.jsonl": line(lasting)}
+        with _disk(self.path):
+            for name, content in lines.items():
+                append(self.path / name, content)
+        self.rows.append(row)
+
+    def _take(self, rows: list[dict[str, Any]]) -> None:
+        """Take over finished examples, but for those that older versions wrote with values that are no results."""
+        self.rows = []
+        for row in rows:
+            wrong = fault(row)
+            if wrong is None:
+                self.rows.append(row)
+                continue
+            note = f"{self.path} holds example {row['id']} with a value that is no result ({wrong}): it runs again."
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def _note_older(self, output: Path) -> None:
+        """Say where this configuration ran before with other code of its plugins."""
+        mine = self.config.model_dump(mode="json", exclude={"plugins"})
+        start = self.config.folder.removesuffix(self.config.hash)
+        for folder in sorted(output.glob(f"{glob.escape(start)}*/")):
+            try:
+                found = RunConfig.model_validate(read(folder)["config"])
+            except KVBenchError:
+                continue
+            if found.model_dump(mode="json", exclude={"plugins"}) == mine:
+                changed = ", ".join(differences(found.plugins, self.config.plugins)) or "fewer plugins"
+                self.notes.append(f"Changed since {folder}, so this run starts anew in {self.path}: {changed}.")
+
+    def document(self) -> dict[str, Any]:
+        """The run as one element of the `--json` document's `runs`."""
+        config = self.config.model_dump(mode="json")
+        return {
+            "policy": config["policy"], "budget": config["budget"], "config": config, "environment": self.environment,
+            "status": self.status, "metrics": self.metrics, "folder": str(self.path),
+        }  # fmt: skip
+
+    def _write(self, status: str) -> None:
+        self.status = status
+        content = {
+            "schema": SCHEMA,
+            **{k: v for k, v in self.document().items() if k not in ("policy", "budget", "folder")},
+        }
+        with _disk(self.path):
+            temporary = self.path / ".run.json"
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path / "run.json")
+            _sync_folder(self.path)
+
+    def _repair(self) -> None:
+        """Cut what a killed writer left unfinished: half a line, or timings without their example."""
+        for name, lines in zip(("timings.jsonl", "examples.jsonl"), finished_lines(self.path), strict=True):
+            file = self.path / name
+            size, end = file.stat().st_size if file.exists() else 0, sum(one.size for one in lines)
+            if size > end:
+                with _disk(self.path), file.open("rb+") as writable:
+                    writable.truncate(end)
+                self.notes.append(
+                    f"{file} ended in {size - end} bytes of an example that was never finished; they were cut off, and "
+                    "the example runs again."
+                )
+
+    def _note_changes(self, before: dict[str, Any]) -> None:
+        old, new = ({**now.get("packages", {}), "device": now.get("device_name")} for now in (before, self.environment))
+        changed = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+        if changed:
+            self.notes.append(
+                f"{self.path} continues {len(self.rows)} examples of another environment ({', '.join(changed)}): move "
+                "it away to run all of them in this one."
+            )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a `run.json`: config, environment, status and metrics.
+
+    Refuses what is no run, or a schema version that this kvbench does not know; a configuration of an older version
+    gets the defaults of fields that came later.
+    """
+    file = path / "run.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KVBenchError(
+            f"{file} is no readable run: {error}. Move the folder away, or use another --output."
+        ) from None
+    if not isinstance(content, dict) or content.get("schema") not in READABLE:
+        found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        raise KVBenchError(
+            f"{file} has schema version {found!r}; this kvbench reads versions {', '.join(map(str, READABLE))}: "
+            "use a matching kvbench."
+        )
+    try:
+        config = RunConfig.model_validate(content["config"]).model_dump(mode="json")
+        return {"config": config, **{key: content[key] for key in ("environment", "status", "metrics")}}
+    except (KeyError, ValidationError) as error:
+        raise KVBenchError(
+            f"{file} is no complete run ({type(error).__name__}): move the folder away, or use another --output."
+        ) from None
+
+
+def replace(output: Path, config: RunConfig) -> Path | None:
+    """Move earlier results of a configuration out of the way, and say where they are; None where there are none.
+
+    Raises KVBenchError while another kvbench writes to them.
+    """
+    folder = output / config.folder
+    if not folder.is_dir():
+        return None
+    with _disk(folder), _locked(folder):
+        place = output / REPLACED
+        place.mkdir(exist_ok=True)
+        target = next(path for path in (place / f"{folder.name}-{n}" for n in count(1)) if not path.exists())
+        folder.rename(target)
+    return target
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against a second writer."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise KVBenchError(f"Another kvbench is writing to {folder}: wait for it, or use another --output.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Folders of runs at or below `root`, sorted; raises KVBenchError where there is none."""
+    files = root.rglob("run.json") if root.is_dir() else []
+    found = sorted(file.parent for file in files if REPLACED not in file.relative_to(root).parts)
+    if not found:
+        raise KVBenchError(f"There is no run in {root}: give a folder that `kvbench run --output` wrote to.")
+    return found
+
+
+def _sync_folder(path: Path) -> None:
+    """Force a folder's entries to the disk, where the system can."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def environment(device: str, device_name: str, threads: int, memory_method: str) -> dict[str, Any]:
+    """What the numbers were measured on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: version(package) for package in PACKAGES},
+        "device": device,
+        "device_name": device_name,
+        "threads": threads,
+        "peak_memory_method": memory_method,
+    }
+
+
+def processor() -> str:
+    """This machine's processor, by name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of a run from its examples; None where nothing was measured."""
+    scores = [row["score"] for row in rows]
+    low, high = confidence_interval(scores)
+    steps = [step for row in rows for step in row["step_s"]]
+    p50, p95 = percentiles(steps, 50, 95)
+    fresh = [row for row in rows if not row.get("reused_tokens")]
+    prefill, index = _mean([row["prefill_s"] for row in fresh]), _mean([row["index_s"] for row in fresh])
+    peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"] is not None]
+    probed = [row["probes"] for row in rows if row.get("probes")]
+    names = sorted({name for probes in probed for name in probes})
+    measured = {name: _mean([p[name] for p in probed if p.get(name) is not None]) for name in names}
+    named = sorted({name for row in rows for name in row.get("scores", {})})
+    values = {name: [row["scores"][name] for row in rows if name in row.get("scores", {})] for name in named}
+    return {
+        **{name: _summary(found) for name, found in values.items()},
+        "accuracy": {"mean": _mean(scores), "ci95": [_number(low), _number(high)], "n": len(scores)},
+        "recall_at_k": measured.pop("recall_at_k", None),
+        "recovered_mass": measured.pop("recovered_mass", None),
+        "density": measured.pop("density", None),
+        "bytes": {tier: _mean([row["bytes"][tier] for row in rows]) for tier in ("resident", "offloaded", "index")},
+        "ttft_s": {
+            "prefill": prefill,
+            "index": index,
+            "total": None if prefill is None or index is None else prefill + index,
+        },
+        "tpot_s": {"p50": _number(p50), "p95": _number(p95)},
+        "peak_memory_bytes": max(peaks, default=None),
+        "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
+        "generated_tokens": _mean([row["generated_tokens"] for row in rows]),
+        "probed_examples": len(probed),
+        "truncated_examples": sum("truncated_tokens" in row.get("info", {}) for row in rows),
+        "probe_overhead": _probe_overhead(rows),
+        "budget_tokens": _mean([row["budget_tokens"] for row in rows if row.get("budget_tokens")]),
+        "attended_bytes": _product(measured.get("attended_tokens"), _mean([row.get("token_bytes", 0) for row in rows])),
+        "over_budget": _over_budget(rows),
+        **measured,
+    }
+
+
+def _over_budget(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Tokens asked for and attended to at the step that went farthest beyond what was allowed; None where none did."""
+    probed = [row for row in rows if row.get("budget_tokens") and (row.get("probes") or {}).get(BEYOND)]
+    if not probed:
+        return None
+    worst = max(probed, key=lambda row: float(row["probes"][BEYOND]))
+    attended = worst["probes"]["most_attended_tokens"]
+    return {"asked": worst["budget_tokens"], "allowed": attended - worst["probes"][BEYOND], "attended": attended}
+
+
+def over_budget_text(metrics: dict[str, Any]) -> str:
+    """How a run went over its budget, in words; empty where it did not, or nobody measured it."""
+    over = metrics.get("over_budget")
+    return f"over budget: asked {over['asked']:.0f} tokens, attended {over['attended']:.0f}" if over else ""
+
+
+def _probe_overhead(rows: list[dict[str, Any]]) -> float | None:
+    """What the probes add to a decoding step, as a share of the undisturbed step of the same examples (medians)."""
+    both = [row for row in rows if row["step_s"] and row.get("probed_step_s")]
+    if not both:
+        return None
+    (plain,) = percentiles([step for row in both for step in row["step_s"]], 50)
+    (probed,) = percentiles([step for row in both for step in row["probed_step_s"]], 50)
+    return probed / plain - 1
+
+
+def _summary(values: list[float]) -> dict[str, Any]:
+    low, high = mean_interval(values)
+    return {"mean": _mean(values), "ci95": [_number(low), _number(high)], "n": len(values)}
+
+
+def _product(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a * b
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise KVBenchError(
+            f"{unwritable(path, error)} The examples finished so far are kept, and the same command continues after "
+            "them."
+        ) from None
