@@ -66,11 +66,13 @@ def test_no_folder_is_part_of_an_import_circle():
         ("contract", set()),
         ("identity", {"contract"}),
         ("plugins", {"contract", "identity"}),
-        ("engine", {"contract", "plugins"}),
+        ("kernels", {"contract"}),
+        ("chat", {"contract"}),
+        ("engine", {"contract", "plugins", "kernels", "chat"}),
         ("reading", {"contract"}),
         ("indexes", {"contract", "reading"}),
-        ("strategies", {"contract", "indexes", "reading"}),
-        ("tasks", {"contract", "reading"}),
+        ("strategies", {"contract", "indexes", "reading", "kernels"}),
+        ("tasks", {"contract", "reading", "chat"}),
     ],
 )
 def test_a_room_imports_only_what_it_may(room, allowed):

@@ -8,7 +8,7 @@ from kernel_references import DEVICE, ERROR, attention64, error, gathered, ints,
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine import kernels
-from kvbench.engine.kernels import Segment, support
+from kvbench.kernels import Segment, support
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32

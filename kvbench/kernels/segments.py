@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvbench.engine.kernels.support import jit
+from kvbench.kernels.support import jit
 
 try:
     import triton.language as tl
