@@ -193,14 +193,11 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
         if any(cut.values()):
             which = ", ".join(f"{examples} of {name}" for name, examples in cut.items() if examples)
             lines.append((f"{where}: examples whose text was cut to fit the context: {which}.", ""))
-<<<<<<< HEAD
         over = [f"{_unmarked(names[id(run)], run)} ({run.over_budget})" for run in runs if run.over_budget]
         if over:
             lines.append((f"{where}: not on the same budget as the others: {', '.join(over)}.", ""))
-=======
         if any(run.metrics.get("prefix_left_out_examples") for run in runs):
             lines.append((f"{where}: no answer prefix was given, since the chat template opens a thinking block.", ""))
->>>>>>> main
         if alone:
             which = ", ".join(names[id(run)] for run in alone)
             command = run_command({**alone[0].config, "policy": BASELINE, "policy_options": {}, "budget": None},
