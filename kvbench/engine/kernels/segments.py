@@ -11,6 +11,13 @@ except ImportError:
 
 
 @jit
+def capped(logits: tl.tensor, cap: tl.tensor) -> tl.tensor:
+    """The logits as cap · tanh(x / cap)."""
+    small = tl.exp(tl.abs(logits) * (-2.0 / cap))
+    return tl.where(logits < 0, -cap, cap) * ((1.0 - small) / (1.0 + small))
+
+
+@jit
 def _segment(
     program: tl.tensor, q: tl.tensor, parts: tl.tensor, part_lses: tl.tensor, qb: int, qh: int, scale: float,
     cap: float, batch: int, first: int,
@@ -82,9 +89,8 @@ def _segment(
         if UPCAST:
             rows = rows.to(tl.float32)
         logits = tl.dot(queries, tl.trans(rows), input_precision="ieee") * scale
-        if CAPPED:  # cap · tanh(x / cap)
-            small = tl.exp(tl.abs(logits) * (-2.0 / cap))
-            logits = tl.where(logits < 0, -cap, cap) * ((1.0 - small) / (1.0 + small))
+        if CAPPED:
+            logits = capped(logits, cap)
         logits = logits * 1.4426950408889634
         if BIASED:
             added = tl.load(
