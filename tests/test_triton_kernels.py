@@ -1,7 +1,9 @@
 """Kernels of the decoding step, Triton's (interpreted where there is no GPU) and their torch twins, against float64."""
 
+import itertools
 import math
 
+import faiss
 import pytest
 import torch
 from kernel_references import DEVICE, ERROR, attention64, error, gathered, ints, randn
@@ -378,6 +380,50 @@ def test_kivi_reads_what_its_policy_writes():
     check(kernels.attend_kivi(queries, store), expected, FULL)
 
 
+def sq8(rows):
+    """faiss' codes of rows [B, G, n, d], what it decodes them to, and its minima and ranges."""
+    codes, back, ranges = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(rows.shape), []
+    for b, g in itertools.product(*map(range, rows.shape[:2])):
+        index = faiss.IndexScalarQuantizer(rows.shape[3], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows[b, g].numpy())
+        codes[b, g] = torch.from_numpy(index.sa_encode(rows[b, g].numpy()))
+        back[b, g] = torch.from_numpy(index.sa_decode(codes[b, g].numpy()))
+        ranges.append(torch.from_numpy(faiss.vector_to_array(index.sq.trained)))
+    return codes.to(DEVICE), back.to(DEVICE), torch.stack(ranges).view(*rows.shape[:2], 2, -1).to(DEVICE)
+
+
+SQ8 = [(FULL, 64, 2, 3), (BRAIN, 80, 1, 1), (HALF, 128, 1, 16)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share"),
+    SQ8 + on_gpu(*[(dtype, dim, 2, share) for dtype in (FULL, HALF, BRAIN) for dim in DIMS for share in (1, 4, 16)]),
+)
+def test_attention_and_scores_of_8_bit_codes(dtype, dim, groups, share):
+    queries = randn(2, groups * share, 1, dim, dtype=dtype)
+    codes, keys, key_range = sq8(torch.randn(2, groups, 70, dim) + torch.randn(dim) * 3)
+    value_codes, values, value_range = sq8(torch.randn(2, groups, 70, dim) + 1)
+    lengths = ints([70, 31])
+    segment = Segment(codes, value_codes, lengths, key_range=key_range, value_range=value_range)
+    close = FULL if dtype == FULL else BRAIN  # weights are rounded to bfloat16 beside codes
+    loose = {"atol": 1e-3, "rtol": 1e-5}  # in bfloat16 queries keep 16 bits
+    output, lse = kernels.attend(queries, segment)
+    expected = attention64(queries, [prefix(keys, values, lengths)])
+    assert error(output[:, :, 0], expected[0]) < ERROR[close]
+    assert torch.allclose(lse.double(), expected[1], **loose)
+    full = randn(2, groups, 70, dim, dtype=dtype)
+    ids = torch.stack([torch.randperm(70)[:9] for _ in range(2 * groups)]).view(2, groups, 9).to(DEVICE)
+    ids[:, :, 4] = -1
+    output, lse = kernels.attend(queries, Segment(codes, full, ids=ids, key_range=key_range))
+    expected = attention64(queries, [(*gathered(keys, full, ids, 1), None)])
+    assert error(output[:, :, 0], expected[0]) < ERROR[dtype]
+    assert torch.allclose(lse.double(), expected[1], **loose)
+    found = kernels.scores(queries, codes, lengths, scaling=0.5, row_range=key_range)
+    products = torch.einsum("bgrd,bgnd->bgrn", queries.double().view(2, groups, share, dim), keys.double()) * 0.5
+    beyond = torch.arange(70, device=DEVICE) >= lengths[:, None, None]
+    assert torch.allclose(found.double(), products.flatten(1, 2).masked_fill(beyond, -torch.inf), atol=4e-3, rtol=1e-4)
+
+
 def test_misfits_are_named():
     queries, keys, values = randn(1, 4, 1, 64), randn(1, 2, 9, 64), randn(1, 2, 9, 64)
     for call, words in (
@@ -394,6 +440,7 @@ def test_misfits_are_named():
         (lambda: kernels.gather(queries, keys, values, ints([[[1]] * 3])), r"ids \[1, 3, 1\] are not \[1, 2 or 4, k\]"),
         (lambda: kernels.insert(keys, values, keys, values, ints([0]), window=4), "do not fit a store of 9"),
         (lambda: kernels.scores(queries, keys, output=keys), "the preallocated"),
+        (lambda: kernels.decode(queries, keys.byte(), values, None), "codes need the channels' minima"),
         (lambda: kernels.attend(queries), "at least one segment"),
     ):
         with pytest.raises(KVBenchError, match=words):

@@ -198,7 +198,7 @@ def attend_kivi(
         _twin(queries, store, counts, scaling, softcap, output, lse)
         return output, lse
     capacity = store.value_codes.shape[2] + store.late_values.shape[2]
-    wide = queries.dtype == torch.float32 or dots_in_float32(queries)
+    wide = dots_in_float32(queries)
     tokens = 16 if wide and dim > 128 else 32
     if splits is None:
         splits = split_count(queries.device, batch * groups, -(-capacity // tokens))
@@ -215,7 +215,7 @@ def attend_kivi(
             store.late_keys.shape[2], store.late_values.shape[2], splits,
             groups, heads // groups, dim, max(16, next_power_of_2(heads // groups)), store.bits, 8 // store.bits,
             span, max(16 * store.bits // 8, next_power_of_2(span)), store.group, store.value_group, tokens,
-            softcap is not None, dots_in_float32(queries), num_warps=8 if wide else 4, num_stages=2,
+            softcap is not None, wide, num_warps=8 if wide else 4, num_stages=2,
         )  # fmt: skip
         launch_merge(parts, part_lses, output, lse)
     return output, lse
