@@ -64,12 +64,15 @@ def test_no_folder_is_part_of_an_import_circle():
     ("room", "allowed"),
     [
         ("contract", set()),
-        ("plugins", {"contract"}),
-        ("engine", {"contract", "plugins"}),
+        ("identity", {"contract"}),
+        ("plugins", {"contract", "identity"}),
+        ("kernels", {"contract"}),
+        ("chat", {"contract"}),
+        ("engine", {"contract", "plugins", "kernels", "chat"}),
         ("reading", {"contract"}),
         ("indexes", {"contract", "reading"}),
-        ("strategies", {"contract", "indexes", "reading"}),
-        ("tasks", {"contract", "reading"}),
+        ("strategies", {"contract", "indexes", "reading", "kernels"}),
+        ("tasks", {"contract", "reading", "chat"}),
     ],
 )
 def test_a_room_imports_only_what_it_may(room, allowed):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from kernel_references import DEVICE, ERROR, attention64, error, gathered, ints, randn
 
+from kvbench import kernels
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine import kernels
-from kvbench.engine.kernels import Segment, support
+from kvbench.kernels import Segment, support
 from kvbench.strategies.compressing import kivi
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvbench.engine import kernels
-from kvbench.engine.kernels import Segment, attention, support
+from kvbench import kernels
+from kvbench.kernels import Segment, attention, support
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.kernels.support import check_rows, compiled, device_of, jit, next_power_of_2, per_group
+from kvbench.kernels.support import check_rows, compiled, device_of, jit, next_power_of_2, per_group
 
 try:
     import triton.language as tl

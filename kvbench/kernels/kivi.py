@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.kernels.merge import launch_merge
-from kvbench.engine.kernels.segments import capped
-from kvbench.engine.kernels.support import (
+from kvbench.kernels.merge import launch_merge
+from kvbench.kernels.segments import capped
+from kvbench.kernels.support import (
     check_grouped,
     check_rows,
     compiled,

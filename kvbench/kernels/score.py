@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.kernels.sq8 import check_codes, decoded, fold
-from kvbench.engine.kernels.support import (
+from kvbench.kernels.sq8 import check_codes, decoded, fold
+from kvbench.kernels.support import (
     check_grouped,
     check_rows,
     compiled,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.engine.kernels.support import compiled, device_of, empty_or, jit, next_power_of_2
+from kvbench.kernels.support import compiled, device_of, empty_or, jit, next_power_of_2
 
 try:
     import triton.language as tl

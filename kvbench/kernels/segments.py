@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from kvbench.engine.kernels.sq8 import fold, unfold
-from kvbench.engine.kernels.support import jit
+from kvbench.kernels.sq8 import fold, unfold
+from kvbench.kernels.support import jit
 
 try:
     import triton.language as tl

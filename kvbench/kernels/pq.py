@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.kernels.support import (
+from kvbench.kernels.support import (
     check_grouped,
     compiled,
     device_of,

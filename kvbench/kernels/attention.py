@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.kernels.merge import launch_merge
-from kvbench.engine.kernels.segments import one_segment, two_segments
-from kvbench.engine.kernels.sq8 import check_codes, decoded
-from kvbench.engine.kernels.support import (
+from kvbench.kernels.merge import launch_merge
+from kvbench.kernels.segments import one_segment, two_segments
+from kvbench.kernels.sq8 import check_codes, decoded
+from kvbench.kernels.support import (
     check_grouped,
     check_rows,
     compiled,

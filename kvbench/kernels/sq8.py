@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.kernels.support import jit
+from kvbench.kernels.support import jit
 
 try:
     import triton.language as tl
