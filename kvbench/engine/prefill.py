@@ -147,7 +147,7 @@ def check_parts(chunk: int | None, prompt_tokens: int | None, most: int) -> None
 
 
 def input_device(model: Any) -> torch.device:
-    """Where token ids for the model go: the host where accelerate keeps weights elsewhere between calls, and moves them."""
+    """Where token ids for the model go: the host where accelerate keeps weights elsewhere between calls."""
     return torch.device("cpu") if model.device.type == "meta" else torch.device(model.device)
 
 
