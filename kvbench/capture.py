@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -30,6 +30,7 @@ from kvbench.budget import LayerBudget
 from kvbench.errors import KVBenchError
 from kvbench.models import LoadedModel, check_context
 from kvbench.policy import Layer, Probe
+from kvbench.reading import check_regular, parse_json, read_bytes, reading
 from kvbench.session import attach
 
 SCHEMA = 1
@@ -134,15 +135,16 @@ class CapturedPart:
         return self._read("values")
 
     def _read(self, name: str) -> Tensor:
-        try:
+        with reading(lambda reason: str(_broken(self.file, reason))):
+            check_regular(self.file)
             with safe_open(str(self.file), framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise _broken(self.file, str(error)) from None
         if tuple(tensor.shape) != self.shapes[name] or tensor.dtype != self.dtype:
             raise _broken(
                 self.file, f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {self.dtype} {self.shapes[name]}"
             )
+        if not bool(torch.isfinite(tensor).all()):
+            raise _broken(self.file, f"{name} hold NaN or infinite values")
         return tensor
 
 
@@ -427,15 +429,12 @@ def load_capture(path: str | Path) -> Capture:
     """
     folder = Path(path)
     file = folder / "manifest.json"
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise KVBenchError(
-            f"{folder} is no capture ({file.name}: {error.strerror or error}): give a folder that `kvbench capture` "
-            "wrote."
-        ) from None
-    except ValueError:
-        raise _broken(file, "it is not JSON") from None
+    with reading(
+        lambda reason: f"{folder} is no capture ({file.name}: {reason}): give a folder that `kvbench capture` wrote."
+    ):
+        data = read_bytes(file)
+    with reading(lambda reason: str(_broken(file, f"it is not JSON that kvbench wrote: {reason}"))):
+        content = parse_json(data)
     version = content.get("schema") if isinstance(content, dict) else None
     if version is None:
         raise KVBenchError(f"{folder} is no capture: its manifest.json has no schema version; give another folder.")
@@ -443,11 +442,8 @@ def load_capture(path: str | Path) -> Capture:
         raise KVBenchError(
             f"{folder} has schema version {version!r}; this kvbench reads version {SCHEMA}: use a matching kvbench."
         )
-    try:
+    with reading(lambda reason: str(_broken(file, reason))):
         manifest = Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise _broken(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     config = manifest.config
     if {entry.name for entry in manifest.files} != {_file(number, part) for number in config.layers for part in PARTS}:
         raise _broken(file, "its files are not those of its layers")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbench.errors import KVBenchError
-from kvbench.results import find_runs, read, read_rows
+from kvbench.results import find_runs, finished_rows, read
 from kvbench.statistics import PairedDifference, holm, paired_difference
 
 SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "context_length", "question")
@@ -47,10 +48,9 @@ class _Side:
     folders: list[str] = dataclasses.field(default_factory=list)
     scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
 
-    def add(self, folder: Path) -> None:
-        config = read(folder)["config"]
-        known = self.scores.setdefault(config["seed"], {})
-        for row in read_rows(folder):
+    def add(self, folder: Path, seed: int, rows: list[dict[str, Any]]) -> None:
+        known = self.scores.setdefault(seed, {})
+        for row in rows:
             if known.setdefault(row["id"], row["score"]) != row["score"]:
                 raise KVBenchError(
                     f"{folder} scores example {row['id']} otherwise than {self.folders[0]}, which has the same "
@@ -67,7 +67,10 @@ def compare(baseline: Path, others: Sequence[Path]) -> tuple[list[Comparison], l
     counterpart. Raises KVBenchError where the baseline is not one configuration, where a run is unfinished, and where
     nothing can be compared.
     """
-    asked = {_side_key(side.config): side for side in _sides([baseline]).values()}
+    skipped: list[str] = []
+    asked = {_side_key(side.config): side for side in _sides([baseline], skipped).values()}
+    if not asked:
+        raise KVBenchError(f"The baseline {baseline} has no run that can be read: {skipped[0]}")
     if len(asked) > 1:
         names = sorted(describe(side.config) for side in asked.values())
         raise KVBenchError(
@@ -75,12 +78,14 @@ def compare(baseline: Path, others: Sequence[Path]) -> tuple[list[Comparison], l
             "with runs of one."
         )
     ((base_key, base),) = asked.items()
-    everything = _sides([baseline, *others]).values()
+    skipped.clear()  # the baseline's are among all
+    everything = _sides([baseline, *others], skipped).values()
     by_cell = {_cell_key(side.config): side for side in everything if _side_key(side.config) == base_key}
     rest = [side for side in everything if _side_key(side.config) != base_key]
     if not rest:
-        raise KVBenchError(f"There is nothing to compare: all runs are those of the baseline {baseline}.")
-    pairs, skipped = [], []
+        unread = f" These were left out: {' '.join(skipped)}" if skipped else ""
+        raise KVBenchError(f"There is nothing to compare: all runs are those of the baseline {baseline}.{unread}")
+    pairs = []
     for side in rest:
         counterpart = by_cell.get(_cell_key(side.config))
         if counterpart is None:
@@ -88,7 +93,7 @@ def compare(baseline: Path, others: Sequence[Path]) -> tuple[list[Comparison], l
         else:
             pairs.append((counterpart, side, paired_difference(counterpart.scores, side.scores)))
     if not pairs:
-        raise KVBenchError(f"{skipped[0]} Run both on the same model, task, length and question mode.")
+        raise KVBenchError(f"{skipped[-1]} Run both on the same model, task, length and question mode.")
     corrected = holm([result.p_value for _, _, result in pairs])
     return [
         Comparison(
@@ -114,17 +119,22 @@ def describe(config: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _sides(paths: Sequence[Path]) -> dict[str, _Side]:
+def _sides(paths: Sequence[Path], skipped: list[str]) -> dict[str, _Side]:
+    """The configurations below the paths; a sentence for each run that cannot be read goes to `skipped`."""
     found: dict[str, _Side] = {}
-    for folder in sorted({folder.resolve(): folder for path in paths for folder in find_runs(path)}.values()):
-        run = read(folder)
+    for folder in sorted({os.path.realpath(folder): folder for path in paths for folder in find_runs(path)}.values()):
+        try:
+            run, rows = read(folder), finished_rows(folder)
+        except KVBenchError as error:
+            skipped.append(f"Left out: {error}")
+            continue
         if run["status"] != "complete":
             raise KVBenchError(
-                f"{folder} is not finished (status {run['status']}, {len(read_rows(folder))} of "
+                f"{folder} is not finished (status {run['status']}, {len(rows)} of "
                 f"{run['config']['examples']} examples): run the same command again to complete it, or leave it out."
             )
         key = _cell_key(run["config"]) + _side_key(run["config"])
-        found.setdefault(key, _Side(run["config"])).add(folder)
+        found.setdefault(key, _Side(run["config"])).add(folder, run["config"]["seed"], rows)
     return found
 
 

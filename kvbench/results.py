@@ -19,17 +19,23 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import filelock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbench.budget import Budget
 from kvbench.errors import KVBenchError
+from kvbench.reading import parse_json, plain, read_bytes, read_json, reading, reason
 from kvbench.statistics import confidence_interval, mean_interval, percentiles
+from kvbench.stored import StoredExample, StoredRun
 
 SCHEMA = 2
 """Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
 READABLE = (1, 2)
 
 PACKAGES = ("kvbench", "torch", "transformers", "faiss-cpu", "numba", "numpy", "pluggy", "pydantic", "scipy")
+
+
+LARGEST = 2**31 - 1
+"""Of the numbers that a run is asked for."""
 
 
 class RunConfig(BaseModel):
@@ -47,17 +53,23 @@ class RunConfig(BaseModel):
     task: str
     task_options: dict[str, Any]
     task_data: dict[str, str]
-    context_length: int
-    examples: int
-    seed: int
+    context_length: int = Field(ge=1, le=LARGEST)
+    examples: int = Field(ge=1, le=LARGEST)
+    seed: int = Field(ge=-LARGEST, le=LARGEST)
     question: Literal["aware", "agnostic"]
-    prefill_chunk: int | None
-    recall_k: int
-    probe_examples: int
+    prefill_chunk: int | None = Field(ge=1, le=LARGEST)
+    recall_k: int = Field(ge=1, le=LARGEST)
+    probe_examples: int = Field(ge=0, le=LARGEST)
     probes: tuple[str, ...] = ()
     """Probes beyond the standard ones."""
-    batch_size: int = 1
+    batch_size: int = Field(1, ge=1, le=LARGEST)
     share_prefill: bool = False
+
+    @model_validator(mode="after")
+    def _text_and_numbers(self) -> RunConfig:
+        # What `run.json` can hold and `read` takes: no halves of characters from names of files, no NaN in options.
+        parse_json(json.dumps(self.model_dump(mode="json"), allow_nan=False))
+        return self
 
     @property
     def hash(self) -> str:
@@ -198,25 +210,22 @@ def read(path: Path) -> dict[str, Any]:
     gets the defaults of fields that came later.
     """
     file = path / "run.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KVBenchError(
-            f"{file} is no readable run: {error}. Move the folder away, or use another --output."
-        ) from None
+    with reading(lambda reason: f"{file} is no readable run: {reason}. Move the folder away, or use another --output."):
+        content = read_json(file)
     if not isinstance(content, dict) or content.get("schema") not in READABLE:
-        found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        schema = plain(repr(content.get("schema") if isinstance(content, dict) else type(content).__name__))
         raise KVBenchError(
-            f"{file} has schema version {found!r}; this kvbench reads versions {', '.join(map(str, READABLE))}: "
+            f"{file} has schema version {schema}; this kvbench reads versions {', '.join(map(str, READABLE))}: "
             "use a matching kvbench."
         )
-    try:
+    with reading(
+        lambda reason: f"{file} is no complete run ({reason}): move the folder away, or use another --output."
+    ):
         config = RunConfig.model_validate(content["config"]).model_dump(mode="json")
+        found = StoredRun.model_validate({key: content[key] for key in ("environment", "status", "metrics")})
+        if content["schema"] == SCHEMA and found.status == "complete" and found.metrics.accuracy is None:
+            raise ValueError("metrics lacks accuracy")
         return {"config": config, **{key: content[key] for key in ("environment", "status", "metrics")}}
-    except (KeyError, ValidationError) as error:
-        raise KVBenchError(
-            f"{file} is no complete run ({type(error).__name__}): move the folder away, or use another --output."
-        ) from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -227,6 +236,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     timings, examples = _finished_lines(path)
     times = {line.row["id"]: line.row for line in timings}
     return [{**line.row, **times.get(line.row["id"], {})} for line in examples]
+
+
+def finished_rows(path: Path) -> list[dict[str, Any]]:
+    """As `read_rows`, for those who use an example's values; KVBenchError names an example whose values are not its."""
+    rows = read_rows(path)
+    for row in rows:
+        with reading(
+            lambda reason, row=row: (
+                f"{path} holds no result in example {plain(row['id'])} ({reason}): move the folder "  # type: ignore[misc]
+                "away and run it again."
+            )
+        ):
+            StoredExample.model_validate(row)
+    return rows
 
 
 def find_runs(root: Path) -> list[Path]:
@@ -266,28 +289,31 @@ def _finished_lines(path: Path) -> tuple[list[_Line], list[_Line]]:
     for number, example in enumerate(examples, start=1):
         if number > len(timings) or timings[number - 1].row["id"] != example.row["id"]:
             raise KVBenchError(
-                f"{file} has no line {number} for example {example.row['id']}: move the folder away to run again from "
+                f"{file} has no line {number} for example {plain(example.row['id'])}: move the folder away to run again from "
                 "the start."
             )
     return timings[: len(examples)], examples
 
 
 def _lines(file: Path, required: set[str]) -> list[_Line]:
-    parts = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    with reading(lambda reason: f"{file} cannot be read ({reason}): move the folder away to run again."):
+        parts = read_bytes(file).split(b"\n") if file.exists() or file.is_symlink() else [b""]
     seen, found = set(), []
     for number, part in enumerate(parts[:-1], start=1):  # the last is empty, or was never finished
         try:
-            row = json.loads(part)
-            if not isinstance(row, dict) or not required <= row.keys():
+            row = parse_json(part)
+            if not isinstance(row, dict) or not required <= row.keys() or not isinstance(row["id"], str):
                 raise ValueError("not an example")
         except ValueError as error:
             if number == len(parts) - 1 and not parts[-1]:
                 break  # a power cut can leave the last line without its content
             raise KVBenchError(
-                f"{file} line {number} is corrupt ({error}): move the folder away to run again from the start."
+                f"{file} line {number} is corrupt ({reason(error)}): move the folder away to run again from the start."
             ) from None
         if row["id"] in seen:
-            raise KVBenchError(f"{file} line {number} repeats example {row['id']}: move the folder away to run again.")
+            raise KVBenchError(
+                f"{file} line {number} repeats example {plain(row['id'])}: move the folder away to run again."
+            )
         seen.add(row["id"])
         found.append(_Line(row, len(part) + 1))
     return found

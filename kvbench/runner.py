@@ -20,6 +20,7 @@ from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.policy import Probe
 from kvbench.prefill import Prefill, prefill
+from kvbench.reading import validating
 from kvbench.results import Run, RunConfig, environment, processor
 from kvbench.session import Session, attach, check_head_budgets, token_bytes
 from kvbench.tasks.base import Example, Prompt, Task, encode, prompt_length
@@ -65,6 +66,7 @@ class Request:
     share_prefill: bool = False
 
 
+@validating(lambda reason: f"There is no such run ({reason}): change that value.")
 def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     """Validate a request before anything runs, and complete it to a run's configuration."""
     found = registry()

@@ -1,6 +1,5 @@
 """DuoAttention (arXiv 2410.10819): retrieval heads attend to everything, streaming heads to sinks and recent tokens."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from kvbench.budget import LayerBudget
 from kvbench.errors import KVBenchError
 from kvbench.extension import Options
 from kvbench.policy import KVCachePolicy, Layer, ModelView, Replay, Selection
+from kvbench.reading import parse_json, read_bytes, reading
 from kvbench.storage import Storage, TokenBuffer
 from kvbench.strategies.snapkv import window_attention
 
@@ -109,10 +109,8 @@ class DuoAttention(KVCachePolicy):
         if path is None:
             return
         shape = f"{len(model.numbers)} lists of {model.kv_heads} numbers, one list for each governed layer"
-        try:
-            scores = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
-        except (OSError, ValueError, TypeError) as error:
-            raise KVBenchError(f"The profile {path} is not readable ({error}): expected JSON with {shape}.") from None
+        with reading(lambda reason: f"The profile {path} is not readable ({reason}): expected JSON with {shape}."):
+            scores = torch.tensor(parse_json(read_bytes(path.expanduser())), dtype=torch.float64)
         if scores.shape != (len(model.numbers), model.kv_heads):
             raise KVBenchError(f"The profile {path} has the shape {list(scores.shape)}: {model.name} needs {shape}.")
         self._profile = scores

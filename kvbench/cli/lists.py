@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvbench.cli.common import Json, Name, app, load_registry, out
@@ -61,7 +62,7 @@ def _overview(rows: list[dict[str, Any]]) -> None:
 
 
 def _detail(row: dict[str, Any], doc: str | None) -> None:
-    out.print(f"[bold]{row['name']}[/bold]: {row['summary']}", highlight=False)
+    out.print(f"[bold]{escape(row['name'])}[/bold]: {escape(row['summary'])}", highlight=False, markup=True)
     for paragraph in (doc or "").split("\n\n"):
         out.print(" ".join(paragraph.split()), highlight=False, markup=False)
     if row["reference"]:

@@ -82,7 +82,7 @@ def write(chart: Chart, folder: Path) -> list[Path]:
     else:
         with figures.drawing(folder, chart.name, chart.size) as figure:
             chart.paint(figure)
-    with (folder / f"{chart.name}.csv").open("w", encoding="utf-8", newline="") as file:
+    with (folder / f"{chart.name}.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in chart.rows for key in row)))
         writer.writeheader()
         writer.writerows(chart.rows)
