@@ -289,8 +289,8 @@ def _finished_lines(path: Path) -> tuple[list[_Line], list[_Line]]:
     for number, example in enumerate(examples, start=1):
         if number > len(timings) or timings[number - 1].row["id"] != example.row["id"]:
             raise KVBenchError(
-                f"{file} has no line {number} for example {plain(example.row['id'])}: move the folder away to run again "
-                "from the start."
+                f"{file} has no line {number} for example {plain(example.row['id'])}: move the folder away to run "
+                "again from the start."
             )
     return timings[: len(examples)], examples
 

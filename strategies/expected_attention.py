@@ -30,7 +30,9 @@ class ExpectedAttention(KVCachePolicy):
     class Options(Options):
         """Options of Expected Attention."""
 
-        future: int = Field(512, ge=1, description="positions after the prompt over which the rotation is averaged")
+        future: int = Field(
+            512, ge=1, le=2**20, description="positions after the prompt over which the rotation is averaged"
+        )
         sinks: int = Field(4, ge=0, description="first tokens, always kept and left out of the statistics")
         covariance: bool = Field(True, description="use the covariance, not the mean alone")
         epsilon: float = Field(0.0, ge=0, description="added to the expected weights before the value's norm")
