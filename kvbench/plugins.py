@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import pluggy
 from pydantic import ValidationError
 
-from kvbench.errors import KVBenchError
-from kvbench.extension import Extension
-from kvbench.hookspecs import PROJECT, Registration
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extension import Extension
+from kvbench.contract.hooks import Registration
+from kvbench.contract.markers import PROJECT
 
 KINDS = {
     "policy": "kvbench_policies",
@@ -42,13 +44,9 @@ class Registry:
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
         classes = self.classes[kind]
-        if name in classes:
-            return classes[name]
-        near = difflib.get_close_matches(name, classes, n=3) or sorted(classes)
-        known = f"choose one of {', '.join(near)}." if near else "none is installed."
-        hint = f"did you mean {' or '.join(near)}?" if len(near) < len(classes) else known
-        failed = f" These plugins did not load: {'; '.join(self.failures)}." if self.failures else ""
-        raise KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+        if name not in classes:
+            raise unknown(kind, name, classes, self.failures)
+        return classes[name]
 
     def options(self, kind: str, name: str, values: Mapping[str, Any]) -> Any:
         """Validate options of the extension `name`: unknown names and wrong types raise, naming the value."""
@@ -69,26 +67,62 @@ class Registry:
         return self.find(kind, name)(self.options(kind, name, values or {}))
 
 
+def unknown(kind: str, name: str, known: Collection[str], failures: Sequence[str]) -> KVBenchError:
+    """The error of a name that is none of the `known`, with the nearest of them and the plugins that failed."""
+    near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+    choice = f"choose one of {', '.join(near)}." if near else "none is installed."
+    hint = f"did you mean {' or '.join(near)}?" if len(near) < len(known) else choice
+    failed = f" These plugins did not load: {'; '.join(failures)}." if failures else ""
+    return KVBenchError(f"Unknown {kind} '{name}': {hint} `kvbench {PLURALS[kind]}` lists all.{failed}")
+
+
+def plugin_entries() -> list[EntryPoint]:
+    """The entry points of every installed plugin, kvbench's own first."""
+    found = entry_points(group=PROJECT)
+    return sorted(found, key=lambda entry: (not entry.value.startswith("kvbench."), entry.name))
+
+
 @cache
 def registry() -> Registry:
     """Load every plugin once; one that fails is noted in `failures` and does not take the others down."""
     found = Registry()
-    for entry in sorted(
-        entry_points(group=PROJECT), key=lambda entry: (not entry.value.startswith("kvbench."), entry.name)
-    ):
-        try:
-            plugin = entry.load()
+    plugins: list[tuple[EntryPoint, Any]] = []
+    for entry in plugin_entries():
+        with _noted(found, entry):
             manager = pluggy.PluginManager(PROJECT)
             manager.add_hookspecs(Registration)
-            manager.register(plugin, name=entry.name)
+            manager.register(entry.load(), name=entry.name)
             manager.check_pending()
-            for kind, hook in KINDS.items():
-                for classes in getattr(manager.hook, hook)():
-                    for cls in classes:
-                        _register(found, kind, cls)
-        except Exception as error:
-            found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
+            plugins.append((entry, manager.hook))
+            _register_all(found, "index", manager.hook.kvbench_indexes())
+    indexes = list(found.classes["index"].values())
+    derived = []
+    for entry, hook in plugins:
+        with _noted(found, entry):
+            for kind, name in KINDS.items():
+                if kind == "policy":
+                    policies = [cls for classes in hook.kvbench_policies(indexes=indexes) for cls in classes]
+                    derived += [cls for cls in policies if getattr(cls, "derived", False)]
+                    _register_all(found, kind, [[cls for cls in policies if not getattr(cls, "derived", False)]])
+                elif kind != "index":
+                    _register_all(found, kind, getattr(hook, name)())
+    _register_all(found, "policy", [[cls for cls in derived if cls.name not in found.classes["policy"]]])
     return found
+
+
+@contextmanager
+def _noted(found: Registry, entry: EntryPoint) -> Iterator[None]:
+    """Note a plugin's failure instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
+
+
+def _register_all(found: Registry, kind: str, answers: list[list[type[Any]]]) -> None:
+    for classes in answers:
+        for cls in classes:
+            _register(found, kind, cls)
 
 
 def _register(found: Registry, kind: str, cls: type[Any]) -> None:

@@ -14,13 +14,13 @@ from safetensors.numpy import save as write_tensors
 from test_compare import store
 
 from kvbench import KVBenchError
-from kvbench import leaderboard as board
-from kvbench.comparison import compare
-from kvbench.reading import DEPTH, parse_json, plain, read_bytes, reading, shown
+from kvbench.compare import leaderboard as board
+from kvbench.compare.comparison import compare
+from kvbench.contract.reading import DEPTH, parse_json, plain, read_bytes, reading, shown
 from kvbench.report import charts, page
 from kvbench.report.collect import collect
-from kvbench.results import finished_rows, read
-from kvbench.traces import read_trace
+from kvbench.runs.results import finished_rows, read
+from kvbench.runs.traces import read_trace
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)

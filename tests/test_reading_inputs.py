@@ -16,10 +16,10 @@ from test_capture import loaded, make  # noqa: F401
 from test_reading import damaged
 
 from kvbench import KVBenchError
-from kvbench.capture import load_capture
+from kvbench.capture.files import load_capture
 from kvbench.plugins import registry
-from kvbench.strategies.duo_attention import DuoAttention
-from kvbench.sweep import load as load_sweep
+from kvbench.runs.sweep import load as load_sweep
+from kvbench.strategies.evicting.duo_attention import DuoAttention
 from kvbench.tasks import files
 from kvbench.tasks.files import FileOptions, load
 from kvbench.tasks.jsonl import JsonLines

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 from rich.console import Console
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
     from pydantic import ByteSize
 
+    from kvbench.catalogue import Catalogue
     from kvbench.plugins import Registry
 
 app = typer.Typer(
@@ -49,12 +50,28 @@ def interruptible(command: Callable[P, None]) -> Callable[P, None]:
 
 def load_registry() -> Registry:
     """All plugins; those that failed are named on stderr."""
+    from kvbench.catalogue import remember  # noqa: PLC0415
     from kvbench.plugins import registry  # noqa: PLC0415  torch takes seconds to import; --help stays quick
 
     found = registry()
-    for failure in found.failures:
-        err.print(f"Warning: {failure}; its extensions are missing.", style="yellow", highlight=False, soft_wrap=True)
+    remember(found)
+    warn_of(found.failures)
     return found
+
+
+def load_catalogue() -> Catalogue:
+    """What all plugins registered, without importing them where nothing changed; those that failed on stderr."""
+    from kvbench.catalogue import catalogue  # noqa: PLC0415
+
+    found = catalogue()
+    warn_of(found.failures)
+    return found
+
+
+def warn_of(failures: list[str]) -> None:
+    """Name the plugins that failed on stderr."""
+    for failure in failures:
+        err.print(f"Warning: {failure}; its extensions are missing.", style="yellow", highlight=False, soft_wrap=True)
 
 
 def pairs(values: list[str] | None) -> dict[str, str]:

@@ -3,53 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from kvbench.cli.common import Json, Name, app, load_registry, out
-from kvbench.errors import KVBenchError
+from kvbench.cli.common import Json, Name, app, load_catalogue, out
+from kvbench.contract.errors import KVBenchError
+
+if TYPE_CHECKING:
+    from kvbench.catalogue import Entry
 
 
 def _list(kind: str, name: str | None, as_json: bool) -> None:
-    found = load_registry()
-    classes = [found.find(kind, name)] if name else list(found.classes[kind].values())
+    found = load_catalogue()
+    rows = [_row(entry) for entry in ([found.find(kind, name)] if name else found.entries[kind].values())]
     if as_json:
-        print(json.dumps([_describe(cls) for cls in classes], indent=2))
+        print(json.dumps(rows, indent=2))
     elif name:
-        _detail(_describe(classes[0]), classes[0].__doc__)
+        _detail(rows[0], found.find(kind, name).doc)
     else:
-        _overview([_describe(cls) for cls in classes])
+        _overview(rows)
 
 
-def _describe(cls: type[Any]) -> dict[str, Any]:
-    fields = cls.Options.model_fields
-    schema = cls.Options.model_json_schema().get("properties", {})
-    options = [
-        {
-            "name": name,
-            "type": _type(schema.get(name, {})),
-            "default": field.get_default(call_default_factory=True) if not field.is_required() else None,
-            "description": field.description or "",
-        }
-        for name, field in fields.items()
-    ]
-    return {
-        "name": cls.name,
-        "summary": cls.summary,
-        "reference": cls.reference,
-        "module": cls.__module__,
-        "options": options,
-    }
-
-
-def _type(schema: dict[str, Any]) -> str:
-    if "enum" in schema:
-        return " | ".join(str(value) for value in schema["enum"])
-    if "anyOf" in schema:
-        return " | ".join(_type(part) for part in schema["anyOf"])
-    return str(schema.get("type", "value"))
+def _row(entry: Entry) -> dict[str, Any]:
+    return {name: value for name, value in vars(entry).items() if name != "doc"}
 
 
 def _overview(rows: list[dict[str, Any]]) -> None:
@@ -61,9 +39,9 @@ def _overview(rows: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
-def _detail(row: dict[str, Any], doc: str | None) -> None:
+def _detail(row: dict[str, Any], doc: str) -> None:
     out.print(f"[bold]{escape(row['name'])}[/bold]: {escape(row['summary'])}", highlight=False, markup=True)
-    for paragraph in (doc or "").split("\n\n"):
+    for paragraph in doc.split("\n\n"):
         out.print(" ".join(paragraph.split()), highlight=False, markup=False)
     if row["reference"]:
         out.print(f"Reference: {row['reference']}", highlight=False, markup=False)

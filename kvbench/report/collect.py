@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
-from kvbench.comparison import SAME
-from kvbench.errors import KVBenchError
-from kvbench.reading import parse_json, plain, read_bytes, reading
-from kvbench.results import finished_rows, read, summarise
+from kvbench.compare.comparison import SAME
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import parse_json, plain, read_bytes, reading
+from kvbench.runs.results import finished_rows, read, summarise
+from kvbench.runs.stored import Number
+from kvbench.runs.traces import Trace, read_trace
 from kvbench.statistics import PairedDifference, holm, paired_difference
-from kvbench.stored import Number
-from kvbench.traces import Trace, read_trace
 
 BASELINE = "full"
 Cell = str | int | float | bool | list[Any] | None

@@ -14,16 +14,17 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-import kvbench.extension
-from kvbench.errors import KVBenchError
-from kvbench.reading import parse_json, plain, read_bytes, reading
-from kvbench.tasks.base import Example, Task, prompt_length
+import kvbench.contract.extension
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import parse_json, plain, read_bytes, reading
+from kvbench.contract.task import Example, Task
+from kvbench.tasks.prompts import prompt_length
 
 LARGEST = 2**32
 """Bytes that a member of an archive may unpack to."""
 
 
-class FileOptions(kvbench.extension.Options):
+class FileOptions(kvbench.contract.extension.Options):
     """Where the published files are."""
 
     path: str = Field(default="", description="Folder of the published files, or one of them; otherwise KVBENCH_DATA.")
