@@ -210,7 +210,8 @@ def load_capture(path: str | Path) -> Capture:
         raise KVBenchError(f"{folder} is no capture: its manifest.json has no schema version; give another folder.")
     if version != SCHEMA:
         raise KVBenchError(
-            f"{folder} has schema version {plain(repr(version))}; this kvbench reads version {SCHEMA}: use a matching kvbench."
+            f"{folder} has schema version {plain(repr(version))}; this kvbench reads version {SCHEMA}: use a matching "
+            "kvbench."
         )
     with reading(lambda reason: str(broken(file, reason))):
         manifest = Manifest.model_validate(content)
