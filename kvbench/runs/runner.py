@@ -37,6 +37,10 @@ WARM_UP_TOKENS = 20
 STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
 
 
+_PREFIX_LEFT_OUT = {"prefix_left_out": "the chat template opens a thinking block"}
+"""In an example's `info` where that is so."""
+
+
 AnyTask = Task | ForcedTask
 AnyExample = Example | TokenExample
 
@@ -292,7 +296,7 @@ def _measure(
             "step_s": result.step_s,
             "bytes": result.bytes,
             "peak_memory_bytes": peak.bytes if prefilled is None else None,
-            "info": dict(example.info),
+            "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
         }
         if prefilled is not None:
             row["reused_tokens"] = prefilled.reused

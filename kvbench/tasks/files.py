@@ -14,17 +14,16 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-import kvbench.contract.extension
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.reading import parse_json, plain, read_bytes, reading
-from kvbench.contract.task import Example, Task
+from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.prompts import prompt_length
 
 LARGEST = 2**32
 """Bytes that a member of an archive may unpack to."""
 
 
-class FileOptions(kvbench.contract.extension.Options):
+class FileOptions(TaskOptions):
     """Where the published files are."""
 
     path: str = Field(default="", description="Folder of the published files, or one of them; otherwise KVBENCH_DATA.")
