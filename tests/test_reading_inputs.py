@@ -186,7 +186,7 @@ def test_any_change_of_a_published_row_is_one_sentence(tmp_path_factory, task, d
         ("policies: [{name: full, options: {a: !!set {b, c}}}]\n", "this is a set"),
         ("policies: [{name: full, options: {1: b}}]\n", "the key 1 is no text"),
         ("policies: [full]\n? [a, b]\n: c\n", "is not YAML: found unhashable key"),
-        ("policies: &a [*a]\n", "nested too deeply, or holds itself"), ("policies: " + "[" * 5000, "nested too deeply"),
+        ("policies: &a [*a]\n", r"policies\[0\]: this is an alias of what it stands in"), ("policies: " + "[" * 5000, "nested too deeply"),
         (LAUGHS, "more than 100000 values once its aliases are followed"),
         ("policies: !!python/object/apply:os.system [ls]\n", "is not YAML: could not determine a constructor"),
         ("policies: [full]\nseeds: [2024-99-99]\n", r"seeds\[0\]"), ("\0", "is not YAML"), ("", "is not a mapping"),

@@ -208,17 +208,20 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_size(root: yaml.Node | None) -> None:
-    """Raise ValueError for a file that its aliases make endless or too large, or that is nested too deeply."""
+    """Raise ValueError for a file that its aliases make too large, or that is nested too deeply."""
     sizes: dict[int, int] = {}
+    within: set[int] = set()
 
     def size(node: yaml.Node | None, depth: int) -> int:
         if depth > DEPTH:
-            raise ValueError("it is nested too deeply, or holds itself")
-        if not isinstance(node, yaml.CollectionNode):
+            raise ValueError("it is nested too deeply")
+        if not isinstance(node, yaml.CollectionNode) or id(node) in within:
             return 1
         if id(node) not in sizes:
+            within.add(id(node))
             parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
             sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in parts)
+            within.remove(id(node))
         if sizes[id(node)] > MOST_NODES:
             raise ValueError(f"it has more than {MOST_NODES} values once its aliases are followed")
         return sizes[id(node)]
@@ -227,18 +230,20 @@ def _check_size(root: yaml.Node | None) -> None:
 
 
 def _foreign_values(content: Any, problems: _Problems) -> None:
-    """Note values and keys that JSON cannot hold: bytes, sets, dates made by a tag, numbers as keys, NaN."""
-    waiting: list[tuple[tuple[str | int, ...], Any]] = [((), content)]
+    """Note values and keys that JSON cannot hold: bytes, sets, dates made by a tag, numbers as keys, NaN, circles."""
+    waiting: list[tuple[tuple[str | int, ...], Any, tuple[int, ...]]] = [((), content, ())]
     while waiting:
-        place, value = waiting.pop()
-        if isinstance(value, dict):
+        place, value, around = waiting.pop()
+        if id(value) in around:
+            problems.add(place, "this is an alias of what it stands in.")
+        elif isinstance(value, dict):
             for key, inner in value.items():
                 if not isinstance(key, str):
                     problems.add((*place, str(key)), f"the key {plain(str(key))} is no text: put it in quotes.")
                 else:
-                    waiting.append(((*place, key), inner))
+                    waiting.append(((*place, key), inner, (*around, id(value))))
         elif isinstance(value, list):
-            waiting += [((*place, index), inner) for index, inner in enumerate(value)]
+            waiting += [((*place, index), inner, (*around, id(value))) for index, inner in enumerate(value)]
         elif isinstance(value, float) and not math.isfinite(value):
             problems.add(place, f"{value} is no finite number.")
         elif isinstance(value, int) and not -(2**63) <= value < 2**63:
