@@ -216,6 +216,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                 static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
                 rotary=Rotary(session.model, session.config, module, self.number),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
+                most_attended=session.policy.most_attended,
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:

@@ -71,5 +71,5 @@ class StoredExample(_Open):
     bytes: dict[str, Number] = Field(default_factory=dict)
     peak_memory_bytes: Number | None = None
     probes: dict[str, Number | None] | None = None
-    info: dict[str, str | int | float | bool | list[Any] | None] = Field(default_factory=dict)
+    info: dict[str, Any] = Field(default_factory=dict)
     trace: Annotated[str, Field(strict=True, pattern=r"^[^/\\]+/[^/\\]+\.safetensors$")] | None = None
