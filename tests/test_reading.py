@@ -189,7 +189,7 @@ def test_commands_name_the_bad_run_and_show_the_others(kvbench, root, tmp_path):
         assert "Warning: " in err and "quest-" in err and "nested too deeply" in err and "Traceback" not in err
     RUN_DAMAGES["deep"](of(root, "full"))
     code, _, err = kvbench("compare", of(root, "full"), root)
-    assert code == 2 and "has no run that can be read" in err and "Traceback" not in err
+    assert code == 2 and "has no finished run that can be read" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError, sentence
+from kvbench.contract.reading import DEPTH, check_regular, plain, reading
 from kvbench.engine.governor import token_bytes
 from kvbench.models import DEFAULT_MODEL, LoadedModel, check_device, load_model
 from kvbench.plugins import registry
