@@ -497,8 +497,9 @@ def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
     part = {"tokens": None, "bytes": None, "ratio": (least + length) / 2 / length}
     budget = None if config.budget is None else config.budget.model_copy(update=part)
     ids = [3 + i % 50 for i in range(length)]
+    more = WARM_UP_TOKENS if loaded.max_context is None else min(WARM_UP_TOKENS, max(loaded.max_context - length, 0))
     with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
-        generate(session, ids, prompt_tokens=length, max_new_tokens=WARM_UP_TOKENS)
+        generate(session, ids, prompt_tokens=length, max_new_tokens=more)
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:
