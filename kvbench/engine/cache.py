@@ -52,6 +52,8 @@ class PolicyCache(Cache):
             layers[layer.number] = layer
         super().__init__(layers=layers)
         self.lanes = self._lanes(padding)
+        self.padding = padding
+        """Padding tokens at the start of each row, int64 [B]; None where there is none to tell."""
         self.budgets: dict[int, tuple[BudgetRequest | None, list[LayerBudget]]] = {}
         self.index_s = 0.0
         self.prompt_ids: list[Tensor | None] = []

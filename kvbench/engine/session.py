@@ -21,6 +21,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
+from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor, governed_layers
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
@@ -54,6 +55,7 @@ class Session(Governor):
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._projecting = False
         self._replay: ReplayCache | None = None
+        self._fixed: FixedDecoder | None = None
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
@@ -106,6 +108,7 @@ class Session(Governor):
         for handle in self._handles:
             handle.remove()
         self._watched.clear()
+        self._fixed = None
         _SESSIONS.pop(id(self.config), None)
         self.model.set_attn_implementation(self._before)
 
@@ -130,8 +133,9 @@ class Session(Governor):
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         past = kwargs.get("past_key_values")
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if self._replay is not None:
+        if self._replay is not None or isinstance(past, FixedCache):
             return args, kwargs
+        self._fixed = None
         if isinstance(past, PolicyCache) and past is self.cache:
             if not past.complete:
                 past.prompt_ids.append(ids)
@@ -147,7 +151,7 @@ class Session(Governor):
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         cache = self.cache
-        if cache is None or self._replay is not None:
+        if cache is None or self._replay is not None or self._fixed is not None:
             return
         if self.defers:
             cache.finish_prompt()
@@ -178,6 +182,7 @@ class Session(Governor):
         count = whole if tokens is None else tokens
         if tokens is None:
             self.prompt_tokens = whole
+        self._fixed = None
         self.cache = cache = PolicyCache(self, self._padding(prompt.mask, len(prompt.ids)))
         cache.prompt_ids.append(prompt.ids[:, :count])
         for number, layer in prompt.others.items():
@@ -253,10 +258,25 @@ class Session(Governor):
             self._projecting = False
         raise AssertionError("an attention module that came through the attention interface left it")
 
+    def fixed(self, new_tokens: int, *, graph: bool) -> FixedDecoder | str:
+        """Take the rest of the latest prompt's decoding in steps of fixed shapes, `new_tokens` at most, or say why not.
+
+        With `graph`, a step is captured as a CUDA graph. The cache is not continued in any other way afterwards.
+        """
+        assert self.cache is not None
+        found = fixed_decoder(self, self.cache, new_tokens)
+        if isinstance(found, FixedDecoder):
+            self._fixed = found
+            if graph:
+                found.capture()
+        return found
+
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of one layer: the model's own for the prompt, the policy's afterwards."""
+        if self._fixed is not None:
+            return self._fixed.attention(module, query, key, value), None
         if self._projecting:
             raise _Projected(query)
         if self._replay is not None:
