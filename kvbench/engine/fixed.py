@@ -75,12 +75,24 @@ class FixedDecoder:
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
+        self._compiled: Any = None
         self.mode: Mode = "fixed"
 
     def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One layer's part of the step: output [B, 1, H, d]."""
         output = self._steps[module.layer_idx](query, key, value)  # type: ignore[index]
         return output.transpose(1, 2)
+
+    def compile(self) -> None:
+        """Compile the model's decoder at its next call, until `close`."""
+        self._compiled = self._governor.model.get_decoder()
+        self._compiled.compile(dynamic=False)
+
+    def close(self) -> None:
+        """Give the graph's memory back and the model its own code."""
+        self._graph = None
+        if self._compiled is not None:
+            self._compiled._compiled_call_impl = None
 
     def capture(self) -> None:
         """Run the first step for its compilations, set everything back, and capture it as a CUDA graph."""

@@ -108,7 +108,7 @@ class Session(Governor):
         for handle in self._handles:
             handle.remove()
         self._watched.clear()
-        self._fixed = None
+        self._end_fixed()
         _SESSIONS.pop(id(self.config), None)
         self.model.set_attn_implementation(self._before)
 
@@ -135,7 +135,7 @@ class Session(Governor):
         ids = kwargs.get("input_ids", args[0] if args else None)
         if self._replay is not None or isinstance(past, FixedCache):
             return args, kwargs
-        self._fixed = None
+        self._end_fixed()
         if isinstance(past, PolicyCache) and past is self.cache:
             if not past.complete:
                 past.prompt_ids.append(ids)
@@ -182,7 +182,7 @@ class Session(Governor):
         count = whole if tokens is None else tokens
         if tokens is None:
             self.prompt_tokens = whole
-        self._fixed = None
+        self._end_fixed()
         self.cache = cache = PolicyCache(self, self._padding(prompt.mask, len(prompt.ids)))
         cache.prompt_ids.append(prompt.ids[:, :count])
         for number, layer in prompt.others.items():
@@ -258,15 +258,23 @@ class Session(Governor):
             self._projecting = False
         raise AssertionError("an attention module that came through the attention interface left it")
 
-    def fixed(self, new_tokens: int, *, graph: bool) -> FixedDecoder | str:
+    def _end_fixed(self) -> None:
+        if self._fixed is not None:
+            self._fixed.close()
+            self._fixed = None
+
+    def fixed(self, new_tokens: int, *, graph: bool, compiled: bool = False) -> FixedDecoder | str:
         """Take the rest of the latest prompt's decoding in steps of fixed shapes, `new_tokens` at most, or say why not.
 
-        With `graph`, a step is captured as a CUDA graph. The cache is not continued in any other way afterwards.
+        With `graph`, a step is captured as a CUDA graph; with `compiled`, the model's own code is compiled first, all
+        but the attention. The cache is not continued in any other way afterwards.
         """
         assert self.cache is not None
         found = fixed_decoder(self, self.cache, new_tokens)
         if isinstance(found, FixedDecoder):
             self._fixed = found
+            if compiled:
+                found.compile()
             if graph:
                 found.capture()
         return found
@@ -357,6 +365,7 @@ class Session(Governor):
         return function
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
