@@ -6,8 +6,8 @@ import pytest
 import torch
 from kernel_references import DEVICE, ERROR, attention64, error, gathered, ints, randn
 
+from kvbench import kernels
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine import kernels
 from kvbench.kernels import Segment, support
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvbench.engine import kernels
+from kvbench import kernels
 from kvbench.kernels import Segment, attention, support
 
 CUDA = torch.cuda.is_available()
