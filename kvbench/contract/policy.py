@@ -25,7 +25,8 @@ class ModelView:
 
     `numbers` are the places in the model of the layers that the policy governs; `config` the text configuration as
     plain data; `parameters` the weights by name, detached. `tokenize` turns a text into token ids without special
-    tokens; None where `attach` was given no tokenizer.
+    tokens; None where `attach` was given no tokenizer. `opening` and `closing` are the token ids that its chat template
+    puts before a user's message (system prompt and header) and after it, none without a template.
     """
 
     name: str
@@ -35,6 +36,8 @@ class ModelView:
     config: Mapping[str, Any]
     parameters: Mapping[str, Tensor]
     tokenize: Callable[[str], list[int]] | None = None
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
 
 
 class Observe(Protocol):
@@ -107,6 +110,15 @@ class KVCachePolicy(Pluggable):
         policy that defines neither `insert`, `select` nor `attend` and sets nothing aside need not define it.
         """
         return None
+
+    def most_attended(self, layer: Layer) -> int | None:
+        """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.
+
+        Its budget, and the generated tokens of a policy that `grows`. Policies with dense layers say more.
+        """
+        if layer.budget.covers_all:
+            return layer.tokens
+        return layer.budget.tokens + (layer.tokens - layer.prompt_tokens if self.grows else 0)
 
     def begin(self, model: ModelView) -> None:
         """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
+from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
 from kvbench.kernels.steps import GrowingStep
 
@@ -167,13 +168,14 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, new_tokens: int) -> Fi
     positions = torch.zeros(sum(layer.rows for layer in cache.governed[0].groups), dtype=torch.int32, device=device)
     for lane, layer in zip(cache.lanes, cache.governed[0].groups, strict=True):
         positions[slice(None) if lane.rows is None else lane.rows.to(device)] = layer.tokens
-    if governor.policy.exact and cache.padding is not None:  # its one lane holds the padding
-        positions -= cache.padding.to(positions)
+    padding = left_padding(cache.mask) if governor.policy.exact else None
+    if padding is not None:  # the one lane of a policy that keeps everything holds the padding, too
+        positions -= padding.to(positions)
     clock = Clock(positions, new_tokens)
     steps: dict[int, FixedStep] = {}
     for cached in cache.governed:
         parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
-        step = _step(governor, parts, clock, cache.padding)
+        step = _step(governor, parts, clock, padding)
         if step is None:
             assert not steps, "a policy has fixed steps in some layers only"
             return f"policy '{governor.policy.name}' has no step of fixed shapes"
