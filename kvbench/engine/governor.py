@@ -72,7 +72,7 @@ class Governor:
                 "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
             )
         self.config: Any = self.model.config.get_text_config(decoder=True)
-        self._devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
+        self._devices = _working_devices(model)
 
     def now(self) -> float:
         """Seconds on a clock that waits for the work of the model's devices."""
@@ -129,6 +129,14 @@ class Governor:
             culprit = next((plugin for plugin in (self.policy, *self.probes) if plugin is owner), culprit)
             trace = trace.tb_next
         return culprit
+
+
+def _working_devices(model: Any) -> set[torch.device]:
+    """The CUDA devices that the model works on: those of its weights; all where some lie nowhere between calls."""
+    places = {weight.device for weight in model.parameters()}
+    if any(place.type == "meta" for place in places):
+        return {torch.device("cuda", number) for number in range(torch.cuda.device_count())}
+    return {place for place in places if place.type == "cuda"}
 
 
 def governed_layers(layers: Sequence[CacheLayerMixin]) -> list[int]:
