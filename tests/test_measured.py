@@ -18,9 +18,9 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
+from kvbench.report.build import build
 from kvbench.runs import runner
 from kvbench.runs.measured import probed_trace, probed_values
-from kvbench.report.build import build
 from kvbench.runs.results import REPLACED, Run, find_runs, over_budget_text, read, replace
 from kvbench.runs.rows import fault, read_rows
 

@@ -60,21 +60,21 @@ def attends(answer):
         (chooses([4000]), "token 4000, of a context of 41; expected set-aside tokens, 4 to 29"),
         (chooses([4, -1]), "the id -1; expected 0 or more"),
         (chooses([4, -2], padded=True), "the id -2; expected -1 or more"),
-        (chooses(torch.zeros(2, 5, 1, dtype=torch.long)), "select gave ids [2, 5, 1]; expected 2 rows, and 6 query or 2"),
+        (chooses(torch.zeros(2, 5, 1, dtype=torch.long)), "select gave ids [2, 5, 1]; expected 2 rows, and 6 query"),
         (chooses(torch.full((2, GROUPS, 1), 4)), None),
         (chooses(torch.full((1, HEADS, 1), 4)), "select gave ids [1, 6, 1]; expected 2 rows"),
         (chooses(torch.full((2, HEADS), 4)), "select gave a tensor [2, 6] of int64 as ids; expected a tensor [rows"),
         (chooses(torch.full((2, HEADS, 1), 4.0)), "a tensor [2, 6, 1] of float32 as ids"),
         (chooses(torch.full((2, HEADS, 1), 4, dtype=torch.int32)), "of int32 as ids"),
         (policy(select=lambda self, layer, queries, budget: [4])(), "select gave a list; expected a kvbench.Selection"),
-        (policy(select=lambda self, layer, queries, budget: torch.ones(2, 3))(), "select gave a tensor [2, 3] of float32"),
+        (policy(select=lambda self, layer, queries, budget: torch.ones(2, 3))(), "select gave a tensor [2, 3]"),
         (attends(lambda q: q), "attend gave a tensor [2, 6, 1, 8] of float32; expected a kvbench.Attention"),
         (attends(lambda q: (q, None)), "attend gave a tuple; expected a kvbench.Attention"),
-        (attends(lambda q: Attention(q[:, :, 0])), "attend gave a tensor [2, 6, 8] of float32 as output; expected a tensor"),
-        (attends(lambda q: Attention(q[:, :2])), "tensor [2, 2, 1, 8] of float32 as output; expected a tensor [2, 6, 1, 'd']"),
+        (attends(lambda q: Attention(q[:, :, 0])), "attend gave a tensor [2, 6, 8] of float32 as output"),
+        (attends(lambda q: Attention(q[:, :2])), "as output; expected a tensor [2, 6, 1, 'd']"),
         (attends(lambda q: Attention(q * torch.nan)), "an output that is NaN or infinite"),
         (attends(lambda q: Attention(None)), "attend gave None as output"),
-        (attends(lambda q: Attention(q)), None),
+        (attends(Attention), None),
     ],
 )  # fmt: skip
 def test_what_a_hook_answers(chosen, message):
@@ -103,20 +103,16 @@ def test_values_of_later_steps_are_looked_at_where_asked(monkeypatch):
 @pytest.mark.parametrize(
     ("hooks", "message"),
     [
-        ({"select": lambda self, layer, q, budget: 0}, "select(layer, q, budget); expected these names, or fewer: select(layer, "),
+        ({"select": lambda self, layer, q, budget: 0}, "select(layer, q, budget); expected these names, or fewer: "),
         ({"prefill": lambda self, layer, query, key, value: 0}, "prefill(layer, query, key, value); expected"),
         ({"insert": lambda self, state, keys, values: 0}, "insert(layer, keys, values)"),
         ({"attend": lambda self, layer, *, queries: 0}, "attend(layer, queries); expected"),
         ({"after_prompt": lambda self, layers, tokens: 0}, "after_prompt(layers, ids, replay)"),
-        ({"select": property(lambda self: 0)}, "defines select as"),
         ({"select": lambda self, layer: (yield)}, "select as a generator; expected a plain method"),
     ],
 )  # fmt: skip
 def test_how_a_policy_defines_its_hooks(hooks, message):
-    try:
-        cls = policy(**hooks)
-    except (TypeError, AttributeError):
-        pytest.skip("the class itself cannot be made")
+    cls = policy(**hooks)
     for attempt in (lambda: run(cls()), lambda: check_hooks(cls)):
         with pytest.raises(kvbench.KVBenchError, match=r"^Policy 'mine' \(theirs\) defines ") as raised:
             attempt()
@@ -157,17 +153,20 @@ def test_a_probe_that_swallows_or_repeats_is_blamed_and_not_the_policy():
 
     other = type("Other", (kvbench.Probe,), {"name": "other", "summary": "O.", "result": lambda self: {}})()
     with pytest.raises(
-        kvbench.KVBenchError, match=r"^Probe 'looks' \(theirs\) returned None from select at layer 0; expected what its yield"
+        kvbench.KVBenchError,
+        match=r"^Probe 'looks' \(theirs\) returned None from select at layer 0; expected what its yield",
     ):
         run("streaming_llm", probes=[other, probe(select=swallows)()])
-    with pytest.raises(kvbench.KVBenchError, match=r"^Probe 'looks' \(theirs\) failed in attend at layer 0: .*second yield"):
+    with pytest.raises(
+        kvbench.KVBenchError, match=r"^Probe 'looks' \(theirs\) failed in attend at layer 0: .*second yield"
+    ):
         run("streaming_llm", probes=[other, probe(attend=repeats)()])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"policy": registry().find("policy", "full")}, "The policy is the class Full; expected an instance, Full(), or"),
+        ({"policy": registry().find("policy", "full")}, "The policy is the class Full; expected an instance, Full()"),
         ({"policy": 3}, "The policy 3 is a int; expected an instance of kvbench.KVCachePolicy"),
         ({"policy": None}, "The policy None is a NoneType"),
         ({"policy": probe()()}, "is a Looks; expected an instance of kvbench.KVCachePolicy"),

@@ -51,10 +51,10 @@ class Governor:
         prompt_tokens: int | None,
     ) -> None:  # fmt: skip
         check_instance(policy, KVCachePolicy)
-        for plugin in (policy, *probes):
-            if plugin is not policy:
-                check_instance(plugin, Probe)
-            check_hooks(type(plugin))
+        check_hooks(type(policy))
+        for probe in probes:
+            check_instance(probe, Probe)
+            check_hooks(type(probe))
         self.model = model
         self.policy, self.budget, self.probes = policy, budget, list(probes)
         self.prompt_tokens = prompt_tokens

@@ -70,8 +70,8 @@ def check_hooks(cls: type[Pluggable]) -> None:
         wrong = [p.name for p in fixed if p.name not in known or p.kind is p.KEYWORD_ONLY]
         if wrong:
             raise KVBenchError(
-                f"{named(cls)} defines {name}({', '.join(p.name for p in parameters)}); expected these names, or fewer: "
-                f"{name}({', '.join(known)})."
+                f"{named(cls)} defines {name}({', '.join(p.name for p in parameters)}); expected these names, or "
+                f"fewer: {name}({', '.join(known)})."
             )
         if wraps != inspect.isgeneratorfunction(hook):
             expected = "a generator that yields once, where the wrapped hook runs" if wraps else "a plain method"
