@@ -78,12 +78,12 @@ class Governor:
                 "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
             )
         self.config: Any = self.model.config.get_text_config(decoder=True)
-        self._cuda = next(model.parameters()).device.type == "cuda"
+        self._devices = _working_devices(model)
 
     def now(self) -> float:
-        """Seconds on a clock that waits for the device's work."""
-        if self._cuda:
-            torch.cuda.synchronize()
+        """Seconds on a clock that waits for the work of the model's devices."""
+        for device in self._devices:
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def query_window(self, number: int, *, policy: bool = True) -> int | None:
@@ -151,6 +151,14 @@ class Governor:
                 if code is not None and f"{code.co_filename}:{code.co_firstlineno} " in str(error):
                     return probe
         return culprit
+
+
+def _working_devices(model: Any) -> set[torch.device]:
+    """The CUDA devices that the model works on: those of its weights; all where some lie nowhere between calls."""
+    places = {weight.device for weight in model.parameters()}
+    if any(place.type == "meta" for place in places):
+        return {torch.device("cuda", number) for number in range(torch.cuda.device_count())}
+    return {place for place in places if place.type == "cuda"}
 
 
 def governed_layers(layers: Sequence[CacheLayerMixin]) -> list[int]:

@@ -16,6 +16,7 @@ from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
+from kvbench.contract.reading import validating
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
 from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
@@ -76,6 +77,7 @@ class Request:
     share_prefill: bool = False
 
 
+@validating(lambda reason: f"There is no such run ({reason}): change that value.")
 def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     """Validate a request before anything runs, and complete it to a run's configuration."""
     found = registry()
@@ -498,8 +500,9 @@ def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
     part = {"tokens": None, "bytes": None, "ratio": (least + length) / 2 / length}
     budget = None if config.budget is None else config.budget.model_copy(update=part)
     ids = [3 + i % 50 for i in range(length)]
+    more = WARM_UP_TOKENS if loaded.max_context is None else min(WARM_UP_TOKENS, max(loaded.max_context - length, 0))
     with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
-        generate(session, ids, prompt_tokens=length, max_new_tokens=WARM_UP_TOKENS)
+        generate(session, ids, prompt_tokens=length, max_new_tokens=more)
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:
