@@ -18,8 +18,8 @@ from kvbench.engine.survey import survey
 POLICIES = ["streaming_llm", "snapkv", "quest", "flat"]
 
 SAMPLE = {
-    "deepseek_v2": "3 of 3", "deepseek_v3": "3 of 3", "falcon_h1": "3 of 3", "gemma2": "1 of 3", "gemma3n_text": "1 of 4",
-    "gemma4_text": "1 of 4", "glm4_moe_lite": "3 of 3", "gpt_oss": "1 of 3", "hrm_text": "12 of 12", "jetmoe": "3 of 3",
+    "deepseek_v2": "3 of 3", "deepseek_v3": "3 of 3", "falcon_h1": "3 of 3", "gemma2": "1 of 3",
+    "gemma3n_text": "1 of 4", "gemma4_text": "1 of 4", "glm4_moe_lite": "3 of 3", "gpt_oss": "1 of 3", "hrm_text": "12 of 12", "jetmoe": "3 of 3",
 }  # fmt: skip
 """Ten of the model types of `tox -e models`, and their governed layers."""
 
@@ -44,7 +44,7 @@ def test_padded_and_unpadded_prompts_are_exact_in_one_chunk_and_in_two(kind, pad
 def test_a_model_that_looks_at_the_name_of_its_attention_is_exact(kind):
     model = tiny(kind)
     assert tried(kind, ["snapkv"], [(True, 2)]).verdict == "exact, full only"
-    with pytest.raises(kvbench.KVBenchError, match="no full-attention layer .*indexed_attention.*policy 'full'"):
+    with pytest.raises(kvbench.KVBenchError, match=r"no full-attention layer .*indexed_attention"):
         kvbench.attach(model, policy="snapkv", budget=0.5)
 
 
@@ -292,7 +292,9 @@ def test_an_answer_that_switches_to_long_rope_equals_generate(policy):
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     model = tiny_model(
         "phi3", max_position_embeddings=256, original_max_position_embeddings=48,
-        rope_parameters={"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48, **factors},
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 48, **factors,
+        },
     )  # fmt: skip
     ids = tokens(1, 42)
     with kvbench.attach(model, policy=policy, budget=1.0):

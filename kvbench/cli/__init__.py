@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -18,7 +19,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     sweep,
 )
 from kvbench.cli.common import app, err
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, out_of_memory, sentence
 
 __all__ = ["app", "main"]
 
@@ -26,18 +27,16 @@ __all__ = ["app", "main"]
 def main() -> None:
     """Run the command; errors that a user can mend are one sentence on stderr and exit code 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text that can be printed
     try:
         app()
     except KVBenchError as error:
         _fail(str(error))
-    except MemoryError:
-        _fail("Out of memory: use a shorter --context-length, a smaller --model, or --prefill-chunk 1024.")
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            _fail(
-                f"Out of memory ({error}): use a shorter --context-length, a smaller --model, or --prefill-chunk 1024."
-            )
-        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _fail(sentence(error))
 
 
 def _fail(message: str) -> None:

@@ -8,6 +8,11 @@ from torch import Tensor
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.storage import Expand, KVStore, RaggedBuffer, TokenBuffer
 
+_SHARED = (
+    "The heads of this model share a token's memory, so no policy can evict while decoding where heads keep different "
+    "numbers of tokens: choose a budget that only shares over layers (uniform, pyramid, squeeze)."
+)
+
 _COMPACT = 32
 """Evictions of single tokens of heads after which memory that no head needs any more is freed."""
 
@@ -69,12 +74,14 @@ class LatentBuffer(TokenBuffer):
             new = torch.arange(start, self._held.length, device=self._table.device)
             self._table = torch.cat([self._table, new.expand(*self._table.shape[:2], -1)], dim=-1)
 
-    def kept(self, ids: Tensor) -> LatentBuffer:
-        """Only the tokens in slots `ids` [t] or, for each row and head, [B, H, t]."""
-        keys, values = self.raw
-        if ids.dim() == 1:
-            return LatentBuffer(keys[:, :, ids], values[:, :, ids], self._expand)
-        kept = LatentBuffer(keys, values, self._expand, ids)
+    def kept(self, slots: Tensor) -> LatentBuffer:
+        """Only the tokens in `slots` [t] or, for each row and head, [B, H, t]."""
+        keys, values = self._held.raw
+        if self._table is None and slots.dim() == 1:
+            return LatentBuffer(keys[:, :, slots], values[:, :, slots], self._expand)
+        if self._table is not None:
+            slots = self._table.gather(-1, slots.expand(*self._table.shape[:2], -1))
+        kept = LatentBuffer(keys, values, self._expand, slots)
         kept._compact()
         return kept
 
@@ -119,20 +126,40 @@ class LatentBuffer(TokenBuffer):
 class LatentStore(KVStore):
     """The store of a layer whose cache holds latents: a token's bytes are theirs."""
 
-    def __init__(self, keys: Tensor, values: Tensor, expand: Expand) -> None:
-        """Hold a whole prompt's latents, `keys` and `values` [B, 1, n, r]; `expand` makes keys and values of them."""
+    _static: LatentBuffer
+
+    def __init__(self, keys: Tensor, values: Tensor, expand: Expand, heads: int) -> None:
+        """Hold a whole prompt's latents, two [B, 1, n, r], of which `expand` makes keys and values of `heads` heads."""
         self._expand = expand
         super().__init__(keys, values)
+        self._heads = keys.shape[0], heads
 
     def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, two [B, H, t, d], of latents."""
         return self._expand(keys, values)
 
-    def _buffer(self, keys: Tensor, values: Tensor) -> TokenBuffer:
-        return LatentBuffer(keys, values, self.decode)
+    def _buffer(self, keys: Tensor, values: Tensor) -> LatentBuffer:
+        return LatentBuffer(keys, values, self._expand)
 
-    def _ragged_buffer(self, keys: Tensor, values: Tensor, kept: Tensor) -> RaggedBuffer:
-        return RaggedLatents(keys, values, kept, self.decode)
+    def _kept(self, slots: Tensor) -> LatentBuffer:
+        if self._ragged is not None:
+            raise KVBenchError(_SHARED)
+        return self._static.kept(slots)
+
+    def _hold(self, marks: Tensor) -> None:
+        if self._ragged is not None:
+            raise KVBenchError(_SHARED)
+        counts, ids = marks.sum(-1), self.static_ids.expand(marks.shape)
+        most = int(counts.max())
+        if most == int(counts.min()):
+            slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+            self._static, self._static_ids = self._static.kept(slots), ids.gather(-1, slots)
+            return
+        keys, values = self._static.raw
+        self._ragged = RaggedLatents(keys, values, marks, self._expand)
+        self._ragged_kept = torch.where(self._ragged.ids < 0, -1, ids.gather(-1, self._ragged.ids.clamp_min(0)))
+        self._static = self._buffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        self._static_ids = torch.arange(0, device=marks.device)
 
 
 class RaggedLatents(RaggedBuffer):
@@ -140,10 +167,14 @@ class RaggedLatents(RaggedBuffer):
 
     def __init__(self, keys: Tensor, values: Tensor, kept: Tensor, expand: Expand) -> None:
         """Copy out of latents [B, 1, n, r] the tokens that `kept`, bool [B, H, n], marks for any head."""
-        super().__init__(keys, values, kept.any(1, keepdim=True))
+        union = kept.any(1, keepdim=True)
+        super().__init__(keys, values, union)
         self._expand = expand
-        self.mask = kept.gather(2, self.ids.clamp_min(0).expand(-1, kept.shape[1], -1)) & self.mask
-        self.ids = torch.where(self.mask, self.ids, -1)
+        places = union.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : self.mask.shape[-1]]
+        places = places.expand(-1, kept.shape[1], -1)
+        self.mask = kept.gather(2, places) & self.mask
+        self.ids = torch.where(self.mask, places, -1)
+        """The slots, among the n, of the tokens of each head [B, H, u], −1 where it has none."""
         self.lengths = kept.sum(-1)
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,7 +184,4 @@ class RaggedLatents(RaggedBuffer):
 
     def replace(self, slots: Tensor, where: Tensor, keys: Tensor, values: Tensor) -> None:
         """Refuse."""
-        raise KVBenchError(
-            "The heads of this model share a token's memory, so no policy can evict while decoding where heads keep "
-            "different numbers of tokens: choose a budget that only shares over layers (uniform, pyramid, squeeze)."
-        )
+        raise KVBenchError(_SHARED)

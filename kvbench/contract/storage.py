@@ -119,14 +119,6 @@ class TokenBuffer(Storage):
         """Keys and values as they are held, views."""
         return self.keys, self.values
 
-    def kept(self, ids: Tensor) -> TokenBuffer:
-        """A copy of the tokens in slots `ids` [t] or, for each row and head, [B, G, t]."""
-        slots = ids.expand(*self._keys.shape[:2], -1) if ids.dim() == 1 else ids
-        keys, values = (
-            part.gather(2, slots[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (self.keys, self.values)
-        )
-        return TokenBuffer(keys, values)
-
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens at the end."""
         start, stop = self.length, self.length + keys.shape[2]
@@ -142,6 +134,15 @@ class TokenBuffer(Storage):
         new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
+
+    def take(self, spare: int) -> tuple[Tensor, Tensor]:
+        """Hand over the memory, keys and values [B, G, c, d] with room for `spare` tokens more, and hold nothing."""
+        if self._keys.shape[2] < self.length + spare:
+            self._keys = self._grown(self._keys, self.length + spare)
+            self._values = self._grown(self._values, self.length + spare)
+        keys, values = self._keys, self._values
+        self._keys, self._values, self.length = keys[:, :, :0].clone(), values[:, :, :0].clone(), 0
+        return keys, values
 
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Copy the tokens in `slots` [B, H or G, k] (for `heads` H or G heads) as two tensors [B, H or G, k, d]."""
@@ -172,9 +173,6 @@ class RaggedBuffer:
         rank = torch.arange(int(self.lengths.max()), device=kept.device)
         first = (self.lengths.reshape(-1).cumsum(0) - self.lengths.reshape(-1)).view(self.lengths.shape)
         self.mask = rank < self.lengths[..., None]
-        order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        self.ids = torch.where(self.mask, order[..., : rank.shape[0]], -1)
-        """Places of the kept tokens among the n [B, G, t], −1 where padded."""
         self._slots = torch.where(self.mask, first[..., None] + rank, 0)
 
     def replace(self, slots: Tensor, where: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -198,6 +196,7 @@ class KVStore:
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         """Hold a whole prompt, `keys` and `values` [B, G, n, d], as the static set."""
         self.tokens = keys.shape[2]
+        self._heads = tuple(keys.shape[:2])
         self._static = self._buffer(keys, values)
         self._static_ids = torch.arange(self.tokens, device=keys.device)
         self._ragged: RaggedBuffer | None = None
@@ -211,11 +210,21 @@ class KVStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Where the static set lies: the device of the model's layer."""
+        return self._static_ids.device
+
+    @property
     def static_tokens(self) -> int:
         """Tokens in the static set, per head (the mean over heads, rounded down, where they differ)."""
         if self._ragged is None:
             return self._static.length
         return self._static.length + int(self._ragged.lengths.float().mean())
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads hold different numbers of static tokens."""
+        return self._ragged is not None
 
     @property
     def static_ids(self) -> Tensor:
@@ -251,8 +260,12 @@ class KVStore:
         return parts
 
     def raw(self) -> tuple[Tensor, Tensor]:
-        """The static set as it is held, two [B, G, t, d], where all heads share its tokens."""
+        """The static set as it is held, two [B, G, t, d], where all heads have the same tokens."""
         return self._static.raw
+
+    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, two [B, H or G, t, d], of tokens as they are held, two [B, G, t, d]: the same here."""
+        return keys, values
 
     def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Copy the set-aside tokens `ids` [B, H or G, k] (−1 gives any token) as keys and values [B, H or G, k, d].
@@ -278,53 +291,60 @@ class KVStore:
     # -- what policies do --------------------------------------------------------------------------------------------
 
     def keep(self, kept: Tensor) -> None:
-        """Evict all static tokens but the `kept`, and free their memory.
+        """Evict all static tokens but the `kept`, and free their memory; the set-aside ones stay.
 
-        `kept` is int64 [t] or [B, G, t], ids to keep per head, or bool [B, G, n] where heads keep different numbers.
+        `kept` is int64 [t] or [B, G, t], ids of static tokens to keep per head, or bool [B, G, n] over all n = `tokens`
+        ids where heads keep different numbers; marks of tokens that are not static say nothing. ValueError for ids that
+        are not static or come twice, and for marks of another shape.
         """
+        kept = kept.to(self._static_ids.device)
         if kept.dtype == torch.bool:
-            counts = kept.sum(-1)
-            if int(counts.min()) != int(counts.max()):
-                keys, values = self._static.raw
-                self._ragged = self._ragged_buffer(keys, values, kept)
-                self._ragged_kept = self._ragged.ids
-                self._static = self._buffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
-                self._static_ids = self._static_ids[:0].clone()
-                return
-            kept = kept.nonzero()[:, -1].view(*kept.shape[:2], -1)
-        self._static = self._static.kept(kept)
-        self._static_ids = kept.clone()
+            heads, ids = self._heads, self.static_ids
+            if kept.shape != (*heads, self.tokens):
+                raise ValueError(f"marks of shape {list(kept.shape)}: expected {[*heads, self.tokens]}")
+            ids = ids.expand(*heads, -1)
+            self._hold(kept.gather(-1, ids.clamp_min(0)) & (ids >= 0))
+            return
+        self._static, self._static_ids = self._kept(self._slots(kept)), kept.clone()
+        self._ragged = self._ragged_kept = None
 
     def _buffer(self, keys: Tensor, values: Tensor) -> TokenBuffer:
         return TokenBuffer(keys, values)
 
-    def _ragged_buffer(self, keys: Tensor, values: Tensor, kept: Tensor) -> RaggedBuffer:
-        return RaggedBuffer(keys, values, kept)
-
-    def decode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, two [B, H or G, t, d], of tokens as they are held, two [B, G, t, d]: the same here."""
-        return keys, values
+    def _kept(self, slots: Tensor) -> TokenBuffer:
+        """A copy of the static tokens in the slots."""
+        return TokenBuffer(*self._picked(slots))
 
     def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory | None = None) -> None:
         """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
 
         `storage` makes what holds them from then on, from copies of their keys and values [B, G, t, d] on the device
         where they shall lie. Called once, in `prefill` or `after_prompt`; later tokens follow with `advance`.
+        ValueError where tokens were set aside before, or where one of these is not static in every head.
         """
-        assert self._aside is None, "tokens were set aside before"
-        keys, values = self._static.raw
-        self._device = HOST if offload else keys.device
-        parts = keys[:, :, start:stop], values[:, :, start:stop]
-        copies = [part.to(self._device, copy=True) for part in (parts if storage is None else self.decode(*parts))]
-        self._aside = self._buffer(*copies) if storage is None else storage(*copies)
-        rest = torch.cat([torch.arange(start), torch.arange(stop, self.tokens)]).to(keys.device)
-        self._static = self._buffer(keys[:, :, rest], values[:, :, rest])
-        self._static_ids = rest
-        self._offloaded = offload
+        if self._aside is not None:
+            raise ValueError(f"tokens {self.aside_start} to {self.aside_stop - 1} were set aside before")
+        if not 0 <= start <= stop <= self.tokens:
+            raise ValueError(f"tokens {start} to {stop - 1} cannot be set aside: there are {self.tokens} tokens")
+        ids = self._static_ids
+        device = HOST if offload else ids.device
+        if self._ragged is None and ids.shape == (self.tokens,) and bool((ids.diff() > 0).all()):
+            keys, values = self._static.raw
+            parts = keys[:, :, start:stop], values[:, :, start:stop]
+            aside = [part.to(device, copy=True) for part in (parts if storage is None else self.decode(*parts))]
+            rest = torch.cat([ids[:start], ids[stop:]])
+            self._static, self._static_ids = self._buffer(keys[:, :, rest], values[:, :, rest]), rest
+            self._aside = self._buffer(*aside) if storage is None else storage(*aside)
+        else:
+            slots = self._slots(torch.arange(start, stop, device=ids.device))
+            aside = [part.to(device) for part in self._picked(slots)]
+            self._drop(slots)
+            self._aside = (storage or TokenBuffer)(*aside)
+        self._device, self._offloaded = device, offload
         self.aside_start, self.aside_stop = start, stop
 
     def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add new tokens, as they are held, [B, G, m, d], to the static set; the session calls this."""
+        """Add new tokens as they are held, two [B, G, m, d], to the static set; the session calls this."""
         new = torch.arange(self.tokens, self.tokens + keys.shape[2], device=self._static_ids.device)
         self._static.append(keys, values)
         shape = (*self._static_ids.shape[:-1], keys.shape[2])
@@ -336,20 +356,35 @@ class KVStore:
 
         Returns their keys and values [B, G, count, d].
         """
-        assert self._aside is not None, "no tokens are set aside"
+        if self._aside is None:
+            raise ValueError("no tokens are set aside")
         slots = self._slots_of(self.aside_stop, count)
-        held_keys, held_values = (part[:, :, slots] for part in self._static.raw)
-        keys, values = self.decode(held_keys, held_values)
-        if isinstance(self._aside, type(self._static)):
-            self._aside.append(held_keys, held_values)
+        keys, values = self._picked(slots)
+        if slots.dim() == 1 and isinstance(self._aside, type(self._static)):
+            held_keys, held_values = self._static.raw
+            self._aside.append(held_keys[:, :, slots], held_values[:, :, slots])
         else:
             self._aside.append(keys, values)
         self.aside_stop += count
         self._drop(slots)
         return keys, values
 
+    def release_static(self, spare: int) -> tuple[Tensor, Tensor]:
+        """Hand over the static set's memory, keys and values [B, G, c, d] with room for `spare` more, and forget it.
+
+        Only where all heads hold the same tokens are these the whole static set.
+        """
+        keys, values = self._static.take(spare)
+        self._ragged = self._ragged_kept = None
+        self._static_ids = self._static_ids[..., :0]
+        return keys, values
+
+    def release_aside(self) -> None:
+        """Forget the set-aside tokens, which another structure has taken over."""
+        self._aside = None
+
     def evict(self, start: int, count: int) -> None:
-        """Evict the static tokens `start` to `start + count − 1`, held by all heads alike."""
+        """Evict the static tokens `start` to `start + count − 1`; ValueError where a head does not hold one."""
         self._drop(self._slots_of(start, count))
 
     def evict_slots(self, slots: Tensor) -> None:
@@ -358,6 +393,9 @@ class KVStore:
         Slots count as in `static_ids`, in `static_parts` and in the weights that `attend` gives on request; slots that
         `static_ids` marks with −1 hold nothing to evict.
         """
+        if not self._static.length:
+            self._drop(slots[..., None])
+            return
         last, fixed = self._static.length - 1, 0
         self._static_ids = self._static_ids.expand(*slots.shape, -1).contiguous()
         newest = self._static_ids[..., last:]
@@ -374,12 +412,70 @@ class KVStore:
         self._static.fill_from_end(slots - fixed)
         self._static_ids = self._static_ids.scatter(-1, (slots - fixed)[..., None], newest)[..., :last]
 
+    # Slots [t] count within `_static`, where all heads hold the same tokens; slots [B, G, t] as in `static_ids`.
+
     def _slots_of(self, start: int, count: int) -> Tensor:
-        slots = ((self._static_ids >= start) & (self._static_ids < start + count)).nonzero().squeeze(-1)
-        assert slots.shape[0] == count, f"tokens {start} to {start + count - 1} are not all static"
-        return slots[self._static_ids[slots].argsort()]
+        """Slots of the tokens `start` to `start + count` − 1, in their order; quick where they are in `_static`."""
+        ids = self._static_ids
+        if ids.dim() == 1:
+            slots = ((ids >= start) & (ids < start + count)).nonzero().squeeze(-1)
+            if slots.shape[0] == count:
+                return slots[ids[slots].argsort()]
+        return self._slots(torch.arange(start, start + count, device=ids.device))
+
+    def _slots(self, wanted: Tensor) -> Tensor:
+        """Slots of the static tokens `wanted` [t] or [B, G, t]; ValueError where one is not static, or comes twice."""
+        ids, heads = self.static_ids, self._heads
+        if ids.dim() != 1 or wanted.dim() != 1:
+            ids, wanted = ids.expand(*heads, -1), wanted.expand(*heads, -1)
+        slot = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+        table = torch.full((*ids.shape[:-1], self.tokens + 1), -1, device=ids.device)
+        table.scatter_(-1, torch.where(ids < 0, self.tokens, ids), slot)[..., self.tokens] = -1
+        inside = (wanted >= 0) & (wanted < self.tokens)
+        slots = table.gather(-1, torch.where(inside, wanted, self.tokens))
+        if bool((slots < 0).any()):
+            raise ValueError(f"token {int(wanted[slots < 0][0])} is not static in every head, or was never there")
+        ordered = slots.sort(dim=-1).values
+        if bool((ordered.diff(dim=-1) == 0).any()):
+            raise ValueError("a token comes twice in the same head")
+        return slots
+
+    def _picked(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values [B, G, t, d] in the slots."""
+        if slots.dim() == 1:
+            keys, values = self._static.raw
+            return self.decode(keys[:, :, slots], values[:, :, slots])
+        places = slots[..., None]
+        keys, values = self._whole()
+        return tuple(part.gather(2, places.expand(-1, -1, -1, part.shape[-1])) for part in (keys, values))  # type: ignore[return-value]
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, t, d] as in `static_ids`; anything where that has −1."""
+        keys, values, _ = zip(*self.static_parts(), strict=True)
+        return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+    def _hold(self, marks: Tensor) -> None:
+        """Evict all but the static tokens that `marks`, bool [B, G, t] as in `static_ids`, marks."""
+        (keys, values), ids, counts = self._whole(), self.static_ids.expand(marks.shape), marks.sum(-1)
+        most = int(counts.max())
+        slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+        if most == int(counts.min()):
+            keys, values = (
+                part.gather(2, slots[..., None].expand(*slots.shape, part.shape[-1])) for part in (keys, values)
+            )
+            self._ragged = self._ragged_kept = None
+            self._static, self._static_ids = TokenBuffer(keys, values), ids.gather(-1, slots)
+            return
+        self._ragged = RaggedBuffer(keys, values, marks)
+        self._ragged_kept = torch.where(self._ragged.mask, ids.gather(-1, slots), -1)
+        self._static = TokenBuffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        self._static_ids = torch.arange(0, device=marks.device)
 
     def _drop(self, slots: Tensor) -> None:
+        if slots.dim() > 1:
+            held = self.static_ids.expand(*slots.shape[:2], -1) >= 0
+            self._hold(held.scatter(-1, slots, False))
+            return
         stop = self._static.length - slots.shape[0]
         tail = torch.arange(stop, self._static.length, device=slots.device)
         movers = tail[~torch.isin(tail, slots)]

@@ -25,6 +25,11 @@ from kvbench.engine.governor import Governor
 from kvbench.engine.prompt import Attends
 from kvbench.engine.rotary import Rotary
 
+_NO_COPY = (
+    "A policy's cache cannot be copied, since its stores and indexes belong to one conversation: start the other one "
+    "from its prompt."
+)
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -46,8 +51,10 @@ class Lane:
 class PolicyCache(Cache):
     """The cache of one batch: transformers' own layers, but for those of full attention, which a policy governs."""
 
-    def __init__(self, session: Governor, padding: Tensor | None) -> None:
+    def __init__(self, session: Governor, prompt_tokens: int | None, rows: int | None) -> None:
+        """A cache of `rows` rows (None where unknown) whose prompt ends after `prompt_tokens`, or the first call."""
         self.session = session
+        self.prompt_tokens, self.rows = prompt_tokens, rows
         layers = DynamicCache(config=session.config).layers
         self.governed: list[PolicyCacheLayer] = []
         for index, number in enumerate(session.survey.layers):
@@ -56,21 +63,32 @@ class PolicyCache(Cache):
             self.governed.append(layers[number])
         super().__init__(layers=layers)
         self._latest: Any = None
-        self.lanes = self._lanes(padding)
+        self.lanes = [Lane(None, 0)]
+        self.mask: Any = None
+        """The attention mask of the prompt's last forward call."""
         self.budgets: dict[int, tuple[BudgetRequest | None, list[LayerBudget]]] = {}
         self.index_s = 0.0
         self.prompt_ids: list[Tensor | None] = []
         self.complete = False
         """Whether the policy has taken over the whole prompt."""
+        self.open = self.failed = False
+        """Whether a forward call of the attached model is under way with this cache; whether one ended in an error."""
 
-    def _lanes(self, padding: Tensor | None) -> list[Lane]:
+    def expect(self, ids: Tensor | None, padding: Tensor | None) -> None:
+        """Prepare for a further part of the prompt: its ids [B, m], where given, and all rows' padding [B] so far."""
+        self.prompt_ids.append(ids)
         if self.session.policy.exact or padding is None:
-            return [Lane(None, 0)]
+            return
         if self.session.defers:  # a budget for each row
-            return [Lane(torch.tensor([row]), pad) for row, pad in enumerate(padding.tolist())]
-        if not bool(padding.any()):
-            return [Lane(None, 0)]
-        return [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
+            self.lanes = [Lane(torch.tensor([row]), pad) for row, pad in enumerate(padding.tolist())]
+        elif bool(padding.any()):
+            pads = sorted(set(padding.tolist()))
+            self.lanes = [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in pads]
+        else:
+            self.lanes = [Lane(None, 0)]
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise KVBenchError(_NO_COPY)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -88,12 +106,6 @@ class PolicyCache(Cache):
         if isinstance(self._latest, PolicyCacheLayer) and self._latest.pending:
             return self._latest
         return next((layer for layer in self.governed if layer.returned is not None and layer.returned() is key), None)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
-        raise KVBenchError(
-            "A cache that a policy governs cannot be copied: run the prompt again for each continuation, inside the "
-            "`with` block of `attach`."
-        )
 
     def stores(self) -> list[KVStore]:
         """The stores of all governed layers and groups of rows."""
@@ -173,26 +185,42 @@ class PolicyCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, G, m, d]; return those that the model's own attention would attend to."""
-        if self.seen == 0:
-            announced = self.session.prompt_tokens
-            self.cache_prompt_tokens = key_states.shape[2] if announced is None else announced
-        self.seen += key_states.shape[2]
+        if not self.cache.open:
+            raise KVBenchError(
+                "This cache belongs to a policy: pass it to the attached model itself, inside the `with` block of "
+                "kvbench.attach that filled it, or start from the prompt."
+            )
+        return self.take(key_states, value_states)
+
+    def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Do `update`'s work, whoever asks."""
+        if self.cache.prompt_tokens is None:
+            self.cache.prompt_tokens = key_states.shape[2]
+        self.before_step, self.seen = self.seen, self.seen + key_states.shape[2]
         if self.longest is not None and self.seen > self.longest:
             raise KVBenchError(
                 f"Layer {self.number} of {type(self.session.model).__name__} has a window of {self.longest} tokens and "
                 f"the context has {self.seen}: a policy governs it only where the window holds everything."
             )
-        self.in_prompt, self.pending, self.before_step = not self.groups, True, self.seen - key_states.shape[2]
-        keys, values = (
-            self._prompt_update(key_states, value_states) if self.in_prompt else self._step(key_states, value_states)
-        )
+        self.in_prompt, self.pending = not self.groups, True
+        taken = self._take_prompt if self.in_prompt else self._take_step
+        keys, values = taken(key_states, value_states)
         self.returned = weakref.ref(keys)
         return keys, values
 
-    def _prompt_update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.seen > self.cache_prompt_tokens:
+    def _take_step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.new = keys, values
+        if not self.session.policy.exact:
+            return keys, values
+        store = self.groups[0].store
+        store.append(keys, values)
+        return store.raw()
+
+    def _take_prompt(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.cache.prompt_tokens is not None
+        if self.seen > self.cache.prompt_tokens:
             raise KVBenchError(
-                f"A forward call took the prompt to {self.seen} tokens, past the {self.cache_prompt_tokens} that "
+                f"A forward call took the prompt to {self.seen} tokens, past the {self.cache.prompt_tokens} that "
                 "prompt_tokens announced: split the call where the prompt ends."
             )
         if self.prompt is None:
@@ -200,14 +228,6 @@ class PolicyCacheLayer(CacheLayerMixin):
         else:
             self.prompt.append(keys, values)
         return self.prompt.keys, self.prompt.values
-
-    def _step(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.new = keys, values
-        if not self.session.policy.exact:
-            return keys, values
-        store = self.groups[0].store
-        store.append(keys, values)
-        return store.raw()
 
     def end_prompt(self, attends: Attends) -> None:
         """Note that the prompt's attention is done; the policy takes over now, or when the allocator has measured."""
@@ -268,19 +288,19 @@ class PolicyCacheLayer(CacheLayerMixin):
         for lane, budget in zip(self.cache.lanes, budgets, strict=True):
             held = lane.take(keys, padded=True), lane.take(values, padded=True)
             lane_keys, lane_values = self.decode(*held)
-            tokens = lane_keys.shape[2]
+            tokens, groups = lane_keys.shape[2], lane_keys.shape[1]
             lane_queries = last_queries(lane.take(queries), tokens if window is None else min(window, tokens))
             layer = Layer(
                 index=self.index, count=len(self.cache.governed), number=self.number, heads=attends.heads,
-                kv_heads=lane_keys.shape[1], head_dim=lane_keys.shape[3], scaling=attends.scaling,
-                rows=lane_keys.shape[0],
-                store=KVStore(*held) if self.expand is None else LatentStore(*held, self.expand),
+                kv_heads=groups, head_dim=lane_keys.shape[3], scaling=attends.scaling, rows=lane_keys.shape[0],
+                store=KVStore(*held) if self.expand is None else LatentStore(*held, self.expand, groups),
                 budget=budget, static=session.policy.static_tokens(tokens), prompt_tokens=tokens,
                 module=attends.module, softcap=attends.softcap, sink_logits=attends.sink_logits,
                 rotary=Rotary(
                     session.model, session.config, attends.module, self.number, latent=self.expand is not None
                 ),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
+                most_attended=session.policy.most_attended,
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:
@@ -325,6 +345,9 @@ class PolicyCacheLayer(CacheLayerMixin):
         )
 
     crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _unsupported
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise KVBenchError(_NO_COPY)
 
 
 class HybridCacheLayer(PolicyCacheLayer, LinearAttentionAndFullAttentionLayer):

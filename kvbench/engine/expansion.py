@@ -18,10 +18,16 @@ class Expansion:
     up to the call of its attention function.
     """
 
-    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Cache | None) -> None:
-        """For an attention `module` that was called with these arguments, `cache` among them."""
-        self._module = module
-        self.device = next(module.parameters()).device
+    def __init__(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        cache: Cache | None,
+        device: torch.device,
+    ) -> None:
+        """For an attention `module` on a `device` that was called with these arguments, `cache` among them."""
+        self._module, self.device = module, device
         self._args = tuple(_one_token(value, cache) for value in args)
         self._kwargs = {name: _one_token(value, cache) for name, value in kwargs.items()}
 

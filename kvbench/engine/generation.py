@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
 
-from kvbench.engine.prefill import forward, pad
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine.fixed import FixedDecoder, Mode
+from kvbench.engine.prefill import check_parts, check_prompts, forward, input_device, pad
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+
+Decoding = Literal["auto", "graph", "fixed", "eager"]
+"""How steps run: captured as a CUDA graph; in fixed shapes, uncaptured; hook by hook.
+
+`auto` takes the graph on a GPU wherever policy and model allow it, and hooks everywhere else.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,13 +37,16 @@ class Generation:
     index_s: float
     step_s: list[float]
     bytes: dict[str, int]
+    mode: Mode = "eager"
+    mode_reason: str = ""
+    """Why the steps ran hook by hook where a CUDA graph was wanted."""
 
 
 @dataclass(frozen=True)
 class Forced(Generation):
     """What given tokens made the model predict: `logits` [m, V]; `tokens` are the most likely ones."""
 
-    logits: Tensor
+    logits: Tensor = field(kw_only=True)
 
 
 def generate(
@@ -46,18 +58,22 @@ def generate(
     stop: Collection[int] = (),
     prefill_chunk: int | None = None,
     prefilled: Prefill | None = None,
+    decoding: Decoding = "auto",
 ) -> Generation:
     """Generate up to `max_new_tokens` tokens greedily after `input_ids`; a token in `stop` ends it and is left out.
+
+    With 0 of them the prompt is read and timed and nothing follows. KVBenchError, before anything is computed, for an
+    empty prompt, numbers that do not fit, and a prompt and answer that are longer than the model can read.
 
     The first `prompt_tokens` ids (all by default) are the prompt, which the policy takes over once its exact attention
     is done; the others pass through the policy one by one (query-agnostic mode). `prefill_chunk` tokens of the prompt
     are computed at a time; `prefilled` is the prompt where it was computed before. Time to first token is `prefill_s` +
     `index_s`; `index_s` is the time inside the policy's `prefill` and `after_prompt`. A policy without a cache computes
-    the whole context anew for every token.
+    the whole context anew for every token. `decoding` says how steps run, see `Decoding`.
     """
     (result,) = generate_batch(
         session, [input_ids], prompt_tokens=prompt_tokens, max_new_tokens=[max_new_tokens], stop=stop,
-        prefill_chunk=prefill_chunk, prefilled=prefilled,
+        prefill_chunk=prefill_chunk, prefilled=prefilled, decoding=decoding,
     )  # fmt: skip
     return result
 
@@ -72,23 +88,28 @@ def generate_batch(
     stop: Collection[int] = (),
     prefill_chunk: int | None = None,
     prefilled: Prefill | None = None,
+    decoding: Decoding = "auto",
 ) -> list[Generation]:
     """Generate after several prompts at once, each up to its own number of tokens; see `generate`.
 
     `prompt_tokens` is for a single prompt. Rows that ended go on unseen until the last one ends.
     """
+    check_prompts(session.model, prompts, max_new_tokens)
+    check_parts(prefill_chunk, prompt_tokens, len(prompts[0]))
+    if prompt_tokens is not None and len(prompts) > 1:
+        raise KVBenchError("prompt_tokens is for a single prompt: only that can end before its question.")
     if not session.policy.cached:
         pairs = zip(prompts, max_new_tokens, strict=True)
         return [_generate_uncached(session, prompt, limit, stop) for prompt, limit in pairs]
-    assert prompt_tokens is None or len(prompts) == 1, "only a single prompt can end before its question"
-    ids, mask = pad(prompts, session.model.device)
+    ids, mask = pad(prompts, input_device(session.model))
     logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled)
     assert session.cache is not None
     found = logits.argmax(-1)
     tokens: list[list[int]] = [[] for _ in prompts]
     step_s: list[list[float]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
-    whole = ids
+    going = {row for row, limit in enumerate(max_new_tokens) if limit}
+    context = ids
+    decoder = _decoder(session, decoding, max(max_new_tokens) - 1)
     while going:
         for row, token in enumerate(found.tolist()):
             if row in going and token not in stop:
@@ -97,20 +118,32 @@ def generate_batch(
                 going.discard(row)
         if not going:
             break
-        whole = torch.cat([whole, found[:, None]], dim=1)
+        if isinstance(decoder, FixedDecoder):
+            decoder.tokens.copy_(found[:, None])
+            began = session.now()
+            decoder.step()
+            found = decoder.tokens[:, 0]
+            seconds = session.now() - began
+            for row in going:
+                step_s[row].append(seconds)
+            continue
+        context = torch.cat([context, found[:, None].to(context.device)], dim=1)
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         began = session.now()
-        inputs = step_inputs(session.model, whole, mask, session.cache)
-        if inputs["past_key_values"] is None:
-            session.prompt_tokens = whole.shape[1]
-        found = session.model(**inputs).logits[:, -1].argmax(-1)
+        inputs = step_inputs(session.model, context, mask, session.cache)
+        with session.prompt_of(context.shape[1]):  # for a model that drops its cache
+            out = session.model(**inputs)
+        found = out.logits[:, -1].argmax(-1)
         seconds = session.now() - began
         for row in going:
             step_s[row].append(seconds)
-    held = {tier: held // len(prompts) for tier, held in session.cache.bytes().items()}
+    whole = decoder.bytes() if isinstance(decoder, FixedDecoder) else session.cache.bytes()
+    held = {tier: size // len(prompts) for tier, size in whole.items()}
+    mode = decoder.mode if isinstance(decoder, FixedDecoder) else "eager"
+    reason = "" if isinstance(decoder, FixedDecoder) else decoder
     return [
-        Generation(mine, prefill_s, session.cache.index_s, steps, held)
+        Generation(mine, prefill_s, session.cache.index_s, steps, held, mode, reason)
         for mine, steps in zip(tokens, step_s, strict=True)
     ]
 
@@ -119,19 +152,30 @@ def step_inputs(model: Any, ids: Tensor, mask: Tensor | None, past: Any) -> dict
     """What `model.generate` would call the model with for the last of the tokens `ids` [B, n].
 
     `mask` [B, n] is 0 where a row is padded. A model may drop its cache, `past`, and want to see its context anew
-    (Phi3, where it turns to its rotary embedding for long contexts): then `past_key_values` is None.
+    (Phi3, where it turns to its rotary embedding for long contexts).
     """
     plain = {"past_key_values": past, "use_cache": True, "logits_to_keep": 1}
     if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
-        inputs = {"input_ids": ids[:, -1:], **plain}
-        return (
-            inputs
-            if mask is None
-            else {**inputs, "attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
-        )
+        extra = {} if mask is None else {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        return {"input_ids": ids[:, -1:], **plain, **extra}
     given = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
-    prepared = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **plain, **given)
-    return {"past_key_values": None, **prepared}
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(ids, next_sequence_length=1, **plain, **given)
+    return prepared
+
+
+def _decoder(session: Session, decoding: Decoding, new_tokens: int) -> FixedDecoder | str:
+    """The decoder for steps of fixed shapes, or why steps run hook by hook."""
+    on_gpu = session.model.device.type == "cuda"
+    if decoding == "eager" or (decoding == "auto" and not on_gpu) or new_tokens < 1:
+        return ""
+    if decoding == "graph" and not on_gpu:
+        raise KVBenchError(
+            f"A CUDA graph needs a GPU, and the model is on {session.model.device}: use another decoding."
+        )
+    found = session.fixed(new_tokens, graph=on_gpu and decoding != "fixed")
+    if isinstance(found, str) and decoding != "auto":
+        raise KVBenchError(f"Policy '{session.policy.name}' cannot decode in fixed steps here: {found}.")
+    return found
 
 
 def _prompt(
@@ -145,8 +189,8 @@ def _prompt(
     began = session.now()
     if prefilled is None:
         # exact attention is the same on either side of the border, so `full` needs none
-        session.prompt_tokens = tokens
-        logits = forward(session, ids[:, :tokens], None if mask is None else mask[:, :tokens], 0, chunk)
+        with session.prompt_of(tokens):
+            logits = forward(session, ids[:, :tokens], None if mask is None else mask[:, :tokens], 0, chunk)
         assert session.cache is not None
         earlier = -session.cache.index_s
     else:
@@ -161,14 +205,14 @@ def _prompt(
 def _generate_uncached(
     session: Session, prompt: Sequence[int], max_new_tokens: int, stop: Collection[int]
 ) -> Generation:
-    ids = torch.tensor([list(prompt)], device=session.model.device)
+    ids = torch.tensor([list(prompt)], device=input_device(session.model))
     tokens: list[int] = []
     seconds: list[float] = []
-    while len(tokens) < max_new_tokens:
+    while len(tokens) < max_new_tokens or not seconds:
         began = session.now()
         token = int(session.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
         seconds.append(session.now() - began)
-        if token in stop:
+        if token in stop or not max_new_tokens:
             break
         tokens.append(token)
         ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
@@ -183,18 +227,20 @@ def force(
 
     m = len(input_ids) − prompt_tokens − 1 positions: every token after the prompt but the last, which has no successor.
     """
-    session.prompt_tokens = prompt_tokens
-
-    def anew(tokens: int) -> None:
-        session.prompt_tokens = tokens
-
-    logits, first_s, step_s = _forced(
-        session.model, input_ids, prompt_tokens, prefill_chunk, session.now, anew, cached=session.policy.cached
-    )
+    with session.prompt_of(prompt_tokens):
+        logits, first_s, step_s = _forced(
+            session.model,
+            input_ids,
+            prompt_tokens,
+            prefill_chunk,
+            session.now,
+            session.prompt_of,
+            cached=session.policy.cached,
+        )
     index_s, held = 0.0, {"resident": 0, "offloaded": 0, "index": 0}
     if session.cache is not None:
         index_s, held = session.cache.index_s, session.cache.bytes()
-    return Forced(logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, logits)
+    return Forced(logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, logits=logits)
 
 
 @torch.inference_mode()
@@ -205,16 +251,18 @@ def exact_logits(
 
     In the same calls, so that policy `full` differs in nothing, not even by rounding.
     """
-    return _forced(model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, lambda tokens: None, cached=True)[
-        0
-    ]
+    return _forced(model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, nullcontext, cached=True)[0]
 
 
 def _forced(
     model: Any, input_ids: Sequence[int], prompt_tokens: int, prefill_chunk: int | None, now: Callable[[], float],
-    anew: Callable[[int], None], *, cached: bool,
+    prompt_of: Callable[[int], AbstractContextManager[None]], *, cached: bool,
 ) -> tuple[Tensor, float, list[float]]:  # fmt: skip
-    ids = torch.tensor([list(input_ids)], device=model.device)
+    check_prompts(model, [input_ids], [0])
+    if len(input_ids) < 3:
+        raise KVBenchError(f"{len(input_ids)} token ids are too few: a prompt, a forced token and its successor are 3.")
+    check_parts(prefill_chunk, prompt_tokens, len(input_ids) - 2)
+    ids = torch.tensor([list(input_ids)], device=input_device(model))
     past, chunk, began = None, prefill_chunk or prompt_tokens, now()
     if cached:
         for start in range(0, prompt_tokens, chunk):
@@ -227,10 +275,8 @@ def _forced(
     for place in range(prompt_tokens, ids.shape[1] - 1):
         began = now()
         if cached:
-            inputs = step_inputs(model, ids[:, : place + 1], None, past)
-            if inputs["past_key_values"] is None:
-                anew(place + 1)
-            out = model(**inputs)
+            with prompt_of(place + 1):  # for a model that drops its cache
+                out = model(**step_inputs(model, ids[:, : place + 1], None, past))
             past = out.past_key_values
         else:
             out = model(ids[:, : place + 1], use_cache=False, logits_to_keep=1)

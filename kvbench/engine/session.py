@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
+from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
+from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor
 from kvbench.engine.interface import answering, attached, capture, own_attention
 from kvbench.engine.prompt import Attends, Prefill
@@ -45,6 +48,9 @@ class Session(Governor):
         self._calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._projecting = False
         self._replay: ReplayCache | None = None
+        self._fixed: FixedDecoder | None = None
+        self._replaced: WeakKeyDictionary[Any, PolicyCache] = WeakKeyDictionary()
+        """The caches that came with a prompt, and those that took their place."""
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
@@ -67,6 +73,7 @@ class Session(Governor):
             return
         yield self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         yield self.model.register_forward_hook(self._after_forward)
+        yield self.model.register_forward_hook(self._ended, always_call=True)
         if self.allocator is not None and self.allocator.reads_hidden:
             yield from watch_residual(self.model, tuple(self.survey.layers), self._hidden)
         if self.policy.uses_hidden:
@@ -84,6 +91,8 @@ class Session(Governor):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        self._end_fixed()
+        self._calls.clear()
 
     def _view(self) -> ModelView:
         tokenizer, layers = self.tokenizer, self.survey.layers
@@ -107,27 +116,53 @@ class Session(Governor):
         return args, {**kwargs, "use_cache": False}
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        past = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if self._replay is not None:
+        if self._replay is not None or isinstance(kwargs.get("past_key_values"), FixedCache):
             return args, kwargs
-        if isinstance(past, PolicyCache) and past.session is self:
-            self.cache = past
-            if not past.complete:
-                past.prompt_ids.append(ids)
-            return args, kwargs
-        if past is not None and past.get_seq_length() > 0:
-            raise KVBenchError("The cache passed to the model was filled without the policy: start from the prompt.")
-        if kwargs.get("use_cache") is False:
-            raise KVBenchError("A KV-cache policy needs use_cache=True.")
+        self._end_fixed()
+        kwargs = named(model, args, kwargs)
+        past, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if ids is None else ids
-        self.cache = PolicyCache(self, self._padding(kwargs.get("attention_mask"), 0 if given is None else len(given)))
-        self.cache.prompt_ids.append(ids)
-        return args, {**kwargs, "past_key_values": self.cache, "use_cache": True}
+        rows = None if given is None else len(given)
+        if past is not None and past in self._replaced:
+            past = self._replaced[past]
+        if isinstance(past, PolicyCache):
+            check_continued(past, self, rows)
+            cache = past
+        else:
+            if kwargs.get("use_cache") is False:
+                raise KVBenchError("A KV-cache policy needs use_cache=True.")
+            if past is not None:
+                check_replaceable(past)
+                if past.is_compileable and given is not None:
+                    kwargs["attention_mask"] = plain_mask(kwargs.get("attention_mask"), given.shape[1])
+            cache = PolicyCache(self, prompt_end(self.prompt_tokens), rows)
+            if past is not None:
+                self._replaced[past] = cache
+                past.layers = cache.layers
+        if not cache.complete:
+            cache.mask = kwargs.get("attention_mask")
+            cache.expect(ids, self._padding(cache.mask, rows or 0))
+        self.cache, cache.open = cache, True
+        return (), {**kwargs, "past_key_values": cache, "use_cache": True}
+
+    @contextmanager
+    def prompt_of(self, tokens: int) -> Iterator[None]:
+        """Announce, within the block, that prompts have so many tokens."""
+        before, self.prompt_tokens = self.prompt_tokens, tokens
+        try:
+            yield
+        finally:
+            self.prompt_tokens = before
+
+    def _ended(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Note how a forward call ended; torch calls this after errors, too."""
+        cache = self.cache
+        if cache is not None and self._replay is None and cache.open:
+            cache.open, cache.failed = False, True
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         cache = self.cache
-        if cache is None or self._replay is not None:
+        if cache is None or self._replay is not None or self._fixed is not None:
             return
         if self.defers:
             cache.finish_prompt()
@@ -137,9 +172,12 @@ class Session(Governor):
                 "every layer, so no policy can govern it: use another architecture."
             )
         self._complete(cache)
+        cache.open = False
 
-    def _padding(self, mask: Tensor | None, rows: int) -> Tensor | None:
-        padding = _left_padding(mask)
+    def _padding(self, mask: Any, rows: int) -> Tensor | None:
+        if self.policy.exact:
+            return None
+        padding = left_padding(mask)
         return torch.zeros(rows, dtype=torch.int64) if padding is None and self.defers else padding
 
     def _complete(self, cache: PolicyCache) -> None:
@@ -154,19 +192,19 @@ class Session(Governor):
         """
         whole = prompt.ids.shape[1]
         count = whole if tokens is None else tokens
-        if tokens is None:
-            self.prompt_tokens = whole
-        self.cache = cache = PolicyCache(self, self._padding(prompt.mask, len(prompt.ids)))
-        cache.prompt_ids.append(prompt.ids[:, :count])
+        self._end_fixed()
+        self.cache = cache = PolicyCache(self, whole if tokens is None else self.prompt_tokens, len(prompt.ids))
+        cache.mask = prompt.mask
+        cache.expect(prompt.ids[:, :count], self._padding(prompt.mask, len(prompt.ids)))
         for number, layer in prompt.others.items():
             cache.layers[number] = copy.deepcopy(layer)
         for cached in cache.governed:
             part, window = prompt.layers[cached.number], self.query_window(cached.number)
-            cached.update(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
+            cached.take(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
             cached.attended, cached.pending = cached.attended + count, False
             known = part.queries[:, :, : part.queries.shape[2] - (whole - count)]
             cached.prompt_queries = [known if window is None else last_queries(known, min(window, known.shape[2]))]
-            if cached.seen == cached.cache_prompt_tokens:
+            if cached.seen == self.cache.prompt_tokens:
                 cached.end_prompt(part.attends)
         if self.defers:
             cache.finish_prompt()
@@ -210,28 +248,56 @@ class Session(Governor):
         args, kwargs = self._calls[module]
         rows = slice(None) if lane.rows is None else lane.rows
         inputs = _hidden(args, kwargs).clone()
-        inputs[rows, step] = hidden[:, 0]
+        inputs[rows, step] = hidden[:, 0].to(inputs.device)
         args = tuple(None if value is self.cache else value for value in args)
         kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
         self._projecting = True
         try:
-            found = capture(
-                module, (inputs, *args[1:]) if args else (), kwargs if args else {**kwargs, "hidden_states": inputs}
+            found = (
+                capture(module, (inputs, *args[1:]), kwargs)
+                if args
+                else capture(module, (), {**kwargs, "hidden_states": inputs})
             )
         finally:
             self._projecting = False
         return lane.take(found.query)[:, :, step : step + 1]
 
+    def _end_fixed(self) -> None:
+        if self._fixed is not None:
+            self._fixed.close()
+            self._fixed = None
+
+    def fixed(self, new_tokens: int, *, graph: bool, compiled: bool = False) -> FixedDecoder | str:
+        """Take the rest of the latest prompt's decoding in steps of fixed shapes, `new_tokens` at most, or say why not.
+
+        With `graph`, a step is captured as a CUDA graph; with `compiled`, the model's own code is compiled first, all
+        but the attention. The cache is not continued in any other way afterwards.
+        """
+        assert self.cache is not None
+        found = fixed_decoder(self, self.cache, new_tokens)
+        if isinstance(found, FixedDecoder):
+            self._fixed = found
+            if compiled:
+                found.compile()
+            if graph:
+                found.capture()
+        return found
+
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of one layer: the model's own for the prompt, the policy's afterwards."""
+        if self._fixed is not None:
+            return self._fixed.attention(module, query, key, value), None
         own = functools.partial(own_attention(module, self.implementation), module, query, key, value, mask, **kwargs)
         if self._replay is not None:
             self._replay.observed(query, key)
             return own()
-        if self.cache is None:
-            raise KVBenchError(f"Call {type(self.model).__name__} itself while a policy is attached, not a part of it.")
+        if self.cache is None or not self.cache.open:
+            raise KVBenchError(
+                f"Call {type(self.model).__name__} itself while a policy is attached to it, not a part of it, nor a "
+                "model that shares its configuration."
+            )
         cached = self.cache.source(key)
         if cached is None:
             return own()
@@ -258,7 +324,7 @@ class Session(Governor):
         else:
             last = torch.cat([*cached.prompt_queries, query], dim=2)
             cached.prompt_queries = [last[:, :, max(last.shape[2] - window, 0) :].clone()]
-        if cached.seen == cached.cache_prompt_tokens:
+        if cached.seen == cached.cache.prompt_tokens:
             cached.end_prompt(attends)
 
     def _exact_step(
@@ -331,14 +397,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input [B, m, D] that an attention module was called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
-
-
-def _left_padding(mask: Tensor | None) -> Tensor | None:
-    """Padding tokens at the start of each row [B], from a mask [B, n] of ones and zeros."""
-    if mask is None or mask.dim() != 2:
-        return None
-    padding = (mask == 0).sum(-1)
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    if not bool(((columns >= padding[:, None]) == (mask != 0)).all()):
-        raise KVBenchError("The attention mask pads elsewhere than on the left: set tokenizer.padding_side='left'.")
-    return padding.cpu()

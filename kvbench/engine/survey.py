@@ -211,7 +211,8 @@ class _Surveyor:
     def _forward(self, start: int, stop: int) -> None:
         special = {str(getattr(self._config, f"{kind}_token_id", None)) for kind in ("pad", "bos", "eos")}
         ids = [token for token in range(16) if str(token) not in special][:3]
-        given = torch.tensor([ids], device=self._model.device)
+        place = self._model.device
+        given = torch.tensor([ids], device="cpu" if place.type == "meta" else place)  # accelerate moves them
         self._model(given[:, start:stop], past_key_values=self._cache, use_cache=True)
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -249,7 +250,7 @@ class _Surveyor:
             raise _Ungovernable(f"attends to other tokens than the cache of layer {number} holds")
         expand = None
         if first.key is not given.keys or first.value is not given.values:
-            expand = Expansion(first.module, *first.arguments, self._cache)
+            expand = Expansion(first.module, *first.arguments, self._cache, first.key.device)
             if len(calls) > 1 or not _by_token(expand, given, first):
                 raise _Ungovernable(
                     f"makes keys and values of what the cache of layer {number} holds of a token and of more than that"

@@ -1,6 +1,5 @@
 """DuoAttention (arXiv 2410.10819): retrieval heads attend to everything, streaming heads to sinks and recent tokens."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Replay
+from kvbench.contract.reading import parse_json, read_bytes, reading
 from kvbench.contract.selection import Selection
 from kvbench.contract.storage import Storage, TokenBuffer
 from kvbench.strategies.evicting.snapkv import window_attention
@@ -111,10 +111,8 @@ class DuoAttention(KVCachePolicy):
         if path is None:
             return
         shape = f"{len(model.numbers)} lists of {model.kv_heads} numbers, one list for each governed layer"
-        try:
-            scores = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
-        except (OSError, ValueError, TypeError) as error:
-            raise KVBenchError(f"The profile {path} is not readable ({error}): expected JSON with {shape}.") from None
+        with reading(lambda reason: f"The profile {path} is not readable ({reason}): expected JSON with {shape}."):
+            scores = torch.tensor(parse_json(read_bytes(path.expanduser())), dtype=torch.float64)
         if scores.shape != (len(model.numbers), model.kv_heads):
             raise KVBenchError(f"The profile {path} has the shape {list(scores.shape)}: {model.name} needs {shape}.")
         self._profile = scores
@@ -147,17 +145,17 @@ class DuoAttention(KVCachePolicy):
         spare = sum(layer.budget.tokens - streamed for layer in layers) * heads
         whole = min(spare // (tokens - streamed), len(layers) * heads)
         if self._profile is not None:
-            scores = self._profile.flatten().expand(layers[0].rows, -1).to(ids.device)
+            scores = self._profile.flatten().expand(layers[0].rows, -1)
         elif any(layer.budget.heads is not None for layer in layers):
-            alike = torch.ones(layers[0].rows, heads, dtype=torch.int64, device=ids.device)
+            alike = torch.ones(layers[0].rows, heads, dtype=torch.int64)
             budgets = [layer.budget for layer in layers]
-            given = [alike * budget.tokens if budget.heads is None else budget.heads for budget in budgets]
+            given = [alike * budget.tokens if budget.heads is None else budget.heads.cpu() for budget in budgets]
             scores = torch.cat(given, dim=1)
         else:
-            scores = torch.cat([layer.state.pop("score") for layer in layers], dim=1)
+            scores = torch.cat([layer.state.pop("score").cpu() for layer in layers], dim=1)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(whole, dim=1).indices, True)
         for layer, mine in zip(layers, torch.split(chosen, heads, dim=1), strict=True):
-            layer.state["heads"] = mine.clone()
+            layer.state["heads"] = mine.clone().to(layer.store.device)
             storage = partial(_SomeHeads, layer.state["heads"])
             layer.store.set_aside(sinks, tokens - recent, offload=False, storage=storage)
 
