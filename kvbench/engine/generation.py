@@ -251,7 +251,9 @@ def exact_logits(
 
     In the same calls, so that policy `full` differs in nothing, not even by rounding.
     """
-    return _forced(model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, nullcontext, cached=True)[0]
+    return _forced(
+        model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, lambda tokens: nullcontext(), cached=True
+    )[0]
 
 
 def _forced(
