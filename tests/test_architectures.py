@@ -19,7 +19,8 @@ POLICIES = ["streaming_llm", "snapkv", "quest", "flat"]
 
 SAMPLE = {
     "deepseek_v2": "3 of 3", "deepseek_v3": "3 of 3", "falcon_h1": "3 of 3", "gemma2": "1 of 3",
-    "gemma3n_text": "1 of 4", "gemma4_text": "1 of 4", "glm4_moe_lite": "3 of 3", "gpt_oss": "1 of 3", "hrm_text": "12 of 12", "jetmoe": "3 of 3",
+    "gemma3n_text": "1 of 4", "gemma4_text": "1 of 4", "glm4_moe_lite": "3 of 3", "gpt_oss": "1 of 3",
+    "hrm_text": "12 of 12", "jetmoe": "3 of 3",
 }  # fmt: skip
 """Ten of the model types of `tox -e models`, and their governed layers."""
 
@@ -117,7 +118,7 @@ def _expanded_store(layers: dict[int, Any]) -> Any:
     from kvbench.contract.storage import KVStore
 
     class Expanded(KVStore):
-        def __init__(self, keys, values, expand):
+        def __init__(self, keys, values, expand, heads):
             self._expand = expand
             super().__init__(*expand(keys, values))
 
