@@ -189,10 +189,11 @@ class _Surveyor:
         ]
         with answering(self._config, self), torch.no_grad():
             try:
-                self._forward(0, 2)
-                prompt = cache.given
-                cache.given = {}
+                before = self._forward(0, 2)
+                prompt, cache.given = cache.given, {}
                 self._forward(2, 3)
+                self._cache = _NotedCache(self._config)
+                again, self._cache = self._forward(0, 2), cache
             except KVBenchError:
                 raise
             except Exception as error:
@@ -200,6 +201,11 @@ class _Surveyor:
             finally:
                 for handle in handles:
                     handle.remove()
+            if not torch.equal(before, again):
+                raise KVBenchError(
+                    f"{name} keeps what it knows of a context in itself, not in the cache that it is given, so kvbench "
+                    "cannot follow it: choose another architecture."
+                )
             numbers = [number for number in governable(cache.layers, self._config) if number in prompt]
             if not numbers:
                 return Survey({}, f"{name} has no full-attention layer to govern (its layers are {_kinds(cache)})")
@@ -208,12 +214,14 @@ class _Surveyor:
             except _Ungovernable as reason:
                 return Survey({}, f"{name} {reason}")
 
-    def _forward(self, start: int, stop: int) -> None:
+    def _forward(self, start: int, stop: int) -> Tensor:
+        """The logits [1, m, V] of the tokens `start` to `stop` − 1."""
         special = {str(getattr(self._config, f"{kind}_token_id", None)) for kind in ("pad", "bos", "eos")}
         ids = [token for token in range(16) if str(token) not in special][:3]
         place = self._model.device
         given = torch.tensor([ids], device="cpu" if place.type == "meta" else place)  # accelerate moves them
-        self._model(given[:, start:stop], past_key_values=self._cache, use_cache=True)
+        logits: Tensor = self._model(given[:, start:stop], past_key_values=self._cache, use_cache=True).logits
+        return logits
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._arguments[id(module)] = args, kwargs
