@@ -72,6 +72,7 @@ HYBRID = {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4, 
 
 CHANGES: dict[str, dict[str, Any]] = {
     "bamba": {**MAMBA, "attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 100},
     "blenderbot": {"encoder_layers": 3, "decoder_layers": 3},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
