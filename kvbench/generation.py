@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.prefill import Prefill, forward, pad
+from kvbench.prefill import Prefill, PromptRecorder, forward, pad
 from kvbench.session import Session
 
 
@@ -70,17 +70,23 @@ def generate_batch(
     stop: Collection[int] = (),
     prefill_chunk: int | None = None,
     prefilled: Prefill | None = None,
+    border: int | None = None,
+    recorder: PromptRecorder | None = None,
 ) -> list[Generation]:
     """Generate after several prompts at once, each up to its own number of tokens; see `generate`.
 
-    `prompt_tokens` is for a single prompt. Rows that ended go on unseen until the last one ends.
+    `prompt_tokens` is for a single prompt, and so are `border`, the first tokens that are a pass of their own, as in
+    `prefill`, and `recorder`, one of the session's probes, which notes the prompt for others; its time is left out.
+    Rows that ended go on unseen until the last one ends.
     """
     if not session.policy.cached:
         pairs = zip(prompts, max_new_tokens, strict=True)
         return [_generate_uncached(session, prompt, limit, stop) for prompt, limit in pairs]
-    assert prompt_tokens is None or len(prompts) == 1, "only a single prompt can end before its question"
+    assert (prompt_tokens, border, recorder) == (None, None, None) or len(prompts) == 1, (
+        "only a single prompt can end before its question"
+    )
     ids, mask = pad(prompts, session.model.device)
-    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled)
+    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder)
     assert session.cache is not None
     found = logits.argmax(-1)
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -107,15 +113,13 @@ def generate_batch(
         for row in going:
             step_s[row].append(seconds)
     held = {tier: held // len(prompts) for tier, held in session.cache.bytes().items()}
-    return [
-        Generation(mine, prefill_s, session.cache.index_s, steps, held)
-        for mine, steps in zip(tokens, step_s, strict=True)
-    ]
+    index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
+    return [Generation(mine, prefill_s, index_s, steps, held) for mine, steps in zip(tokens, step_s, strict=True)]
 
 
 def _prompt(
     session: Session, ids: Tensor, mask: Tensor | None, prompt_tokens: int | None, chunk: int | None,
-    prefilled: Prefill | None,
+    prefilled: Prefill | None, border: int | None, recorder: PromptRecorder | None,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Let the policy take over the prompt and the question follow; the last logits [B, V] and the prefill's seconds."""
     whole = ids.shape[1]
@@ -125,9 +129,17 @@ def _prompt(
     if prefilled is None:
         # exact attention is the same on either side of the border, so `full` needs none
         session.prompt_tokens = tokens
-        logits = forward(session, ids[:, :tokens], None if mask is None else mask[:, :tokens], 0, chunk)
+        first = min(border or tokens, tokens)
+        prompt, prompt_mask = ids[:, :tokens], None if mask is None else mask[:, :tokens]
+        logits = forward(session, prompt[:, :first], prompt_mask, 0, chunk)
+        if first < tokens:
+            logits = forward(session, prompt, prompt_mask, first, chunk)
         assert session.cache is not None
         earlier = -session.cache.index_s
+        if recorder is not None:
+            earlier += session.now() - began
+            recorder.finish(session, prompt, first, logits, earlier)
+            began = session.now()
     else:
         tokens = prefilled.ids.shape[1]
         session.resume(prefilled)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -19,18 +20,18 @@ from kvbench.memory import PeakMemory, method, release
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.policy import Probe
-from kvbench.prefill import Prefill, prefill
+from kvbench.prefill import Prefill, PromptRecorder, prefill
 from kvbench.results import Run, RunConfig, environment, processor
-from kvbench.session import Session, attach, check_head_budgets, token_bytes
-from kvbench.tasks.base import Example, Prompt, Task, encode, prompt_length
+from kvbench.session import attach, check_head_budgets, token_bytes
+from kvbench.sharing import STANDARD_PROBES, SharedPrompt, probe_passes, prompt_of, prompt_tokens, session_of
+from kvbench.tasks.base import Example, Prompt, Task, prompt_length
 from kvbench.tasks.forced import ForcedTask, TokenExample
 from kvbench.traces import write_trace
 
 EXACT_BYTES = 2**30
 """Most memory for the exact logits of earlier examples."""
-WARM_UP_TOKENS = 20
-"""Tokens generated before measuring: enough for a policy that takes up new tokens by sixteen to do so once."""
-STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
+WARM_UP_TOKENS = 18
+"""Tokens after the prompt before measuring: enough for a policy that takes up new tokens by sixteen to do so once."""
 
 
 AnyTask = Task | ForcedTask
@@ -62,7 +63,8 @@ class Request:
     probe_examples: int = 1
     probes: tuple[str, ...] = ()
     batch_size: int = 1
-    share_prefill: bool = False
+    share_prefill: bool | None = None
+    """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
 
 
 def plan(request: Request, loaded: LoadedModel) -> RunConfig:
@@ -72,7 +74,15 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     options = found.options("policy", request.policy, request.policy_options)
     task_options = found.options("task", request.task, request.task_options)
     budget = request.budget if policy.takes_budget else None
-    share_prefill = request.share_prefill and policy.cached
+    task: AnyTask = found.find("task", request.task)(task_options)
+    forced = isinstance(task, ForcedTask)
+    if forced and (request.batch_size > 1 or request.share_prefill):
+        raise KVBenchError(
+            f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
+            "and prompts unshared."
+        )
+    wanted = request.batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
+    share_prefill = wanted and policy.cached
     if budget is not None:
         allocator = found.make("budget", budget.allocator, budget.options)
         check_head_budgets(policy, allocator)
@@ -84,12 +94,6 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         raise KVBenchError(
             f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
             "aware, or --batch-size 1."
-        )
-    task: AnyTask = found.find("task", request.task)(task_options)
-    if isinstance(task, ForcedTask) and (request.batch_size > 1 or share_prefill):
-        raise KVBenchError(
-            f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
-            "and prompts unshared."
         )
     return RunConfig(
         model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
@@ -113,58 +117,93 @@ def _extra_probes(request: Request) -> tuple[str, ...]:
     return names
 
 
-def execute(configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress) -> list[Run]:
+LeaveOut = Callable[[str, KVBenchError], bool]
+"""Is told of a policy that failed; whether the others go on without it."""
+
+
+def execute(
+    configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress,
+    leave_out: LeaveOut = lambda policy, error: False,
+) -> list[Run]:  # fmt: skip
     """Run configurations, or what is left of them, and return their completed folders.
 
-    One after the other; those that share a prefill go over the examples together.
+    One after the other; those that differ in policy and budget alone and share prompts go over the examples together.
     """
-    runs = [Run(output, config, environment_of(loaded)) for config in configs]
+    runs: list[Run] = []
     together: dict[str, list[Run]] = {}
-    for run in runs:
+    for config in configs:
+        try:
+            run = Run(output, config, environment_of(loaded))
+        except KVBenchError as error:
+            if not leave_out(config.policy, error):
+                raise
+            continue
+        runs.append(run)
         if run.status == "complete":
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
-            together.setdefault("" if run.config.share_prefill else run.config.hash, []).append(run)
+            alike = config.model_copy(update={"policy": "", "policy_options": {}, "budget": None}).hash
+            together.setdefault(alike if config.share_prefill else config.hash, []).append(run)
     for group in together.values():
-        _execute(group, loaded, progress)
-    return runs
+        _execute(group, loaded, progress, leave_out)
+    return [run for run in runs if run.status == "complete"]
 
 
-def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress) -> None:
+def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress, leave_out: LeaveOut) -> None:
     """Run configurations that differ in their policies and budgets alone, example by example."""
     shared = runs[0].config
     task: AnyTask = registry().make("task", shared.task, shared.task_options)
-    with ExitStack() as folders:
+    with ExitStack() as everything:
+        folders = {run.config.hash: everything.enter_context(ExitStack()) for run in runs}
+
+        def attempt(run: Run, step: Callable[[], None]) -> None:
+            try:
+                step()
+            except KVBenchError as error:
+                if not leave_out(run.config.policy, error):
+                    raise
+                going.remove(run)
+                folders[run.config.hash].__exit__(type(error), error, error.__traceback__)
+
+        going = list(runs)
         for run in runs:
-            folders.enter_context(run.writing())
+            attempt(run, partial(_open, folders[run.config.hash], run))
             progress(run.config.policy, len(run.rows), run.config.examples, "")
-        if any(len(run.rows) < run.config.examples for run in runs):
-            for run in runs:
-                _warm_up(run.config, loaded)
+        prompts: dict[int, Prefill] = {}
+        if any(len(run.rows) < run.config.examples for run in going):
+            for run in list(going):
+                attempt(run, partial(_warm_up, run.config, loaded, prompts))
+        prompts.clear()
         before: Prefill | None = None
         for batch in _batches(_examples(task, shared, loaded), shared, loaded):
-            missing = [run for run in runs if not {example.id for example in batch} <= {row["id"] for row in run.rows}]
-            if missing and shared.share_prefill:
-                before = _prefill(batch, missing, loaded, before)
-            for run in missing:
-                _extend(run, loaded, task, batch, before if shared.share_prefill else None)
+            ids = {example.id for example in batch}
+            missing = [run for run in going if not ids <= {row["id"] for row in run.rows}]
+            prompt = SharedPrompt(batch, missing, loaded, before) if missing and shared.share_prefill else None
+            before = None
+            for run in missing if prompt is None else prompt.order:
+                attempt(run, partial(_extend, run, loaded, task, batch, prompt))
                 progress(run.config.policy, len(run.rows), run.config.examples, "")
+            before = None if prompt is None else prompt.latest
 
 
-def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None) -> None:
+def _open(folder: ExitStack, run: Run) -> None:
+    folder.enter_context(run.writing())
+
+
+def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prompt: SharedPrompt | None) -> None:
     """Add a batch's examples to a run; those that a stopped run had finished keep what they have."""
     config, there = run.config, {row["id"] for row in run.rows}
     single = not registry().find("policy", config.policy).batched
     for part in [[example] for example in batch] if single else [batch]:
         if all(example.id in there for example in part):
             continue
-        own = prefilled if len(part) == len(batch) else None
-        for example, row, answer in _measure(config, loaded, task, part, own):
+        shared = prompt if len(part) == len(batch) else None
+        for example, row, answer in _measure(config, loaded, task, part, shared):
             if example.id in there:
                 continue
             if len(run.rows) < config.probe_examples:
                 traces = run.path / "traces"
-                row |= _probe(config, loaded, example, answer, traces, f"{len(run.rows):06d}")  # noqa: PLW2901
+                row |= _probe(config, loaded, example, answer, shared, traces, f"{len(run.rows):06d}")  # noqa: PLW2901
             run.append(row)
 
 
@@ -175,25 +214,6 @@ def _batches(examples: Iterator[AnyExample], config: RunConfig, loaded: LoadedMo
     rest = sorted(examples, key=lambda example: _length(loaded, example))
     for first in range(0, len(rest), config.batch_size):
         yield rest[first : first + config.batch_size]
-
-
-def _prefill(batch: list[AnyExample], runs: list[Run], loaded: LoadedModel, before: Prefill | None) -> Prefill:
-    """The exact pass over a batch's prompts, which all policies take over."""
-    prompts = [prompt_of(loaded, example) for example in batch]
-    windows = [_session(run.config, loaded).query_window(0) for run in runs]
-    known = [window for window in windows if window is not None]
-    return prefill(
-        loaded.model,
-        [prompt.input_ids[: _prompt_tokens(runs[0].config, prompt)] for prompt in prompts],
-        query_window=max(known, default=0) if len(known) == len(windows) else None,
-        chunk=runs[0].config.prefill_chunk,
-        context=prompts[0].context_tokens,
-        before=before,
-    )
-
-
-def _prompt_tokens(config: RunConfig, prompt: Prompt) -> int:
-    return len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
 
 
 def environment_of(loaded: LoadedModel) -> dict[str, Any]:
@@ -207,13 +227,6 @@ def _examples(task: AnyTask, config: RunConfig, loaded: LoadedModel) -> Iterator
     yield from task.examples(
         loaded.tokenizer, context_length=config.context_length, count=config.examples, seed=config.seed
     )
-
-
-def prompt_of(loaded: LoadedModel, example: AnyExample) -> Prompt:
-    """Give an example's prompt as token ids."""
-    if isinstance(example, TokenExample):
-        return Prompt(list(example.input_ids[: example.prompt_tokens]), example.prompt_tokens)
-    return encode(loaded.tokenizer, example)
 
 
 def _length(loaded: LoadedModel, example: AnyExample) -> int:
@@ -262,16 +275,23 @@ def _exact(config: RunConfig, loaded: LoadedModel, example: TokenExample) -> tor
 
 
 def _measure(
-    config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None
+    config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], shared: SharedPrompt | None
 ) -> Iterator[tuple[AnyExample, dict[str, Any], list[int]]]:
     """Generate a batch's answers, or predict given tokens, undisturbed; each example's row, and the answer's tokens."""
     prompts = [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
     token = token_bytes(loaded.model)
+    prefilled = recorder = None
+    if shared is not None and shared.is_own(config):
+        recorder = shared.recorder(config)
+    elif shared is not None:
+        prefilled = shared.prefill()
     release()
     with PeakMemory(loaded.device) as peak:
-        results = _generate(config, loaded, batch, [], prefilled)
+        results = _generate(config, loaded, batch, [], shared, prefilled, recorder)
+    if shared is not None and recorder is not None:
+        shared.take(recorder)
     for example, prompt, result in zip(batch, prompts, results, strict=True):
         prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
         row: dict[str, Any] = {
@@ -279,7 +299,7 @@ def _measure(
             **_scored(config, loaded, task, example, prediction, result),
             "prediction": prediction,
             "prompt_tokens": len(prompt.input_ids),
-            "budget_tokens": config.budget and config.budget.size(_prompt_tokens(config, prompt), token),
+            "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), token),
             "token_bytes": token,
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
@@ -295,18 +315,21 @@ def _measure(
 
 
 def _probe(
-    config: RunConfig, loaded: LoadedModel, example: AnyExample, answer: list[int], folder: Path, name: str
+    config: RunConfig,
+    loaded: LoadedModel,
+    example: AnyExample,
+    answer: list[int],
+    shared: SharedPrompt | None,
+    folder: Path,
+    name: str,
 ) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
     prompt = prompt_of(loaded, example)
-    probes: list[Probe] = [
-        registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
-        for name in (*STANDARD_PROBES, *config.probes)
-    ]
-    passes = [[probe for probe in probes if not probe.alone], *([probe] for probe in probes if probe.alone)]
+    passes = probe_passes(config)
+    probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
     for group in passes:
-        (again,) = _generate(config, loaded, [example], group)
+        (again,) = _generate(config, loaded, [example], group, shared, None if shared is None else shared.prefill())
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -325,11 +348,11 @@ def _probe(
 
 
 def _generate(
-    config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe],
-    prefilled: Prefill | None = None,
+    config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe], shared: SharedPrompt | None,
+    prefilled: Prefill | None = None, recorder: PromptRecorder | None = None,
 ) -> list[Generation]:  # fmt: skip
     prompts = [prompt_of(loaded, example) for example in batch]
-    session = _session(config, loaded, probes)
+    session = session_of(config, loaded, probes if recorder is None else [*probes, recorder])
     torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
     with session:
         if isinstance(batch[0], TokenExample):
@@ -341,27 +364,27 @@ def _generate(
             prompt_tokens=None if config.question == "aware" else prompts[0].context_tokens,
             max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
             stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
+            border=None if shared is None else shared.border, recorder=recorder,
         )  # fmt: skip
 
 
-def _session(config: RunConfig, loaded: LoadedModel, probes: Sequence[Probe] = ()) -> Session:
-    return attach(
-        loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes,
-        tokenizer=loaded.tokenizer,
-    )  # fmt: skip
+def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]) -> None:
+    """Compile and load what a first use compiles and loads, so that no example's time includes it.
 
-
-def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
-    """Compile and load what a first use compiles and loads, so that no example's time includes it."""
+    `prompts`, by length, are those of earlier calls, which runs that share prompts take over.
+    """
     policy = registry().make("policy", config.policy, config.policy_options)
     length = min(config.context_length, max(256, 2 * sum(policy.static_tokens(config.context_length))))
     # Not the whole prompt: a policy that is given all of it selects nothing, and would load half of its code later.
     least = sum(policy.static_tokens(length))
     part = {"tokens": None, "bytes": None, "ratio": (least + length) / 2 / length}
     budget = None if config.budget is None else config.budget.model_copy(update=part)
-    ids = [3 + i % 50 for i in range(length)]
+    ids = [3 + i % 50 for i in range(length + WARM_UP_TOKENS)]
+    if config.share_prefill and length not in prompts:
+        prompts[length] = prefill(loaded.model, [ids[:length]])
     with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
-        generate(session, ids, prompt_tokens=length, max_new_tokens=WARM_UP_TOKENS)
+        # Most of the tokens in one call, which computes the model's other parts once for all of them.
+        generate(session, ids, prompt_tokens=length, max_new_tokens=3, prefilled=prompts.get(length))
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:

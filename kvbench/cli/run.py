@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,8 +14,6 @@ from kvbench.errors import KVBenchError
 
 if TYPE_CHECKING:
     from kvbench.plugins import Registry
-
-T = TypeVar("T")
 
 
 @app.command()
@@ -53,11 +49,9 @@ def run(
         int, typer.Option(min=1, help="Generate so many examples at once; the probed ones run alone.")
     ] = 1,
     share_prefill: Annotated[
-        bool,
-        typer.Option(
-            "--share-prefill", help="Compute each prompt once for all policies; their peak memory is then not measured."
-        ),
-    ] = False,
+        bool | None,
+        typer.Option(help="Compute each prompt once for all policies and probes. [default: yes, but not in batches]"),
+    ] = None,
     recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
     probe_examples: Annotated[
         int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
@@ -115,23 +109,22 @@ def run(
     loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
     left_out: dict[str, str] = {}
 
-    def attempt(name: str, step: Callable[[], T]) -> list[T]:
-        """One result; none where one of all policies cannot do this."""
-        try:
-            return [step()]
-        except KVBenchError as error:
-            if not every or name == "full":
-                raise
-            left_out[name] = str(error)
-            return []
+    def leave(name: str, error: KVBenchError) -> bool:
+        """Go on without one of all policies that cannot do this."""
+        if not every or name == "full":
+            return False
+        left_out[name] = str(error)
+        return True
 
-    configs = [config for request in requests for config in attempt(request.policy, partial(plan, request, loaded))]
+    configs = []
+    for request in requests:
+        try:
+            configs.append(plan(request, loaded))
+        except KVBenchError as error:
+            if not leave(request.policy, error):
+                raise
     with _Progress([config.policy for config in configs], examples) as progress:
-        if every and not share_prefill:
-            parts = [attempt(c.policy, partial(execute, [c], loaded, output, progress)) for c in configs]
-            runs = [done for part in parts for finished in part for done in finished]
-        else:
-            runs = execute(configs, loaded, output, progress)
+        runs = execute(configs, loaded, output, progress, leave)
     for name, reason in left_out.items():
         err.print(f"Left out {name}: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for note in (note for done in runs for note in done.notes):
