@@ -1,15 +1,15 @@
 """Measurements of attention and retrieval, the analyses made of them, and the probes that collect them during a run."""
 
-from kvbench.analysis.construction import Construction
-from kvbench.analysis.ood import OOD
-from kvbench.analysis.overlap import OverlapOfSets
-from kvbench.analysis.probes import Density, Latency, OutputError, Overlap, Recall, Recovery, Sparsity
-from kvbench.analysis.recall import RecallOverSteps
-from kvbench.analysis.recovery import RecoveryByK
-from kvbench.analysis.sparsity import SparsityProfile
-from kvbench.hookspecs import hookimpl
-from kvbench.policy import Probe
-from kvbench.study import Analysis
+from kvbench.analysis.probes.standard import Density, Latency, OutputError, Overlap, Recall, Recovery, Sparsity
+from kvbench.analysis.studies.construction import Construction
+from kvbench.analysis.studies.ood import OOD
+from kvbench.analysis.studies.overlap import OverlapOfSets
+from kvbench.analysis.studies.recall import RecallOverSteps
+from kvbench.analysis.studies.recovery import RecoveryByK
+from kvbench.analysis.studies.sparsity import SparsityProfile
+from kvbench.contract.analysis import Analysis
+from kvbench.contract.markers import hookimpl
+from kvbench.contract.probe import Probe
 
 
 @hookimpl

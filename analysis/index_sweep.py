@@ -24,8 +24,8 @@ import torch
 from numpy.typing import NDArray
 
 from kvbench import figures
-from kvbench.capture import Capture, CapturedLayer
-from kvbench.errors import KVBenchError
+from kvbench.capture.files import Capture, CapturedLayer
+from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 
 SCHEMA = 1

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 Float = NDArray[np.float64]
 Bool = NDArray[np.bool_]

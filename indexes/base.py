@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from kvbench.errors import KVBenchError
-from kvbench.extension import Extension
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extension import Extension
 from kvbench.indexes.storage import BEYOND, KeyStore, Vectors, as_float32, from_bits
 from kvbench.reading import check_regular, parse_json, plain, reading, reason
 

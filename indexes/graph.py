@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.extension import Options
+from kvbench.contract.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_finite, expect_ids
 from kvbench.indexes.kernels import Int32, Int64, count_reached, kernel, move_links, quantize_rows, search_graph
 from kvbench.indexes.threads import on_threads

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.extension import Options
+from kvbench.contract.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_ids
 from kvbench.indexes.flat import keep_best
 from kvbench.indexes.threads import each_head

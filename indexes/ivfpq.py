@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.indexes.base import State, expect, expect_finite, expect_ids
 from kvbench.indexes.ivf import IVF, IVFOptions
 

@@ -6,33 +6,37 @@ __path__ = __import__("pkgutil").extend_path(__path__, __name__)
 
 from typing import TYPE_CHECKING, Any
 
-from kvbench.errors import KVBenchError
-from kvbench.hookspecs import hookimpl
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.markers import hookimpl
 
 if TYPE_CHECKING:
-    from kvbench.attention import Attention
-    from kvbench.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget
-    from kvbench.extension import Extension, Options
-    from kvbench.policy import KVCachePolicy, Layer, ModelView, Probe, Selection
-    from kvbench.session import Session, attach
-    from kvbench.study import Analysis
+    from kvbench.contract.analysis import Analysis
+    from kvbench.contract.attention import Attention
+    from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget
+    from kvbench.contract.extension import Extension, Options
+    from kvbench.contract.layer import Layer
+    from kvbench.contract.policy import KVCachePolicy, ModelView
+    from kvbench.contract.probe import Probe
+    from kvbench.contract.selection import Selection
+    from kvbench.engine.attach import attach
+    from kvbench.engine.session import Session
 
 _HOMES = {
-    "Analysis": "study",
-    "Attention": "attention",
-    "Budget": "budget",
-    "BudgetAllocator": "budget",
-    "BudgetRequest": "budget",
-    "LayerBudget": "budget",
-    "Extension": "extension",
-    "Options": "extension",
-    "KVCachePolicy": "policy",
-    "Layer": "policy",
-    "ModelView": "policy",
-    "Probe": "policy",
-    "Selection": "policy",
-    "Session": "session",
-    "attach": "session",
+    "Analysis": "contract.analysis",
+    "Attention": "contract.attention",
+    "Budget": "contract.budget",
+    "BudgetAllocator": "contract.budget",
+    "BudgetRequest": "contract.budget",
+    "LayerBudget": "contract.budget",
+    "Extension": "contract.extension",
+    "Options": "contract.extension",
+    "KVCachePolicy": "contract.policy",
+    "Layer": "contract.layer",
+    "ModelView": "contract.policy",
+    "Probe": "contract.probe",
+    "Selection": "contract.selection",
+    "Session": "engine.session",
+    "attach": "engine.attach",
 }
 
 __all__ = [
@@ -63,3 +67,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module  # noqa: PLC0415
 
     return getattr(import_module(f"kvbench.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for tab completion."""
+    return sorted(__all__)

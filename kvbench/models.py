@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
     import torch

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -12,9 +13,10 @@ from typing import Any, TypeVar
 import pluggy
 from pydantic import ValidationError
 
-from kvbench.errors import KVBenchError
-from kvbench.extension import Extension
-from kvbench.hookspecs import PROJECT, Registration
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extension import Extension
+from kvbench.contract.hooks import Registration
+from kvbench.contract.markers import PROJECT
 
 KINDS = {
     "policy": "kvbench_policies",
@@ -84,20 +86,43 @@ def plugin_entries() -> list[EntryPoint]:
 def registry() -> Registry:
     """Load every plugin once; one that fails is noted in `failures` and does not take the others down."""
     found = Registry()
+    plugins: list[tuple[EntryPoint, Any]] = []
     for entry in plugin_entries():
-        try:
-            plugin = entry.load()
+        with _noted(found, entry):
             manager = pluggy.PluginManager(PROJECT)
             manager.add_hookspecs(Registration)
-            manager.register(plugin, name=entry.name)
+            manager.register(entry.load(), name=entry.name)
             manager.check_pending()
-            for kind, hook in KINDS.items():
-                for classes in getattr(manager.hook, hook)():
-                    for cls in classes:
-                        _register(found, kind, cls)
-        except Exception as error:
-            found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
+            plugins.append((entry, manager.hook))
+            _register_all(found, "index", manager.hook.kvbench_indexes())
+    indexes = list(found.classes["index"].values())
+    derived = []
+    for entry, hook in plugins:
+        with _noted(found, entry):
+            for kind, name in KINDS.items():
+                if kind == "policy":
+                    policies = [cls for classes in hook.kvbench_policies(indexes=indexes) for cls in classes]
+                    derived += [cls for cls in policies if getattr(cls, "derived", False)]
+                    _register_all(found, kind, [[cls for cls in policies if not getattr(cls, "derived", False)]])
+                elif kind != "index":
+                    _register_all(found, kind, getattr(hook, name)())
+    _register_all(found, "policy", [[cls for cls in derived if cls.name not in found.classes["policy"]]])
     return found
+
+
+@contextmanager
+def _noted(found: Registry, entry: EntryPoint) -> Iterator[None]:
+    """Note a plugin's failure instead of raising it."""
+    try:
+        yield
+    except Exception as error:
+        found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
+
+
+def _register_all(found: Registry, kind: str, answers: list[list[type[Any]]]) -> None:
+    for classes in answers:
+        for cls in classes:
+            _register(found, kind, cls)
 
 
 def _register(found: Registry, kind: str, cls: type[Any]) -> None:

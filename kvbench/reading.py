@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 DEPTH = 64
 """Levels of lists and objects within each other that a file may have."""

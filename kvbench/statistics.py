@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 Scores = Mapping[int, Mapping[str, float]]
 """Scores in [0, 1] of one configuration: seed -> example id -> score."""

@@ -1,57 +1,64 @@
 """The built-in policies, one file each, and the built-in budget allocators."""
 
-from kvbench.budget import BudgetAllocator
-from kvbench.hookspecs import hookimpl
-from kvbench.policy import KVCachePolicy
-from kvbench.strategies.ada import Ada
-from kvbench.strategies.duo_attention import DuoAttention
-from kvbench.strategies.expected_attention import ExpectedAttention
-from kvbench.strategies.flat import Flat
-from kvbench.strategies.full import Full
-from kvbench.strategies.full_no_cache import FullNoCache
-from kvbench.strategies.h2o import H2O
-from kvbench.strategies.hnsw import HNSW
-from kvbench.strategies.infinigen import InfiniGen
-from kvbench.strategies.infllm import InfLLM
-from kvbench.strategies.ivf import IVF
-from kvbench.strategies.ivfpq import IVFPQ
-from kvbench.strategies.keydiff import KeyDiff
-from kvbench.strategies.kivi import KIVI
-from kvbench.strategies.knorm import KNorm
-from kvbench.strategies.kvzip import KVzip
-from kvbench.strategies.magicpig import MagicPIG
-from kvbench.strategies.oracle_topk import OracleTopK
-from kvbench.strategies.oracle_topp import OracleTopP
-from kvbench.strategies.pqcache import PQCache
-from kvbench.strategies.profile import Profile
-from kvbench.strategies.pyramid import Pyramid
-from kvbench.strategies.quest import Quest
-from kvbench.strategies.random import Random
-from kvbench.strategies.retrieval import Retrieval
-from kvbench.strategies.retroinfer import RetroInfer
-from kvbench.strategies.robust_vamana import RobustVamana
-from kvbench.strategies.shadowkv import ShadowKV
-from kvbench.strategies.snapkv import SnapKV
-from kvbench.strategies.squeeze import Squeeze
-from kvbench.strategies.squeezed_attention import SqueezedAttention
-from kvbench.strategies.streaming_llm import StreamingLLM
-from kvbench.strategies.think import ThinK
-from kvbench.strategies.tova import TOVA
-from kvbench.strategies.uniform import Uniform
-from kvbench.strategies.vamana import Vamana
+from kvbench.contract.budget import BudgetAllocator
+from kvbench.contract.markers import hookimpl
+from kvbench.contract.policy import KVCachePolicy
+from kvbench.indexes.base import Index
+from kvbench.indexes.roargraph import RoarGraph
+from kvbench.strategies.baselines.full import Full
+from kvbench.strategies.baselines.full_no_cache import FullNoCache
+from kvbench.strategies.baselines.oracle_topk import OracleTopK
+from kvbench.strategies.baselines.oracle_topp import OracleTopP
+from kvbench.strategies.baselines.random import Random
+from kvbench.strategies.budgets.ada import Ada
+from kvbench.strategies.budgets.profile import Profile
+from kvbench.strategies.budgets.pyramid import Pyramid
+from kvbench.strategies.budgets.squeeze import Squeeze
+from kvbench.strategies.budgets.uniform import Uniform
+from kvbench.strategies.compressing.kivi import KIVI
+from kvbench.strategies.compressing.think import ThinK
+from kvbench.strategies.evicting.duo_attention import DuoAttention
+from kvbench.strategies.evicting.expected_attention import ExpectedAttention
+from kvbench.strategies.evicting.h2o import H2O
+from kvbench.strategies.evicting.keydiff import KeyDiff
+from kvbench.strategies.evicting.knorm import KNorm
+from kvbench.strategies.evicting.kvzip import KVzip
+from kvbench.strategies.evicting.snapkv import SnapKV
+from kvbench.strategies.evicting.streaming_llm import StreamingLLM
+from kvbench.strategies.evicting.tova import TOVA
+from kvbench.strategies.selecting.index_retrieval import retrieval_policy
+from kvbench.strategies.selecting.infinigen import InfiniGen
+from kvbench.strategies.selecting.infllm import InfLLM
+from kvbench.strategies.selecting.magicpig import MagicPIG
+from kvbench.strategies.selecting.pqcache import PQCache
+from kvbench.strategies.selecting.quest import Quest
+from kvbench.strategies.selecting.retroinfer import RetroInfer
+from kvbench.strategies.selecting.shadowkv import ShadowKV
+from kvbench.strategies.selecting.squeezed_attention import SqueezedAttention
 
 
 @hookimpl
-def kvbench_policies() -> list[type[KVCachePolicy]]:
-    """Register the built-in policies."""
+def kvbench_policies(indexes: list[type[Index]]) -> list[type[KVCachePolicy]]:
+    """Register the built-in policies, and a retrieval policy for every index that has none of its own."""
     return [
         Full, FullNoCache,
         StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm, ExpectedAttention, KVzip, DuoAttention,
         Quest, InfLLM, InfiniGen, ShadowKV, SqueezedAttention, PQCache, MagicPIG, RetroInfer,
-        Flat, Retrieval, RobustVamana, Vamana, IVF, HNSW, IVFPQ,
+        RETRIEVAL,
         KIVI, ThinK,
         Random, OracleTopK, OracleTopP,
+        *(retrieval_policy(index) for index in indexes if index is not RoarGraph),
     ]  # fmt: skip
+
+
+RETRIEVAL = retrieval_policy(
+    RoarGraph,
+    name="retrieval",
+    summary="RetrievalAttention: top-k over offloaded keys by a graph built from the prompt's queries.",
+    reference=(
+        "Liu et al., RetrievalAttention: Accelerating Long-Context LLM Inference via Vector Retrieval, arXiv 2409.10516"
+    ),
+)
 
 
 @hookimpl

@@ -1,9 +1,14 @@
 """Shared settings and fixtures of the tests."""
 
+import os
 import sys
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is imported; kernels still run as torch code unless a test asks for Triton.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kvbench import cli
 
@@ -37,7 +42,7 @@ def real_vectors(tmp_path_factory):
     """Vectors of one middle layer of the embedded model on real text: 9 query and 3 key/value heads of dimension 64."""
     from drive import Vectors
 
-    from kvbench.capture import capture, plan_capture, read_text
+    from kvbench.capture.record import capture, plan_capture, read_text
     from kvbench.models import load_model
 
     loaded, text = load_model("smollm2-135m"), read_text("default")

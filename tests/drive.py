@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvbench.budget import LayerBudget
+from kvbench.contract.budget import LayerBudget
+from kvbench.contract.layer import Layer
+from kvbench.contract.selection import Selection
+from kvbench.contract.storage import KVStore
+from kvbench.engine.governor import DefaultPolicy
+from kvbench.engine.rotary import Rotary
 from kvbench.plugins import registry
-from kvbench.policy import DefaultPolicy, Layer, Selection
-from kvbench.rotary import Rotary
-from kvbench.storage import KVStore
 
 
 @dataclass

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load as read_tensors
 from safetensors.numpy import save as write_tensors
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.indexes import kvbench_indexes
 
 CLASSES = {index.name: index for index in kvbench_indexes()}

@@ -6,7 +6,7 @@ from scipy.spatial import distance
 from scipy.special import softmax
 
 from kvbench.analysis import measures
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 RNG = np.random.default_rng(5)
 KEYS = RNG.normal(size=(400, 8)) @ RNG.normal(size=(8, 8))
@@ -138,7 +138,7 @@ def test_a_run_stores_the_steps_of_its_probes(tmp_path):
 
     import kvbench
     from kvbench.plugins import registry
-    from kvbench.traces import read_trace, write_trace
+    from kvbench.runs.traces import read_trace, write_trace
 
     names = ("recall", "recovery", "sparsity", "overlap")
     probes = [registry().make("probe", name) for name in names]

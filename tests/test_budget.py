@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tiny import budgeted_policies, small_options, tiny_model, tokens
 
 import kvbench
-from kvbench.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate, fit
-from kvbench.errors import KVBenchError
+from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate, fit
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine.governor import token_bytes
 from kvbench.plugins import registry
-from kvbench.session import token_bytes
-from kvbench.strategies.ada import Ada
-from kvbench.strategies.pyramid import Pyramid
-from kvbench.strategies.squeeze import Squeeze
-from kvbench.strategies.uniform import Uniform
+from kvbench.strategies.budgets.ada import Ada
+from kvbench.strategies.budgets.pyramid import Pyramid
+from kvbench.strategies.budgets.squeeze import Squeeze
+from kvbench.strategies.budgets.uniform import Uniform
 
 POLICIES = registry().classes["policy"]
 OPTIONS = {name: small_options(cls) for name, cls in POLICIES.items()}

@@ -10,8 +10,9 @@ from tiny import tiny_model
 from typer.testing import CliRunner
 
 import kvbench
-from kvbench.capture import CaptureProbe, SourceText, capture, load_capture, parse_layers, plan_capture, read_text
-from kvbench.errors import KVBenchError
+from kvbench.capture.files import load_capture
+from kvbench.capture.record import CaptureProbe, SourceText, capture, parse_layers, plan_capture, read_text
+from kvbench.contract.errors import KVBenchError
 from kvbench.models import LoadedModel
 
 

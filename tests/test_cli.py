@@ -7,8 +7,8 @@ import pytest
 from test_tasks import make_tokenizer
 from tiny import tiny_model
 
-from kvbench import runner
 from kvbench.plugins import registry
+from kvbench.runs import runner
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(run, tmp_path, monk
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kvbench.results.os.fsync", full)
+    monkeypatch.setattr("kvbench.runs.results.os.fsync", full)
     code, _, err = run("--policy", "full")
     assert code == 2
     assert "No space left on device" in err
@@ -196,8 +196,10 @@ def test_all_policies_go_on_where_one_fails_on_an_example(run, monkeypatch):
     classes = registry().classes
     some = {name: classes["policy"][name] for name in ("snapkv", "quest", "full")}
     monkeypatch.setattr(registry(), "classes", {**classes, "policy": some})
-    monkeypatch.setattr("kvbench.strategies.snapkv.window_attention", lambda *_: 1 / 0)
+    monkeypatch.setattr("kvbench.strategies.evicting.snapkv.window_attention", lambda *_: 1 / 0)
     code, out, err = run("--policy", "all", "--ratio", "0.5", "--json")
     assert code == 0
     assert [entry["policy"] for entry in json.loads(out)["runs"]] == ["quest", "full"]
-    assert "Left out snapkv: Policy 'snapkv' (kvbench.strategies.snapkv) failed in prefill" in " ".join(err.split())
+    assert "Left out snapkv: Policy 'snapkv' (kvbench.strategies.evicting.snapkv) failed in prefill" in " ".join(
+        err.split()
+    )

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from test_results import ENVIRONMENT, config, row
 
-from kvbench.budget import Budget
-from kvbench.results import Run
+from kvbench.contract.budget import Budget
+from kvbench.runs.results import Run
 
 
 def store(path, scores, **changes):

@@ -8,8 +8,8 @@ from test_session import generate, padded_batch
 from tiny import ARCHITECTURES, tiny_model, tokens
 
 import kvbench
-from kvbench.errors import KVBenchError
-from kvbench.storage import Storage, TokenBuffer
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.storage import Storage, TokenBuffer
 
 GOVERNED = [name for name in ARCHITECTURES if name != "mistral"]
 YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
@@ -171,7 +171,7 @@ def test_a_policy_can_hold_what_it_sets_aside_in_a_format_of_its_own(offload, ev
             return kvbench.Selection(None if everything else ids, everything=everything)
 
         def attend(self, layer, queries, selection):
-            ours = kvbench.attention.attend(layer, queries, selection)
+            ours = kvbench.contract.attend.attend(layer, queries, selection)
             start, stop = layer.store.aside_start, layer.store.aside_stop
             keys, values = (part.clone() for part in (layer.state["context"].keys, layer.state["context"].values))
             keys[:, :, start:stop], values[:, :, start:stop] = (
@@ -206,7 +206,7 @@ def test_heads_can_be_chosen_that_attend_to_everything_set_aside():
             return kvbench.Selection(everything=True, heads=torch.tensor([[False, True]]))
 
         def attend(self, layer, queries, selection):
-            ours = kvbench.attention.attend(layer, queries, selection)
+            ours = kvbench.contract.attend.attend(layer, queries, selection)
             seen = torch.ones(6, 1, layer.tokens, dtype=torch.bool)
             seen[:3, :, layer.store.aside_start : layer.store.aside_stop] = False
             context = layer.state["context"]
@@ -290,7 +290,7 @@ def test_a_replay_without_ids_or_after_eviction_is_refused():
 
 
 def test_full_no_cache_computes_the_whole_context_for_every_token():
-    from kvbench.generation import generate as timed
+    from kvbench.engine.generation import generate as timed
 
     model, ids = tiny_model(), tokens(1, 40)
     plain = generate(model, ids, steps=6)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from drive import drive, random_vectors
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 
 @pytest.fixture(params=["random", pytest.param("real", marks=pytest.mark.real)], scope="module")
@@ -66,7 +66,7 @@ def test_h2o_keeps_heavy_hitters_and_recent_tokens_through_prompt_and_decoding(v
 
 
 def test_h2o_sums_the_same_in_blocks(monkeypatch):
-    from kvbench.strategies import h2o
+    from kvbench.strategies.evicting import h2o
 
     vectors = random_vectors(prompt=70, steps=0)
     whole = h2o.accumulated_attention(vectors.queries, vectors.keys, 0.3)
@@ -178,7 +178,7 @@ def test_streaming_llm_attends_to_sinks_and_window(vectors):
 
 def test_slots_are_evicted_from_ragged_storage_too():
     """Heads that keep different numbers of tokens: the ragged part and the tail lose a token each, chosen per head."""
-    from kvbench.storage import KVStore
+    from kvbench.contract.storage import KVStore
 
     torch.manual_seed(0)
     keys, values = torch.randn(2, 2, 40, 4), torch.randn(2, 2, 40, 4)

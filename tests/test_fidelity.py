@@ -11,8 +11,8 @@ from test_tasks import make_tokenizer
 from tiny import tiny_model, tokens
 
 import kvbench as package
-from kvbench.errors import KVBenchError
-from kvbench.generation import exact_logits, force
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine.generation import exact_logits, force
 from kvbench.plugins import registry
 from kvbench.tasks import ForcedTask, LogitScores, TokenExample
 from kvbench.tasks.fidelity import Fidelity

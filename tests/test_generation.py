@@ -9,12 +9,12 @@ from test_tasks import make_tokenizer
 from tiny import ARCHITECTURES, tiny_model, tokens
 
 import kvbench
-from kvbench import runner
-from kvbench.budget import Budget
-from kvbench.generation import generate, generate_batch
+from kvbench.contract.budget import Budget
+from kvbench.engine.generation import generate, generate_batch
+from kvbench.engine.prefill import prefill
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
-from kvbench.prefill import prefill
+from kvbench.runs import runner
 
 POLICIES = {
     "full": {}, "streaming_llm": {}, "snapkv": {"window": 8}, "quest": {"page_size": 4},

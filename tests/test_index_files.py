@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from test_indexes import NAMES, by_name, make, split, vectors
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 GRAPHS = ("vamana", "robust_vamana", "roargraph")
 

@@ -25,8 +25,8 @@ from kvbench.analysis.index_sweep import (
     sweep,
     write,
 )
-from kvbench.capture import capture, plan_capture
-from kvbench.errors import KVBenchError
+from kvbench.capture.record import capture, plan_capture
+from kvbench.contract.errors import KVBenchError
 from kvbench.models import LoadedModel
 
 

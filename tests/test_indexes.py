@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.indexes import IVF, Flat, Index, RoarGraph, Vamana, kvbench_indexes
 
 INDEXES = kvbench_indexes()

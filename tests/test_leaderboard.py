@@ -7,8 +7,8 @@ import duckdb
 import pytest
 from test_compare import store
 
-from kvbench import leaderboard as board
-from kvbench.budget import Budget
+from kvbench.compare import leaderboard as board
+from kvbench.contract.budget import Budget
 
 
 @pytest.fixture(scope="module")

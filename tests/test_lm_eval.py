@@ -10,7 +10,7 @@ from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 from kvbench import cli
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 pytest.importorskip("lm_eval", reason="the extra kvbench[lm-eval] is not installed")
 
@@ -18,7 +18,7 @@ import lm_eval
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from kvbench.lm_eval import KVBenchLM
+from kvbench.integrations.lm_eval import KVBenchLM
 
 CHOICE = """
 task: tiny_choice

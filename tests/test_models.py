@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvbench import models as kvmodels
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.models import DEFAULT_MODEL, GGUF, MODELS, REQUIREMENT, WHEEL, check_context, load_model
 
 

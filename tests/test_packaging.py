@@ -32,4 +32,4 @@ def test_the_wheel_holds_the_tree(tmp_path):
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert packed == tree
-    assert {"kvbench/py.typed", "kvbench/strategies/full.py", "kvbench/indexes/base.py"} <= packed
+    assert {"kvbench/py.typed", "kvbench/strategies/baselines/full.py", "kvbench/indexes/base.py"} <= packed

@@ -9,8 +9,8 @@ from test_strategies import Watch, attended
 from tiny import tiny_model, tokens
 
 import kvbench
-from kvbench.budget import Budget
-from kvbench.errors import KVBenchError
+from kvbench.contract.budget import Budget
+from kvbench.contract.errors import KVBenchError
 
 SILENT = {"instruction": "", "continuation": ""}
 BUDGETED = {

@@ -21,13 +21,13 @@ from tiny import tiny_model
 from typer.testing import CliRunner
 
 from kvbench.cli import app
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.report import build
 from kvbench.report.charts import charts
 from kvbench.report.collect import collect
 from kvbench.report.commands import FLAGS, run_command
 from kvbench.report.page import board_rows, compose, markdown
-from kvbench.results import RunConfig
+from kvbench.runs.results import RunConfig
 
 LENGTHS = (512, 640)
 SCORES = {"full": [1, 1, 1, 1, 0, 1], "quest": [1, 0, 1, 1, 0, 1], "streaming_llm": [0, 0, 0, 1, 0, 0]}

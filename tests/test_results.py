@@ -15,12 +15,13 @@ import pytest
 from test_tasks import make_tokenizer
 from tiny import tiny_model
 
-from kvbench import KVBenchError, results, runner
-from kvbench.budget import Budget
+from kvbench import KVBenchError
+from kvbench.contract.budget import Budget
+from kvbench.contract.task import Example, Task
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
-from kvbench.results import Run, RunConfig, find_runs, read, read_rows
-from kvbench.tasks.base import Example, Task
+from kvbench.runs import results, runner
+from kvbench.runs.results import Run, RunConfig, find_runs, read, read_rows
 
 ENVIRONMENT = {"packages": {"kvbench": "0.1.0", "torch": "2"}, "device_name": "test", "device": "cpu"}
 EXAMPLES = 8

@@ -7,8 +7,8 @@ import torch
 from tiny import ARCHITECTURES, budgeted_policies, small_options, tiny_model, tokens
 
 import kvbench
-from kvbench.attention import softmax_parts
-from kvbench.errors import KVBenchError
+from kvbench.contract.attention import softmax_parts
+from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 
 
@@ -152,7 +152,7 @@ def test_ragged_eviction_keeps_other_numbers_per_head_and_attends_to_just_those(
             layer.state["kept"] = torch.cat([layer.state["kept"], more], dim=2)
 
         def attend(self, layer, queries, selection):
-            from kvbench.attention import attend
+            from kvbench.contract.attend import attend
 
             ours = attend(layer, queries, selection)
             mask = layer.state["kept"].repeat_interleave(3, dim=1)[:, :, None]

@@ -15,13 +15,14 @@ from test_capture import TEXT, Letters
 from test_cli import model_folder  # noqa: F401
 from tiny import tiny_model, tokens
 
-from kvbench.analysis import studies
-from kvbench.capture import capture, load_capture, plan_capture
-from kvbench.errors import KVBenchError
-from kvbench.generation import generate
+from kvbench.analysis.studies import documents as studies
+from kvbench.capture.files import load_capture
+from kvbench.capture.record import capture, plan_capture
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine.attach import attach
+from kvbench.engine.generation import generate
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
-from kvbench.session import attach
 
 HEADS, GROUPS, D = 6, 2, 8
 
@@ -301,11 +302,11 @@ def test_every_analysis_writes_its_tables_and_a_figure_with_text_and_units(captu
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, model_folder):  # noqa: F811
     """Runs of `quest` and `flat`, of one example each out of two, with the traces of a short generation."""
-    from kvbench.budget import Budget
+    from kvbench.contract.budget import Budget
     from kvbench.models import load_model
-    from kvbench.results import Run
-    from kvbench.runner import Request, environment_of, plan
-    from kvbench.traces import write_trace
+    from kvbench.runs.results import Run
+    from kvbench.runs.runner import Request, environment_of, plan
+    from kvbench.runs.traces import write_trace
 
     loaded = load_model(str(model_folder), context_length=512)
     folders = []
@@ -334,7 +335,7 @@ def run_folder(tmp_path_factory, model_folder):  # noqa: F811
 
 
 def test_a_runs_traces_are_shown_by_step_and_by_head(run_folder, tmp_path):
-    from kvbench.traces import read_trace
+    from kvbench.runs.traces import read_trace
 
     document = studies.analyse_runs("recovery", run_folder, {})
     trace = read_trace(next((run_folder[0] / "traces").iterdir()))
@@ -376,7 +377,7 @@ def test_the_command_that_is_named_makes_that_run(run_folder, kvbench, monkeypat
         planned.extend(config.model_dump(mode="json") for config in configs)
         raise KVBenchError("stop here")
 
-    monkeypatch.setattr("kvbench.runner.execute", execute)
+    monkeypatch.setattr("kvbench.runs.runner.execute", execute)
     assert kvbench(*words[1:])[0] == 2
     assert planned == [{**config, "probes": ["overlap", "sparsity"]}]
 

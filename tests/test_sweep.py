@@ -12,8 +12,8 @@ import pytest
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_results import Short
 
-from kvbench import runner, sweep
 from kvbench.plugins import registry
+from kvbench.runs import runner, sweep
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.tasks import Example, ForcedTask, Task, encode, fill, kvbench_tasks, prompt_length
 from kvbench.tasks.metrics import string_match_all, string_match_part
 from kvbench.tasks.ruler import (

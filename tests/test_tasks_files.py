@@ -7,9 +7,9 @@ import zipfile
 import pytest
 from test_tasks import make_tokenizer, one
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import Example
 from kvbench.tasks import encode, kvbench_tasks, prompt_length
-from kvbench.tasks.base import Example
 from kvbench.tasks.code import ClassEval, LongCode
 from kvbench.tasks.files import FileTask, fit
 from kvbench.tasks.infinitebench_files import (

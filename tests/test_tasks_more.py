@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 from test_tasks import make_tokenizer, one
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.tasks import encode, prompt_length
 from kvbench.tasks.infinitebench import CodeRun, KVRetrieval, MathFind, NumberString, Passkey
 from kvbench.tasks.jsonl import JsonLines, Metric

@@ -18,7 +18,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     sweep,
 )
 from kvbench.cli.common import app, err
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 __all__ = ["app", "main"]
 

@@ -32,7 +32,7 @@ from kvbench.cli.common import (
     out,
     pairs,
 )  # fmt: skip
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 
 @app.command()
@@ -76,8 +76,8 @@ def analyze(
         raise KVBenchError(
             "--layers and --heads choose captured vectors; the table of --run lists all: leave them out."
         )
-    from kvbench.analysis import studies  # noqa: PLC0415
-    from kvbench.capture import load_capture  # noqa: PLC0415
+    from kvbench.analysis.studies import documents as studies  # noqa: PLC0415
+    from kvbench.capture.files import load_capture  # noqa: PLC0415
 
     if run:
         document = studies.analyse_runs(name, run, given)

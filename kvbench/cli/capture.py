@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli.common import Device, Dtype, Json, Model, app, err, mib, out
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
-    from kvbench.capture import Capture
+    from kvbench.capture.files import Capture
 
 SourceTextName = Annotated[str, typer.Option(help="Text file, or `default`: Python's documentation and library.")]
 RopeScaling = Annotated[str | None, typer.Option(help="yarn: extend the model where its limit is shorter.")]
@@ -33,7 +33,7 @@ def captured(
         raise KVBenchError(f"--rope-scaling {rope_scaling} is not known: give yarn, or leave it out.")
     if decoding not in ("greedy", "text"):
         raise KVBenchError(f"--decoding {decoding} is neither 'greedy' nor 'text'.")
-    from kvbench.capture import capture, plan_capture, read_text  # noqa: PLC0415
+    from kvbench.capture.record import capture, plan_capture, read_text  # noqa: PLC0415
     from kvbench.models import load_model  # noqa: PLC0415
 
     source = read_text(text)

@@ -12,7 +12,7 @@ from rich.table import Table
 from kvbench.cli.common import Json, app, err, load_registry, out, share
 
 if TYPE_CHECKING:
-    from kvbench.comparison import Comparison
+    from kvbench.compare.comparison import Comparison
 
 
 @app.command()
@@ -23,7 +23,7 @@ def compare(
 ) -> None:
     """Compare runs with a baseline on the same examples: differences, intervals, tests corrected by Holm's method."""
     load_registry()
-    from kvbench.comparison import compare as compare_runs  # noqa: PLC0415  scipy takes seconds to import
+    from kvbench.compare.comparison import compare as compare_runs  # noqa: PLC0415  scipy takes seconds to import
 
     found, skipped = compare_runs(baseline, others)
     for sentence in skipped:

@@ -19,7 +19,7 @@ from kvbench.cli.capture import (
     captured,
 )  # fmt: skip
 from kvbench.cli.common import Device, Dtype, Json, Model, app, err, load_registry, mib, numbers, out, pairs, share
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 
 @app.command()
@@ -58,7 +58,7 @@ def index(
     for name in chosen:
         found.find("index", name)
     from kvbench.analysis import index_sweep  # noqa: PLC0415
-    from kvbench.capture import load_capture  # noqa: PLC0415
+    from kvbench.capture.files import load_capture  # noqa: PLC0415
 
     config = index_sweep.SweepConfig(
         chosen, k=k, layers=numbers("--layers", layers), heads=numbers("--heads", heads),

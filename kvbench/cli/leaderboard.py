@@ -28,7 +28,7 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """List all runs below a folder, best first."""
-    from kvbench import leaderboard as board  # noqa: PLC0415  imports scipy and duckdb
+    from kvbench.compare import leaderboard as board  # noqa: PLC0415  imports scipy and duckdb
 
     def names(text: str) -> list[str]:
         return [name.strip() for name in text.split(",") if name.strip()]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from kvbench.cli.common import Json, Name, app, load_catalogue, out
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
     from kvbench.catalogue import Entry

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from kvbench.cli.common import app, interruptible
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 
 @app.command(
@@ -23,7 +23,7 @@ def lm_eval(context: typer.Context) -> None:
         raise KVBenchError(
             f"lm-evaluation-harness is not installed ({error}): run pip install 'kvbench[lm-eval]'."
         ) from None
-    import kvbench.lm_eval  # noqa: F401, PLC0415  registers the model
+    import kvbench.integrations.lm_eval  # noqa: F401, PLC0415  registers the model
 
     before = sys.argv
     sys.argv = ["kvbench lm-eval", *context.args]

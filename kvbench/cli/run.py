@@ -10,7 +10,7 @@ import typer
 
 from kvbench.cli.common import Json, app, byte_size, err, interruptible, load_registry, mib, out, pairs
 from kvbench.cli.table import MOST_COLUMNS, results_table
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
     from kvbench.plugins import Registry
@@ -89,9 +89,9 @@ def run(
         names.append("full")
         options["full"] = {}
 
-    from kvbench.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
+    from kvbench.contract.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
     from kvbench.models import load_model  # noqa: PLC0415
-    from kvbench.runner import Request, execute, plan  # noqa: PLC0415
+    from kvbench.runs.runner import Request, execute, plan  # noqa: PLC0415
 
     shared = Budget(
         tokens=tokens, bytes=byte_size("--bytes", size_bytes), allocator=budget, options=pairs(budget_option),

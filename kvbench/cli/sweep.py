@@ -13,10 +13,10 @@ import typer
 from rich.table import Table
 
 from kvbench.cli.common import Json, app, err, interruptible, load_registry, out, seconds, share
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
-    from kvbench.sweep import Outcome, Planned
+    from kvbench.runs.sweep import Outcome, Planned
 
 
 @app.command()
@@ -44,11 +44,11 @@ def sweep(
     if engine == "local" and (address is not None or workers is not None):
         raise KVBenchError("--address and --workers need --engine ray.")
     load_registry()
-    from kvbench.sweep import load, plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
+    from kvbench.runs.sweep import load, plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
 
     load(file)  # a malformed file is told before a cluster starts
     if engine == "ray":
-        from kvbench.sweep_ray import cluster  # noqa: PLC0415
+        from kvbench.runs.ray import cluster  # noqa: PLC0415
 
         joining: Any = cluster(address, workers)
     else:
@@ -119,7 +119,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _policy(planned: Planned) -> str:
-    from kvbench.comparison import describe  # noqa: PLC0415
+    from kvbench.compare.comparison import describe  # noqa: PLC0415
 
     return describe(planned.config.model_dump(mode="json"))
 

@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.comparison import SAME
-from kvbench.errors import KVBenchError
-from kvbench.results import read, read_rows, summarise
+from kvbench.compare.comparison import SAME
+from kvbench.contract.errors import KVBenchError
+from kvbench.runs.results import read, read_rows, summarise
+from kvbench.runs.traces import Trace, read_trace
 from kvbench.statistics import PairedDifference, holm, paired_difference
-from kvbench.traces import Trace, read_trace
 
 BASELINE = "full"
 SAME_EXAMPLES = (*SAME, "dtype", "seed")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
-from kvbench.results import RunConfig
+from kvbench.runs.results import RunConfig
 
 FLAGS = {
     "model": "--model", "task": "--task", "context_length": "--context-length", "examples": "--examples",

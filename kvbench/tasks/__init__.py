@@ -2,6 +2,7 @@
 
 import pluggy
 
+from kvbench.contract.task import Example, ForcedTask, LogitScores, Prompt, Task, TokenExample
 from kvbench.tasks import (
     code,
     fidelity,
@@ -13,8 +14,7 @@ from kvbench.tasks import (
     ruler_more,
     shared,
 )
-from kvbench.tasks.base import Example, Prompt, Task, encode, fill, prompt_length
-from kvbench.tasks.forced import ForcedTask, LogitScores, TokenExample
+from kvbench.tasks.prompts import encode, fill, prompt_length
 
 __all__ = [
     "Example",

@@ -7,9 +7,10 @@ from typing import Any, cast
 
 from pydantic import Field
 
-from kvbench.tasks.base import Example, Task, fill
+from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions, FileTask
 from kvbench.tasks.metrics import edit_similarity
+from kvbench.tasks.prompts import fill
 
 
 class LongCode(Task):

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-import kvbench.extension
-from kvbench.errors import KVBenchError
-from kvbench.tasks.forced import ForcedTask, LogitScores, TokenExample
+import kvbench.contract.extension
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import ForcedTask, LogitScores, TokenExample
 from kvbench.tasks.texts import Text, essays
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class Fidelity(ForcedTask):
     }
     main = "top1_agreement"
 
-    class Options(kvbench.extension.Options):
+    class Options(kvbench.contract.extension.Options):
         """The text, and how much of each window is scored."""
 
         text: str = Field("", description="A UTF-8 text file. [default: the essays, or Python's documentation]")

@@ -15,12 +15,13 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-import kvbench.extension
-from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task, prompt_length
+import kvbench.contract.extension
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import Example, Task
+from kvbench.tasks.prompts import prompt_length
 
 
-class FileOptions(kvbench.extension.Options):
+class FileOptions(kvbench.contract.extension.Options):
     """Where the published files are."""
 
     path: str = Field(default="", description="Folder of the published files, or one of them; otherwise KVBENCH_DATA.")

@@ -13,7 +13,8 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
-from kvbench.tasks.base import Example, Task, fill
+from kvbench.contract.task import Example, Task
+from kvbench.tasks.prompts import fill
 from kvbench.tasks.texts import NOISE
 
 GOLDEN_RATIO = (5**0.5 - 1) / 2

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from kvbench.tasks.base import Example
+from kvbench.contract.task import Example
 from kvbench.tasks.files import FileTask
 from kvbench.tasks.metrics import f1, f1_characters, rouge_lsum
 

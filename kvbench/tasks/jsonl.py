@@ -9,10 +9,11 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-import kvbench.extension
-from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task, prompt_length
+import kvbench.contract.extension
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import Example, Task
 from kvbench.tasks.metrics import METRICS
+from kvbench.tasks.prompts import prompt_length
 
 Metric = Literal[
     "string_match_all", "string_match_part", "exact_match", "f1", "rouge_l", "rouge_lsum", "bleu", "chrf",
@@ -46,7 +47,7 @@ class JsonLines(Task):
     name = "jsonl"
     summary = "Examples from your own JSONL file with input and outputs (--task-option path=FILE)"
 
-    class Options(kvbench.extension.Options):
+    class Options(kvbench.contract.extension.Options):
         """The file, and what its lines leave open: the metric and the most tokens to generate."""
 
         path: str = Field("", description="The file.")

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions, FileTask, Published, load
 from kvbench.tasks.metrics import edit_similarity, f1, f1_chinese, rouge_l, rouge_l_chinese
 

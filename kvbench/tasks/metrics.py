@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:

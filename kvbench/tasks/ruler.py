@@ -9,10 +9,11 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, Field, field_validator
 
-import kvbench.extension
-from kvbench.tasks.base import Example, Task, fill
+import kvbench.contract.extension
+from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions
 from kvbench.tasks.metrics import string_match_all
+from kvbench.tasks.prompts import fill
 from kvbench.tasks.texts import NOISE, Text, essays, words
 
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
@@ -140,7 +141,7 @@ class NiahSingle1(NeedleTask):
 
     name = "niah_single_1"
     summary = "RULER: find one number in repeated noise sentences"
-    Options = kvbench.extension.Options
+    Options = kvbench.contract.extension.Options
     haystack = "noise"
 
 
@@ -196,7 +197,7 @@ class NiahMultikey2(NeedleTask):
 
     name = "niah_multikey_2"
     summary = "RULER: find one number in a haystack made of needles"
-    Options = kvbench.extension.Options
+    Options = kvbench.contract.extension.Options
     haystack = "needles"
 
 
@@ -205,7 +206,7 @@ class NiahMultikey3(NeedleTask):
 
     name = "niah_multikey_3"
     summary = "RULER: find one UUID by a UUID in a haystack made of needles"
-    Options = kvbench.extension.Options
+    Options = kvbench.contract.extension.Options
     haystack = "needles"
     key_type = "uuids"
     value_type = "uuids"

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, cast
 
-from kvbench.errors import KVBenchError
-from kvbench.tasks.base import Example, Task, fill, prompt_length
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions, Published, load
 from kvbench.tasks.metrics import string_match_all, string_match_part
+from kvbench.tasks.prompts import fill, prompt_length
 from kvbench.tasks.texts import NOISE, words
 
 

@@ -10,10 +10,11 @@ from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel, Field
 
-from kvbench.tasks.base import Example, Task, fill
+from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions, FileTask
 from kvbench.tasks.infinitebench_files import choice_right
 from kvbench.tasks.metrics import f1_characters, rouge_lsum, string_match_all
+from kvbench.tasks.prompts import fill
 from kvbench.tasks.ruler import NeedleTask
 
 REFERENCE = "SCBench, arXiv:2412.10319"

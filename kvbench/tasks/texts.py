@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kvbench.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError
 from kvbench.tasks.files import FileOptions, Published, data_folder, load
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."

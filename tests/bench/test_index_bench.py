@@ -12,7 +12,8 @@ import numba
 import numpy as np
 import pytest
 
-from kvbench.capture import capture, load_capture, plan_capture, read_text
+from kvbench.capture.files import load_capture
+from kvbench.capture.record import capture, plan_capture, read_text
 from kvbench.indexes import kvbench_indexes
 from kvbench.indexes.knn import draw, nearest_keys
 from kvbench.models import load_model

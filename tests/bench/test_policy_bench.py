@@ -16,9 +16,9 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from kvbench.contract.storage import TokenBuffer
+from kvbench.engine.rotary import Rotary
 from kvbench.plugins import registry
-from kvbench.rotary import Rotary
-from kvbench.storage import TokenBuffer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from drive import Driven, Vectors

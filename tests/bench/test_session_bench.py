@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kvbench
-from kvbench.memory import PeakMemory
 from kvbench.models import load_model
+from kvbench.runs.memory import PeakMemory
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny import tiny_model, tokens

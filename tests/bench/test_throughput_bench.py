@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
-from kvbench import runner
-from kvbench.budget import Budget
+from kvbench.contract.budget import Budget
 from kvbench.models import load_model
 from kvbench.plugins import registry
+from kvbench.runs import runner
 from kvbench.tasks import encode
 
 pytestmark = pytest.mark.bench

@@ -1,0 +1,262 @@
+"""Probes that any run can switch on: recall, recovered attention mass, density, output error."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Generator, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvbench.analysis.probes.context import ContextProbe
+from kvbench.contract.attention import Attention, softmax_parts
+from kvbench.contract.budget import LayerBudget
+from kvbench.contract.extension import Options
+from kvbench.contract.layer import Layer
+from kvbench.contract.markers import hookimpl
+from kvbench.contract.probe import Probe, StepTrace
+from kvbench.contract.selection import Selection
+
+SINKS = 4
+"""First tokens that count as sinks where a metric leaves the sinks out, the same for every policy."""
+
+Wrapper = Generator[None, Any, Any]
+
+_ATTENDED, _FIRST = "kvbench.analysis.attended", "kvbench.analysis.first"
+_PARTS = ("retrieval_s", "attention_s", "insertion_s")
+
+
+class _Means:
+    """Means of named quantities over every row, head, layer and step, and for a batch of one their trace."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._counts: dict[str, int] = defaultdict(int)
+        self._trace: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)
+
+    def add(self, name: str, layer: Layer, values: Tensor) -> None:
+        """Add values [B, H], [B, H, 1] or one for all; NaN where a head has none."""
+        self._sums[name] += float(values.nansum(dtype=torch.float64))
+        self._counts[name] += int(values.isfinite().sum())
+        if layer.rows == 1:
+            self._trace[name][layer.tokens, layer.number] = values.reshape(-1).tolist()
+
+    def result(self) -> dict[str, float | None]:
+        return {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
+
+
+class MeasuringProbe(ContextProbe):
+    """A probe of quantities per row, head, layer and step."""
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._means = _Means()
+
+    def result(self) -> dict[str, float | None]:
+        """Every quantity, averaged over steps, layers and heads."""
+        return self._means.result()
+
+    def trace(self) -> StepTrace:
+        """Every quantity by step, layer and head; the steps of a batch of several rows are not kept."""
+        return {name: dict[tuple[int, int], Sequence[float]](steps) for name, steps in self._means._trace.items()}
+
+
+class Recall(MeasuringProbe):
+    """Recall@k of the policy's choice against the exact top-k by inner product, and the share of keys it scanned.
+
+    Over the tokens that the policy chooses from (neither sinks nor window), per query head; k is the smaller of the
+    option `k` and the number that the head's budget lets it choose, so that exact search scores 1. Heads whose budget
+    leaves no choice are left out.
+    """
+
+    name = "recall"
+    summary = "Recall@k of the attended tokens against the exact top-k by q·k, and the scanned fraction."
+
+    class Options(Options):
+        """Options of the recall probe."""
+
+        k: int = Field(100, ge=1, description="size of the exact top-k")
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Compare the selection with the exact top-k."""
+        selection: Selection = yield
+        step = self.step(layer, queries, selection)
+        k = min(self.options.k, step.wanted)
+        if k:
+            masked = step.logits.masked_fill(~step.candidates, -torch.inf)
+            best = masked.topk(k, dim=-1).indices
+            hits = step.attended.gather(2, best)
+            own = torch.full(hits.shape[:2], k) if step.counts is None else step.counts.clamp_max(k)
+            own = own.to(hits.device)[..., None]
+            hits = hits & (torch.arange(k, device=hits.device) < own)
+            self._means.add("recall_at_k", layer, hits.sum(-1).double() / own.squeeze(-1))
+        if selection.evaluations is not None:
+            scanned = torch.as_tensor(selection.evaluations, dtype=torch.float64) / max(int(step.candidates.sum()), 1)
+            self._means.add("scanned_fraction", layer, scanned)
+        return selection
+
+    def result(self) -> dict[str, float | None]:
+        """`recall_at_k` and, for policies that search, `scanned_fraction`."""
+        return {"recall_at_k": None, **self._means.result()}
+
+
+class Recovery(MeasuringProbe):
+    """Share of exact attention's mass on the tokens attended, and on as many tokens chosen in two other ways.
+
+    For the c tokens that a head attends to at a step: `recovered_mass`; the most that any c tokens hold,
+    `dynamic_mass` (the exact top-c of this step); and what the first step's exact top-c holds when it is used again,
+    `static_mass`. Each also with the first four tokens left out, of the mass and of the count (arXiv 2409.10516).
+    """
+
+    name = "recovery"
+    summary = "Recovered attention mass of the attended tokens, of the exact top and of the first step's, ± sinks."
+    reference = "Liu et al., RetrievalAttention, arXiv 2409.10516"
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Sum the exact weights of the attended tokens, of the largest, and of the first step's largest."""
+        selection: Selection = yield
+        step = self.step(layer, queries, selection)
+        weights = step.weights
+        first: Tensor = layer.state.setdefault(_FIRST, weights)
+        for name, sinks in (("", 0), ("_without_sinks", SINKS)):
+            rest, attended = weights[..., sinks:], step.attended[..., sinks:]
+            total = rest.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+            count = attended.sum(-1, keepdim=True)
+            self._means.add(f"recovered_mass{name}", layer, (rest * attended).sum(-1) / total)
+            self._means.add(f"dynamic_mass{name}", layer, _of_largest(rest, rest, count) / total)
+            self._means.add(f"static_mass{name}", layer, _of_largest(rest, first[..., sinks:], count) / total)
+        return selection
+
+
+def _of_largest(weights: Tensor, ranking: Tensor, count: Tensor) -> Tensor:
+    """Sum [B, H] of the weights [B, H, n] of the `count` [B, H, 1] tokens ranked first by `ranking` [B, H, m ≤ n]."""
+    order = ranking.sort(dim=-1, descending=True, stable=True).indices
+    taken = torch.arange(order.shape[-1], device=order.device) < count
+    return (weights.gather(-1, order) * taken).sum(-1)
+
+
+class Density(MeasuringProbe):
+    """Tokens attended at a step, and their share of the context, as realised."""
+
+    name = "density"
+    summary = "Tokens attended at a step and their share of the context, as realised."
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Count the attended tokens."""
+        selection: Selection = yield
+        attended = self.step(layer, queries, selection).attended.sum(-1)
+        self._means.add("attended_tokens", layer, attended)
+        self._means.add("density", layer, attended.double() / layer.tokens)
+        return selection
+
+
+class OutputError(MeasuringProbe):
+    """Relative L2 distance of the policy's attention output from exact attention's."""
+
+    name = "output_error"
+    summary = "Relative L2 distance between the policy's attention output and exact attention's."
+
+    def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Wrapper:
+        """Compute the exact output beside the policy's."""
+        result: Attention = yield
+        step = self.step(layer, queries, selection)
+        exact = softmax_parts([(step.logits, self.context(layer).values)]).output
+        if result.output.shape == exact.shape:
+            error = (result.output.float() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
+            self._means.add("output_error", layer, error)
+        return result
+
+
+class Sparsity(MeasuringProbe):
+    """Fewest tokens of the context whose exact attention weights sum to 90, 95 and 99% of the mass."""
+
+    name = "sparsity"
+    summary = "Tokens that exact attention needs for 90, 95 and 99% of its mass."
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Count the largest weights up to each share."""
+        selection: Selection = yield
+        weights = self.step(layer, queries, selection).weights
+        cumulative = weights.sort(dim=-1, descending=True).values.cumsum(-1)
+        for share in (90, 95, 99):
+            needed = (cumulative < share / 100 * cumulative[..., -1:]).sum(-1) + 1
+            self._means.add(f"tokens_for_{share}", layer, needed)
+        return selection
+
+
+class Overlap(MeasuringProbe):
+    """Share of the tokens attended at a step that were attended at the step before, new tokens left out."""
+
+    name = "overlap"
+    summary = "Share of the attended tokens that were attended at the step before."
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Compare the attended set with the previous step's."""
+        selection: Selection = yield
+        attended = self.step(layer, queries, selection).attended
+        before: Tensor | None = layer.state.get(_ATTENDED)
+        if before is not None:
+            old = attended[..., : before.shape[-1]]
+            shared = (old & before).sum(-1).double() / old.sum(-1).clamp_min(1)
+            self._means.add("step_overlap", layer, shared)
+        layer.state[_ATTENDED] = attended
+        return selection
+
+
+class Latency(Probe):
+    """Seconds inside a policy's `select`, `attend` and `insert` at each step, summed over the layers.
+
+    It runs in a generation of its own and wraps the policy directly, so that no other probe's work is counted. On a
+    GPU the clock waits for the device, which costs time of its own between the hooks.
+    """
+
+    name = "latency"
+    summary = "Time per decoding step inside retrieval (select), attention (attend) and insertion (insert)."
+    alone = True
+
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._steps: dict[str, dict[int, float]] = {name: defaultdict(float) for name in _PARTS}
+        self._trace: dict[str, dict[tuple[int, int], list[float]]] = {name: {} for name in _PARTS}
+
+    def _timed(self, name: str, layer: Layer, on: Tensor) -> Wrapper:
+        began = _now(on)
+        result = yield
+        seconds = _now(on) - began
+        self._steps[name][layer.tokens] += seconds
+        if layer.rows == 1:
+            self._trace[name][layer.tokens, layer.number] = [seconds]
+        return result
+
+    @hookimpl(wrapper=True, trylast=True)
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
+        """Time the policy's choice."""
+        return (yield from self._timed("retrieval_s", layer, queries))
+
+    @hookimpl(wrapper=True, trylast=True)
+    def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Wrapper:
+        """Time the attention."""
+        return (yield from self._timed("attention_s", layer, queries))
+
+    @hookimpl(wrapper=True, trylast=True)
+    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> Wrapper:
+        """Time the insertion."""
+        return (yield from self._timed("insertion_s", layer, keys))
+
+    def result(self) -> dict[str, float | None]:
+        """`retrieval_s`, `attention_s` and `insertion_s`: medians over the steps of their sums over the layers."""
+        return {name: median(steps.values()) if steps else None for name, steps in self._steps.items()}
+
+    def trace(self) -> StepTrace:
+        """The seconds by step and layer, for a layer's heads together."""
+        return {name: dict[tuple[int, int], Sequence[float]](steps) for name, steps in self._trace.items()}
+
+
+def _now(on: Tensor) -> float:
+    if on.is_cuda:
+        torch.cuda.synchronize(on.device)
+    return time.perf_counter()

@@ -1,0 +1,1 @@
+"""Studies: analyses of captured vectors and of traces of runs."""

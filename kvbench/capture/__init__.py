@@ -1,0 +1,1 @@
+"""Captures: real query and key vectors, recorded and read."""

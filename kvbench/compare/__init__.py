@@ -1,0 +1,1 @@
+"""Comparing runs: statistics, paired differences and the leaderboard."""

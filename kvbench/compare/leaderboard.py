@@ -1,0 +1,171 @@
+"""Queries all runs below a folder: DuckDB over their `run.json` files, no server."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from kvbench.contract.errors import KVBenchError
+from kvbench.runs.results import find_runs, read
+
+COLUMNS: dict[str, tuple[str, str]] = {
+    "model": ("VARCHAR", "config.model"),
+    "policy": ("VARCHAR", "config.policy"),
+    "policy_options": ("VARCHAR", "config.policy_options"),
+    "allocator": ("VARCHAR", "config.budget.allocator"),
+    "ratio": ("DOUBLE", "config.budget.ratio"),
+    "tokens": ("BIGINT", "config.budget.tokens"),
+    "budget_bytes": ("BIGINT", "config.budget.bytes"),
+    "task": ("VARCHAR", "config.task"),
+    "context_length": ("BIGINT", "config.context_length"),
+    "question": ("VARCHAR", "config.question"),
+    "seed": ("BIGINT", "config.seed"),
+    "examples": ("BIGINT", "metrics.accuracy.n"),
+    "accuracy": ("DOUBLE", "metrics.accuracy.mean"),
+    "accuracy_low": ("DOUBLE", "metrics.accuracy.ci95[0]"),
+    "accuracy_high": ("DOUBLE", "metrics.accuracy.ci95[1]"),
+    "recall_at_k": ("DOUBLE", "metrics.recall_at_k"),
+    "recovered_mass": ("DOUBLE", "metrics.recovered_mass"),
+    "output_error": ("DOUBLE", "metrics.output_error"),
+    "scanned_fraction": ("DOUBLE", "metrics.scanned_fraction"),
+    "density": ("DOUBLE", "metrics.density"),
+    "resident_bytes": ("DOUBLE", "metrics.bytes.resident"),
+    "offloaded_bytes": ("DOUBLE", "metrics.bytes.offloaded"),
+    "index_bytes": ("DOUBLE", "metrics.bytes.index"),
+    "ttft_s": ("DOUBLE", "metrics.ttft_s.total"),
+    "prefill_s": ("DOUBLE", "metrics.ttft_s.prefill"),
+    "index_s": ("DOUBLE", "metrics.ttft_s.index"),
+    "tpot_p50_s": ("DOUBLE", "metrics.tpot_s.p50"),
+    "tpot_p95_s": ("DOUBLE", "metrics.tpot_s.p95"),
+    "peak_memory_bytes": ("BIGINT", "metrics.peak_memory_bytes"),
+    "device": ("VARCHAR", "environment.device_name"),
+    "dtype": ("VARCHAR", "config.dtype"),
+    "status": ("VARCHAR", "status"),
+    "folder": ("VARCHAR", ""),
+}
+"""Name -> type, and place in `run.json`."""
+
+SHOWN = (
+    "model", "policy", "allocator", "ratio", "tokens", "budget_bytes", "task", "context_length", "seed", "examples",
+    "accuracy", "accuracy_low", "accuracy_high", "recall_at_k", "density", "ttft_s", "tpot_p50_s",
+)  # fmt: skip
+"""Columns of the table where none are asked for."""
+
+OPERATORS = {"=": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">", "~": "GLOB"}
+_CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
+
+
+def query(
+    root: Path,
+    *,
+    where: Sequence[str] = (),
+    sort: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    limit: int | None = None,
+) -> tuple[duckdb.DuckDBPyRelation, list[str]]:
+    """Select runs at or below `root`; also gives a sentence for each folder that could not be read.
+
+    `where`: conditions that all hold, such as `policy=quest`, `context_length>=4096` or `task~niah_*`. `sort`: columns,
+    descending after a minus. Column names are checked against COLUMNS, and values are bound, never part of the SQL.
+    Raises KVBenchError for an unknown column, a condition without an operator and a value of another type.
+    """
+    files, skipped = [], []
+    for folder in find_runs(root):
+        try:
+            read(folder)
+            files.append(str(folder / "run.json"))
+        except KVBenchError as error:
+            skipped.append(str(error))
+    if not files:
+        raise KVBenchError(f"No run below {root} can be read: {skipped[0]}")
+    parameters: list[Any] = [files]
+    conditions = []
+    for text in where:
+        column, operator, value = _condition(text)
+        kind = "VARCHAR" if operator == "GLOB" else COLUMNS[column][0]
+        conditions.append(f'CAST("{column}" AS {kind}) {operator} ?')
+        parameters.append(_value(text, value, kind))
+    order = [(_column(name.removeprefix("-")), "DESC" if name.startswith("-") else "ASC") for name in sort]
+    selected = ", ".join(f'"{_column(name)}"' for name in columns or SHOWN)
+    # Only names out of COLUMNS and OPERATORS enter the text; whatever a user wrote is bound.
+    sql = f"SELECT {selected} FROM ({_RUNS})"  # noqa: S608
+    if conditions:
+        sql += " WHERE " + " AND ".join(conditions)
+    sql += " ORDER BY " + ", ".join([*(f'"{name}" {way} NULLS LAST' for name, way in order), '"folder"'])
+    if limit is not None:
+        sql += " LIMIT ?"
+        parameters.append(limit)
+    connection = duckdb.connect(":memory:", config={"threads": 1, "autoinstall_known_extensions": False})
+    return connection.sql(sql, params=parameters), skipped
+
+
+def export(found: duckdb.DuckDBPyRelation, file: Path) -> None:
+    """Write a selection as CSV, Parquet or Markdown, by the file's ending; raises KVBenchError for another one."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        match file.suffix:
+            case ".csv":
+                found.write_csv(str(file))
+            case ".parquet":
+                found.write_parquet(str(file))
+            case ".md":
+                file.write_text(markdown(found.columns, found.fetchall()), encoding="utf-8")
+            case _:
+                raise KVBenchError(f"{file} does not say its format: end it in .csv, .parquet or .md.")
+    except (OSError, duckdb.IOException) as error:
+        raise KVBenchError(f"Cannot write to {file}: {error}.") from None
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in GitHub's Markdown; numbers with four significant digits."""
+    lines = [list(columns), ["---"] * len(columns), *([_cell(value) for value in row] for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _cell(value: Any) -> str:
+    text = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _column(name: str) -> str:
+    if name not in COLUMNS:
+        near = difflib.get_close_matches(name, COLUMNS, n=3) or COLUMNS
+        raise KVBenchError(f"Unknown column '{name}': choose {' or '.join(near)}.")
+    return name
+
+
+def _condition(text: str) -> tuple[str, str, str]:
+    match = _CONDITION.fullmatch(text)
+    if match is None:
+        raise KVBenchError(f"The condition '{text}' is not of the form column=value; operators: {' '.join(OPERATORS)}.")
+    return _column(match[1]), OPERATORS[match[2]], match[3]
+
+
+def _value(text: str, value: str, kind: str) -> str | float:
+    if kind == "VARCHAR":
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        raise KVBenchError(f"The condition '{text}' compares a number with '{value}': give a number.") from None
+
+
+def _extract(name: str, kind: str, place: str) -> str:
+    if name == "folder":
+        return 'parse_dirpath(filename) AS "folder"'
+    if name == "status":
+        return '"status"'
+    source, _, path = place.partition(".")
+    return f"TRY_CAST(json_extract_string({source}, '$.{path}') AS {kind}) AS \"{name}\""
+
+
+_RUNS = (
+    f"SELECT {', '.join(_extract(name, *where) for name, where in COLUMNS.items())} "  # noqa: S608  constants
+    "FROM read_json(?, filename = true, columns = {config: 'JSON', environment: 'JSON', metrics: 'JSON', "
+    "status: 'VARCHAR'})"
+)

@@ -1,0 +1,1 @@
+"""The contract: all that a plugin imports. It imports nothing else of kvbench."""

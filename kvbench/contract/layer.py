@@ -1,0 +1,98 @@
+"""One attention layer as policies and probes see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvbench.contract.budget import LayerBudget
+from kvbench.contract.storage import KVStore
+
+
+class Rotation(Protocol):
+    """The rotary embedding of one attention layer."""
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate `x` [..., n, d] to `positions` [n]."""
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Undo `rotate`."""
+
+
+@dataclass
+class Layer:
+    """One attention layer, for one group of equally long rows, as policies and probes see it.
+
+    `index` counts from 0 to `count` − 1 over the layers that the policy governs (sliding-window layers keep their own
+    cache and are left out); `number` is the layer's place in the model. `state` belongs to the policy: whatever
+    it keeps between steps lives here, never on the policy itself, since several groups of rows may be under way.
+    """
+
+    index: int
+    count: int
+    number: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    rows: int
+    store: KVStore
+    budget: LayerBudget
+    static: tuple[int, int]
+    """Sinks and recent window, in tokens, that the policy always attends to (`KVCachePolicy.static_tokens`)."""
+    prompt_tokens: int
+    module: nn.Module
+    state: dict[str, Any] = field(default_factory=dict)
+    prompt_queries: Tensor | None = None
+    """During `prefill` only: the queries [B, H, m, d] that probes asked for (`Probe.query_window`)."""
+    exact_attention: Callable[[], Tensor] | None = None
+    """Set for policies that keep everything: the model's own attention of this step, output [B, H, m, d]."""
+    rotary: Rotation | None = None
+    previous: Layer | None = None
+    """The governed layer before this one, for the same rows."""
+    hidden: Tensor | None = None
+    """With `KVCachePolicy.uses_hidden`: the input [B, 1, D] of this layer's attention at this decoding step."""
+    project: Callable[[Tensor], Tensor] | None = None
+    """With `KVCachePolicy.uses_hidden`: see `queries_for`."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the context so far, evicted ones included."""
+        return self.store.tokens
+
+    def queries_for(self, hidden: Tensor) -> Tensor:
+        """The queries [B, H, 1, d], after rotation, that this layer would have for another `hidden` [B, 1, D].
+
+        During a decoding step of a policy with `uses_hidden`; `layer.previous.hidden` gives InfiniGen's prediction.
+        """
+        assert self.project is not None, "queries_for needs `uses_hidden = True` and a decoding step"
+        return self.project(hidden)
+
+    def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Apply the model's rotary embedding to `x` [..., n, d] at `positions` [n]; a row's first token is at 0."""
+        assert self.rotary is not None
+        return self.rotary.rotate(x, positions)
+
+    def unrotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Undo the model's rotary embedding: the queries or keys `x` [..., n, d] before their rotation."""
+        assert self.rotary is not None
+        return self.rotary.unrotate(x, positions)
+
+    def keep_top(self, scores: Tensor, first: int = 0) -> None:
+        """Evict all of the tokens from `first` on but those of the best `scores` [B, G, m], as the budget allows.
+
+        The other tokens, before `first` and after the m scored ones, stay. Heads keep different numbers where the
+        budget says so (`LayerBudget.heads`). Nothing is evicted where the budget covers the whole prompt.
+        """
+        if self.budget.covers_all:
+            return
+        batch, groups, scored = scores.shape
+        top = self.budget.top(scores, self.tokens - scored)
+        kept = torch.ones(batch, groups, self.tokens + 1, dtype=torch.bool, device=scores.device)
+        kept[:, :, first : first + scored] = False
+        kept.scatter_(2, torch.where(top < 0, self.tokens, top + first), True)
+        self.store.keep(kept[:, :, : self.tokens])

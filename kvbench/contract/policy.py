@@ -1,0 +1,103 @@
+"""The contract of a KV-cache policy: what it is given, what it answers, and the class that authors subclass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from pydantic import BaseModel
+from torch import Tensor
+
+from kvbench.contract.extension import Extension
+from kvbench.contract.markers import hookimpl
+
+if TYPE_CHECKING:
+    from kvbench.contract.layer import Layer
+
+POLICY_HOOKS = ("prefill", "after_prompt", "select", "attend", "insert")
+
+
+@dataclass(frozen=True)
+class ModelView:
+    """What a policy may read of the model before it runs: shapes of its layers, its configuration and its weights.
+
+    `numbers` are the places in the model of the layers that the policy governs; `config` the text configuration as
+    plain data; `parameters` the weights by name, detached. `tokenize` turns a text into token ids without special
+    tokens; None where `attach` was given no tokenizer.
+    """
+
+    name: str
+    numbers: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    config: Mapping[str, Any]
+    parameters: Mapping[str, Tensor]
+    tokenize: Callable[[str], list[int]] | None = None
+
+
+class Observe(Protocol):
+    """Is shown what a layer's attention sees of tokens that are replayed."""
+
+    def __call__(self, layer: Layer, queries: Tensor, keys: Tensor) -> None:
+        """Queries [B, H, m, d] and keys [B, G, m, d] of the replayed tokens, which follow the tokens in the store."""
+
+
+Replay = Callable[[Tensor, Observe], None]
+"""Runs token ids [B, m] through the model after the stored prompt, shows each layer's vectors and forgets them."""
+
+
+class Pluggable(Extension):
+    """Marks the policy hooks that a subclass defines, so that authors need no decorators."""
+
+    _wrapper: ClassVar[bool]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in POLICY_HOOKS:
+            method = cls.__dict__.get(name)
+            if method is not None and not hasattr(method, "kvbench_impl"):
+                hookimpl(method, wrapper=cls._wrapper)
+
+
+class KVCachePolicy(Pluggable):
+    """Decides which past tokens a model attends to.
+
+    Subclasses define any of the hooks `prefill`, `after_prompt`, `select`, `attend` and `insert` (see
+    `kvbench.contract.hooks.PolicyHooks` for arguments and shapes). The static set that stays attended is whatever they
+    neither evict nor set aside.
+    """
+
+    _wrapper = False
+    exact: ClassVar[bool] = False
+    """True for a policy that keeps everything and attends to it through the model's own attention."""
+    takes_budget: ClassVar[bool] = True
+    """False for a policy whose size does not follow from a number of tokens: its layers' budgets cover everything."""
+    cached: ClassVar[bool] = True
+    """False for the baseline without a cache: the model computes the whole context anew for every token."""
+    batched: ClassVar[bool] = True
+    """False for a policy that draws random numbers for all rows at once: its examples run one by one."""
+    uses_hidden: ClassVar[bool] = False
+    """True for a policy that looks at the inputs of attention layers while decoding (`Layer.hidden`, `queries_for`)."""
+    grows: ClassVar[bool] = False
+    """True for a policy that attends to all generated tokens in any case, so that long answers outgrow its budget."""
+    adaptive: ClassVar[bool] = False
+    """True for a policy whose number of tokens depends on the data, with the budget as its upper bound."""
+    head_budgets: ClassVar[bool] = False
+    """True for a policy that honours `LayerBudget.heads`; others are refused with head-wise budgets, never averaged."""
+    across_layers: ClassVar[bool] = False
+    """True for a policy that shares the model's whole budget over the layers itself: a layer may exceed its own."""
+    derived: ClassVar[bool] = False
+    """True for a policy made from an index alone; a policy of the same name that a plugin registers replaces it."""
+    query_window: int | None = None
+    """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        self.options: Any = options if options is not None else self.Options()
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
+        return 0, 0
+
+    def begin(self, model: ModelView) -> None:
+        """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""

@@ -1,0 +1,356 @@
+"""The key/value store of one layer: a static set, a set-aside set (resident or offloaded), and the bytes of each.
+
+Tokens are named by their position in the context, 0 to `tokens` − 1. Every stored token is either *static* (attended
+at every step) or *set aside* (attended when a policy selects it); evicted tokens are gone from memory.
+Attention does not depend on the order of its keys, so the static set is kept in slots, in any order.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvbench.contract.attention import scores, weighted_sum
+
+HOST = torch.device("cpu")
+
+
+def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
+    """Copy the rows `slots` [B, H or G, k] of a contiguous `buffer` [B, G, t, d]; `heads` is H or G."""
+    batch, groups, capacity, dim = buffer.shape
+    share = torch.arange(heads, device=slots.device) // (heads // groups)
+    first = (torch.arange(batch, device=slots.device)[:, None] * groups + share) * capacity
+    flat = (slots + first[:, :, None]).reshape(-1)
+    return buffer.view(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
+
+
+class Storage(ABC):
+    """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
+
+    A policy hands a factory, called with the tokens' keys and values [B, G, t, d] where they shall lie, to
+    `KVStore.set_aside(..., storage=...)`. Slots count from 0, in the tokens' order. What is held between steps is plain
+    tensors; whatever is decoded for a step is dropped after it. The defaults decode everything.
+    """
+
+    length: int
+    """Tokens held."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of all memory held, spare room and quantisation parameters included."""
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of it that stay on the model's device even where the tokens are offloaded; none by default."""
+        return 0
+
+    @property
+    @abstractmethod
+    def keys(self) -> Tensor:
+        """All keys [B, G, t, d], decoded."""
+
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """All values [B, G, t, d], decoded."""
+
+    @abstractmethod
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens, `keys` and `values` [B, G, m, d], at the end."""
+
+    def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Keys and values, two [B, H or G, k, d], of the tokens in `slots` [B, H or G, k]; `heads` is H or G."""
+        return TokenBuffer(self.keys, self.values).pick(slots, heads)
+
+    def scores(self, queries: Tensor, scaling: float) -> Tensor:
+        """Scaled inner products, float32 [B, H, t], of `queries` [B, H, 1, d] with all keys; −inf masks a token."""
+        keys = self.keys
+        return scores(queries.to(keys.device), keys, scaling)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sum, float32 [B, H, 1, d], of all values with `weights` [B, H, t]."""
+        return weighted_sum(weights, self.values)
+
+
+StorageFactory = Callable[[Tensor, Tensor], Storage]
+
+
+class TokenBuffer(Storage):
+    """Keys and values of a growing number of tokens, [B, G, t, d], in memory that grows by a sixteenth at a time."""
+
+    def __init__(self, keys: Tensor, values: Tensor, room: int = 64) -> None:
+        """Take over `keys` and `values` [B, G, t, d] without a copy where they are contiguous.
+
+        Memory that has to grow gets room for at least `room` more tokens.
+        """
+        self._room = room
+        self._keys = keys.contiguous()
+        self._values = values.contiguous()
+        self.length = keys.shape[2]
+
+    @property
+    def keys(self) -> Tensor:
+        """The keys [B, G, t, d], a view."""
+        return self._keys[:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """The values [B, G, t, d], a view."""
+        return self._values[:, :, : self.length]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory held, spare room included."""
+        return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add tokens at the end."""
+        start, stop = self.length, self.length + keys.shape[2]
+        if stop > self._keys.shape[2]:
+            capacity = stop + max(self._room, stop // 16)
+            self._keys = self._grown(self._keys, capacity)
+            self._values = self._grown(self._values, capacity)
+        self._keys[:, :, start:stop] = keys
+        self._values[:, :, start:stop] = values
+        self.length = stop
+
+    def _grown(self, old: Tensor, capacity: int) -> Tensor:
+        new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+        new[:, :, : self.length] = old[:, :, : self.length]
+        return new
+
+    def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+        """Copy the tokens in `slots` [B, H or G, k] (for `heads` H or G heads) as two tensors [B, H or G, k, d]."""
+        return pick(self._keys, slots, heads), pick(self._values, slots, heads)
+
+    def fill_from_end(self, slots: Tensor) -> None:
+        """Overwrite, for each row and head, the token in `slots` [B, G] by the last one, and forget the last slot."""
+        last = self.length - 1
+        for buffer in (self._keys, self._values):
+            places = slots[:, :, None, None].expand(*slots.shape, 1, buffer.shape[3])
+            buffer.scatter_(2, places, buffer[:, :, last : last + 1].clone())
+        self.length = last
+
+    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """Move the tokens in slots `sources` [c] to `targets` [c] and forget all slots from `length` on."""
+        for buffer in (self._keys, self._values):
+            buffer[:, :, targets] = buffer[:, :, sources]
+        self.length = length
+
+
+class RaggedBuffer:
+    """Keys and values of a fixed set of tokens that has a different size for each row and head, without padding."""
+
+    def __init__(self, keys: Tensor, values: Tensor, kept: Tensor) -> None:
+        """Copy the tokens that `kept`, bool [B, G, n], marks out of `keys` and `values` [B, G, n, d]."""
+        self.keys, self.values = keys[kept], values[kept]
+        self.lengths = kept.sum(-1)
+        rank = torch.arange(int(self.lengths.max()), device=kept.device)
+        first = (self.lengths.reshape(-1).cumsum(0) - self.lengths.reshape(-1)).view(self.lengths.shape)
+        self.mask = rank < self.lengths[..., None]
+        self._slots = torch.where(self.mask, first[..., None] + rank, 0)
+
+    def replace(self, slots: Tensor, where: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Put `keys` and `values` [B, G, d] into `slots` [B, G] of the rows and heads that `where` [B, G] marks."""
+        places = self._slots.gather(-1, slots.clamp(max=self._slots.shape[-1] - 1)[..., None]).squeeze(-1)[where]
+        self.keys[places], self.values[places] = keys[where], values[where]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and the slot table."""
+        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values, self.mask, self._slots))
+
+    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values [B, G, t, d] padded to the longest head for one step, and their mask [B, G, t]."""
+        return self.keys[self._slots], self.values[self._slots], self.mask
+
+
+class KVStore:
+    """Keys and values of one layer for rows of equal length."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Hold a whole prompt, `keys` and `values` [B, G, n, d], as the static set."""
+        self.tokens = keys.shape[2]
+        self._static = TokenBuffer(keys, values)
+        self._static_ids = torch.arange(self.tokens, device=keys.device)
+        self._ragged: RaggedBuffer | None = None
+        self._ragged_kept: Tensor | None = None
+        self._aside: Storage | None = None
+        self.aside_start = self.aside_stop = 0
+        self._offloaded = False
+        self._device = keys.device
+        self.index_bytes = 0
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    @property
+    def static_tokens(self) -> int:
+        """Tokens in the static set, per head (the mean over heads, rounded down, where they differ)."""
+        if self._ragged is None:
+            return self._static.length
+        return self._static.length + int(self._ragged.lengths.float().mean())
+
+    @property
+    def static_ids(self) -> Tensor:
+        """Ids of the static tokens: [t] where all heads share them, else [B, G, t], −1 where padded."""
+        if self._ragged is None:
+            return self._static_ids
+        assert self._ragged_kept is not None
+        return torch.cat([self._ragged_kept, self._static_ids.expand(*self._ragged_kept.shape[:2], -1)], dim=-1)
+
+    @property
+    def aside(self) -> Storage:
+        """The set-aside tokens `aside_start` to `aside_stop` − 1, in order, where they lie."""
+        assert self._aside is not None, "no tokens are set aside"
+        return self._aside
+
+    @property
+    def aside_keys(self) -> Tensor:
+        """Keys [B, G, m, d] of the set-aside tokens, in order, where they lie."""
+        return self.aside.keys
+
+    @property
+    def aside_values(self) -> Tensor:
+        """Values [B, G, m, d] of the set-aside tokens, in order, where they lie."""
+        return self.aside.values
+
+    def static_parts(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """The static set as keys [B, G, t, d], values [B, G, t, d] and a mask [B, G, t] or None."""
+        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        if self._ragged is not None:
+            parts.append(self._ragged.padded())
+        if self._static.length or not parts:
+            parts.append((self._static.keys, self._static.values, None))
+        return parts
+
+    def gather(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy the set-aside tokens `ids` [B, H or G, k] (−1 gives any token) as keys and values [B, H or G, k, d].
+
+        The copies lie where the tokens lie: on the host where they are offloaded, unless the storage brings them back.
+        """
+        assert self._aside is not None, "a policy selected tokens, but set none aside"
+        slots = (ids.to(self._device) - self.aside_start).clamp_min(0)
+        return self._aside.pick(slots, ids.shape[1])
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes on the model's device."""
+        ragged = self._ragged.nbytes if self._ragged is not None else 0
+        aside = 0 if self._aside is None else self._aside.nbytes - self.offloaded_bytes
+        return self._static.nbytes + ragged + aside
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes in the host's memory, the set-aside tier of policies that offload."""
+        return self._aside.nbytes - self._aside.resident_bytes if self._aside is not None and self._offloaded else 0
+
+    # -- what policies do --------------------------------------------------------------------------------------------
+
+    def keep(self, kept: Tensor) -> None:
+        """Evict all static tokens but the `kept`, and free their memory.
+
+        `kept` is int64 [t] or [B, G, t], ids to keep per head, or bool [B, G, n] where heads keep different numbers.
+        """
+        keys, values = self._static.keys, self._static.values
+        if kept.dtype == torch.bool:
+            counts = kept.sum(-1)
+            if int(counts.min()) != int(counts.max()):
+                self._ragged = RaggedBuffer(keys, values, kept)
+                columns = torch.arange(self._ragged.mask.shape[-1], device=kept.device)
+                order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+                self._ragged_kept = torch.where(self._ragged.mask, order[..., columns], -1)
+                self._static = TokenBuffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+                self._static_ids = self._static_ids[:0].clone()
+                return
+            kept = kept.nonzero()[:, -1].view(*kept.shape[:2], -1)
+        shared = kept.dim() == 1
+        slots = kept if not shared else kept.expand(*keys.shape[:2], -1)
+        kept_keys, kept_values = (
+            part.gather(2, slots[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (keys, values)
+        )
+        self._static = TokenBuffer(kept_keys, kept_values)
+        self._static_ids = kept.clone()
+
+    def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory = TokenBuffer) -> None:
+        """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
+
+        `storage` makes what holds them from then on, from copies of their keys and values [B, G, t, d] on the device
+        where they shall lie. Called once, in `prefill` or `after_prompt`; later tokens follow with `advance`.
+        """
+        assert self._aside is None, "tokens were set aside before"
+        keys, values = self._static.keys, self._static.values
+        self._device = HOST if offload else keys.device
+        self._aside = storage(
+            keys[:, :, start:stop].to(self._device, copy=True), values[:, :, start:stop].to(self._device, copy=True)
+        )
+        rest = torch.cat([torch.arange(start), torch.arange(stop, self.tokens)]).to(keys.device)
+        self._static = TokenBuffer(keys[:, :, rest], values[:, :, rest])
+        self._static_ids = rest
+        self._offloaded = offload
+        self.aside_start, self.aside_stop = start, stop
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add new tokens, `keys` and `values` [B, G, m, d], to the static set; the session calls this."""
+        new = torch.arange(self.tokens, self.tokens + keys.shape[2], device=self._static_ids.device)
+        self._static.append(keys, values)
+        shape = (*self._static_ids.shape[:-1], keys.shape[2])
+        self._static_ids = torch.cat([self._static_ids, new.expand(shape)], dim=-1)
+        self.tokens += keys.shape[2]
+
+    def advance(self, count: int) -> tuple[Tensor, Tensor]:
+        """Move the `count` oldest tokens of the window from the static to the set-aside set.
+
+        Returns their keys and values [B, G, count, d].
+        """
+        assert self._aside is not None, "no tokens are set aside"
+        slots = self._slots_of(self.aside_stop, count)
+        keys, values = self._static.keys[:, :, slots], self._static.values[:, :, slots]
+        self._aside.append(keys, values)
+        self.aside_stop += count
+        self._drop(slots)
+        return keys, values
+
+    def evict(self, start: int, count: int) -> None:
+        """Evict the static tokens `start` to `start + count − 1`, held by all heads alike."""
+        self._drop(self._slots_of(start, count))
+
+    def evict_slots(self, slots: Tensor) -> None:
+        """Evict a static token of each row and head, the one in `slots` [B, G]; the last slot's token takes its place.
+
+        Slots count as in `static_ids`, in `static_parts` and in the weights that `attend` gives on request; slots that
+        `static_ids` marks with −1 hold nothing to evict.
+        """
+        last, fixed = self._static.length - 1, 0
+        self._static_ids = self._static_ids.expand(*slots.shape, -1).contiguous()
+        newest = self._static_ids[..., last:]
+        if self._ragged is not None:
+            assert self._ragged_kept is not None
+            fixed = self._ragged_kept.shape[-1]
+            inside = slots < fixed
+            self._ragged.replace(slots, inside, self._static.keys[:, :, last], self._static.values[:, :, last])
+            held = self._ragged_kept.gather(-1, slots.clamp(max=fixed - 1)[..., None])
+            self._ragged_kept.scatter_(
+                -1, slots.clamp(max=fixed - 1)[..., None], torch.where(inside[..., None], newest, held)
+            )
+            slots = torch.where(inside, last + fixed, slots)
+        self._static.fill_from_end(slots - fixed)
+        self._static_ids = self._static_ids.scatter(-1, (slots - fixed)[..., None], newest)[..., :last]
+
+    def _slots_of(self, start: int, count: int) -> Tensor:
+        slots = ((self._static_ids >= start) & (self._static_ids < start + count)).nonzero().squeeze(-1)
+        assert slots.shape[0] == count, f"tokens {start} to {start + count - 1} are not all static"
+        return slots[self._static_ids[slots].argsort()]
+
+    def _drop(self, slots: Tensor) -> None:
+        stop = self._static.length - slots.shape[0]
+        tail = torch.arange(stop, self._static.length, device=slots.device)
+        movers = tail[~torch.isin(tail, slots)]
+        gaps = slots[slots < stop].sort().values
+        self._static.move(movers, gaps, stop)
+        ids = self._static_ids.clone()
+        ids[gaps] = ids[movers]
+        self._static_ids = ids[:stop]

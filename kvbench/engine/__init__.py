@@ -1,0 +1,1 @@
+"""The engine: carries a policy inside an unchanged transformers model."""

@@ -1,0 +1,257 @@
+"""The cache of a batch: collects the prompt, hands it to the policy's stores and counts what is held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvbench.contract.budget import BudgetRequest, LayerBudget, PromptLayer, allocate_heads
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.layer import Layer
+from kvbench.contract.storage import KVStore, TokenBuffer
+from kvbench.engine.governor import Governor, governed_layers
+from kvbench.engine.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Rows of a batch that have the same left padding, and so the same length."""
+
+    rows: Tensor | None
+    padding: int
+
+    def tokens(self, tensor: Tensor) -> int:
+        """Tokens of the lane's rows in a padded tensor [B, G, n, d]."""
+        return tensor.shape[2] - self.padding
+
+    def take(self, tensor: Tensor, *, padded: bool = False) -> Tensor:
+        """The lane's rows of a tensor [B, ...], without the padding of [B, G, n, d] where `padded`."""
+        part = tensor if self.rows is None else tensor[self.rows]
+        return part[:, :, self.padding :] if padded and self.padding else part
+
+
+class PolicyCache(Cache):
+    """The cache of one batch: transformers' own layers, but for those of full attention, which a policy governs."""
+
+    def __init__(self, session: Governor, padding: Tensor | None) -> None:
+        self.session = session
+        layers = DynamicCache(config=session.config).layers
+        governed = governed_layers(layers)
+        if not governed and not session.policy.exact:
+            raise KVBenchError(
+                f"{type(session.model).__name__} has no full-attention layer for policy '{session.policy.name}' to "
+                "govern (its layers are sliding-window or linear): choose another model, or policy 'full'."
+            )
+        self.governed = [PolicyCacheLayer(session, self, index, number) for index, number in enumerate(governed)]
+        for layer in self.governed:
+            layers[layer.number] = layer
+        super().__init__(layers=layers)
+        self.lanes = self._lanes(padding)
+        self.budgets: dict[int, tuple[BudgetRequest | None, list[LayerBudget]]] = {}
+        self.index_s = 0.0
+        self.prompt_ids: list[Tensor | None] = []
+        self.complete = False
+        """Whether the policy has taken over the whole prompt."""
+
+    def _lanes(self, padding: Tensor | None) -> list[Lane]:
+        if self.session.policy.exact or padding is None:
+            return [Lane(None, 0)]
+        if self.session.defers:  # a budget for each row
+            return [Lane(torch.tensor([row]), pad) for row, pad in enumerate(padding.tolist())]
+        if not bool(padding.any()):
+            return [Lane(None, 0)]
+        return [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
+
+    def stores(self) -> list[KVStore]:
+        """The stores of all governed layers and groups of rows."""
+        return [layer.store for cached in self.governed for layer in cached.groups]
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held now: `resident` on the device, `offloaded` on the host, `index` in the policy's structures."""
+        stores = self.stores()
+        own = sum(_tensor_bytes(layer) for layer in self.layers if not isinstance(layer, PolicyCacheLayer))
+        return {
+            "resident": own + sum(store.resident_bytes for store in stores),
+            "offloaded": sum(store.offloaded_bytes for store in stores),
+            "index": sum(store.index_bytes for store in stores),
+        }
+
+    def allocate(self, lane: int, tokens: int) -> tuple[BudgetRequest | None, list[LayerBudget]]:
+        """What was asked for a lane, rows of `tokens` prompt tokens, and the budgets of the governed layers."""
+        key = lane if self.session.defers else tokens
+        if key not in self.budgets:
+            numbers = [layer.number for layer in self.governed]
+            measured = [layer.measured(self.lanes[lane]) for layer in self.governed] if self.session.defers else []
+            self.budgets[key] = self.session.allocate(numbers, tokens, measured)
+        return self.budgets[key]
+
+    def finish_prompt(self) -> None:
+        """Let the policy take over the layers that waited, once the whole prompt has passed through the model."""
+        if all(layer.waiting is not None for layer in self.governed):
+            start = self.session.now()
+            for place, lane in enumerate(self.lanes):
+                self.allocate(place, lane.tokens(self.governed[0].prompt_keys))
+            self.index_s += self.session.now() - start
+            for layer in self.governed:
+                layer.finish_prompt()
+
+
+class PolicyCacheLayer(CacheLayerMixin):
+    """One governed layer of the cache: collects the prompt, then hands it to the policy's stores."""
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, session: Governor, cache: PolicyCache, index: int, number: int) -> None:
+        super().__init__()
+        self.session, self.cache, self.index, self.number = session, cache, index, number
+        self.seen = 0
+        self.prompt: TokenBuffer | None = None
+        self.prompt_queries: list[Tensor] = []
+        self.groups: list[Layer] = []
+        self.attended = 0
+        """Tokens that came through the attention function, to notice a model that goes around it."""
+        self.new: tuple[Tensor, Tensor] | None = None
+        self.waiting: tuple[nn.Module, float, int] | None = None
+        """Attention module, scaling and query heads, once the prompt's attention is done."""
+        self.hidden: list[Tensor] = []
+        """What the allocator keeps of the prompt's hidden states, call by call."""
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare before the first tokens come."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take new keys and values [B, G, m, d]; return those that the model's own attention would attend to."""
+        self.is_initialized = True
+        if self.seen == 0:
+            announced = self.session.prompt_tokens
+            self.cache_prompt_tokens = key_states.shape[2] if announced is None else announced
+        self.seen += key_states.shape[2]
+        if self.groups:
+            self.new = key_states, value_states
+            if not self.session.policy.exact:
+                return key_states, value_states
+            store = self.groups[0].store
+            store.append(key_states, value_states)
+            keys, values, _ = store.static_parts()[0]
+            return keys, values
+        if self.seen > self.cache_prompt_tokens:
+            raise KVBenchError(
+                f"A forward call took the prompt to {self.seen} tokens, past the {self.cache_prompt_tokens} that "
+                "prompt_tokens announced: split the call where the prompt ends."
+            )
+        if self.prompt is None:
+            self.prompt = TokenBuffer(key_states, value_states)
+        else:
+            self.prompt.append(key_states, value_states)
+        return self.prompt.keys, self.prompt.values
+
+    def end_prompt(self, module: nn.Module, scaling: float, heads: int) -> None:
+        """Note that the prompt's attention is done; the policy takes over now, or when the allocator has measured."""
+        assert self.prompt is not None
+        session = self.session
+        keys, values = self.prompt.keys, self.prompt.values
+        self.waiting = module, scaling, heads
+        if not session.policy.exact and not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
+            raise KVBenchError(
+                f"Layer {self.number} of {type(session.model).__name__} gave keys or values that are NaN or infinite: "
+                "load the model in another dtype (--dtype float32), or check its weights."
+            )
+        if not session.defers:
+            self.finish_prompt()
+
+    @property
+    def prompt_keys(self) -> Tensor:
+        """The prompt's keys [B, G, n, d], until the policy takes over."""
+        assert self.prompt is not None
+        return self.prompt.keys
+
+    def measured(self, lane: Lane) -> Any:
+        """What the allocator measures in this layer for a lane."""
+        assert self.session.allocator is not None
+        return self.session.allocator.measure(self._prompt_layer(lane))
+
+    def _prompt_layer(self, lane: Lane) -> PromptLayer:
+        assert self.waiting is not None and self.session.allocator is not None
+        keys = lane.take(self.prompt_keys, padded=True)
+        queries = torch.cat(self.prompt_queries, dim=2)
+        queries = last_queries(lane.take(queries), min(self.session.allocator.query_window, keys.shape[2]))
+        hidden = torch.cat(self.hidden, dim=1) if self.hidden else None
+        if hidden is not None and lane.rows is not None:
+            hidden = hidden[lane.rows, lane.padding :]
+        return PromptLayer(self.index, self.number, self.waiting[1], queries, keys, hidden)
+
+    def finish_prompt(self) -> None:
+        """Split the prompt into groups of equally long rows; each gets its budget and is taken over by the policy."""
+        assert self.prompt is not None and self.waiting is not None
+        session, window = self.session, self.session.query_window(self.number)
+        module, scaling, heads = self.waiting
+        keys, values = self.prompt.keys, self.prompt.values
+        queries = torch.cat(self.prompt_queries, dim=2) if len(self.prompt_queries) > 1 else self.prompt_queries[0]
+        self.prompt_queries = [queries]
+        budgets = []
+        start = session.now()
+        for place, lane in enumerate(self.cache.lanes):
+            request, shares = self.cache.allocate(place, lane.tokens(keys))
+            budget = shares[self.index]
+            if session.allocator is not None and request is not None:
+                budget = allocate_heads(session.allocator, self._prompt_layer(lane), request, budget)
+            budgets.append(budget)
+        self.cache.index_s += session.now() - start
+        self.prompt, self.prompt_queries, self.waiting, self.hidden = None, [], None, []
+        for lane, budget in zip(self.cache.lanes, budgets, strict=True):
+            lane_keys, lane_values = lane.take(keys, padded=True), lane.take(values, padded=True)
+            tokens = lane_keys.shape[2]
+            lane_queries = last_queries(lane.take(queries), tokens if window is None else min(window, tokens))
+            layer = Layer(
+                index=self.index, count=len(self.cache.governed), number=self.number, heads=heads,
+                kv_heads=keys.shape[1], head_dim=keys.shape[3], scaling=scaling, rows=lane_keys.shape[0],
+                store=KVStore(lane_keys, lane_values), budget=budget,
+                static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
+                rotary=Rotary(session.model, session.config, module, self.number),
+                previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
+            )  # fmt: skip
+            self.groups.append(layer)
+            if session.query_window(self.number, policy=False) != 0:
+                layer.prompt_queries = lane_queries
+            asked = session.policy.query_window
+            policy_queries = lane_queries if asked is None else last_queries(lane_queries, min(asked, tokens))
+            start = session.now()
+            session.call("prefill", layer=layer, queries=policy_queries, keys=lane_keys, values=lane_values)
+            self.cache.index_s += session.now() - start
+            layer.prompt_queries = None
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover the whole context, evicted tokens included."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of the context so far, evicted ones included: positions count on from here."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def _unsupported(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise KVBenchError(
+            "A KV-cache policy cannot follow beam search, assisted decoding or cropping, which rewrite the cache: "
+            "generate greedily or by sampling, with num_beams=1."
+        )
+
+    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _unsupported
+
+
+def last_queries(queries: Tensor, count: int) -> Tensor:
+    """The last `count` of `queries` [B, H, m, d]."""
+    return queries[:, :, queries.shape[2] - count :]
+
+
+def _tensor_bytes(layer: Any) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in (layer.keys, layer.values) if isinstance(tensor, Tensor))

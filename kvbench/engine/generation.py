@@ -1,0 +1,221 @@
+"""Decoding through an attached policy, greedily or along given tokens, timed: prompt, index construction, each step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbench.engine.prefill import PromptRecorder, forward, pad
+from kvbench.engine.prompt import Prefill
+from kvbench.engine.session import Session
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated and what it took; times in seconds, `bytes` by tier after the last token.
+
+    Of a batch, every row has the times of the whole batch up to its own last token, and its share of the bytes.
+    """
+
+    tokens: list[int]
+    prefill_s: float
+    index_s: float
+    step_s: list[float]
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Forced(Generation):
+    """What given tokens made the model predict: `logits` [m, V]; `tokens` are the most likely ones."""
+
+    logits: Tensor
+
+
+def generate(
+    session: Session,
+    input_ids: Sequence[int],
+    *,
+    prompt_tokens: int | None = None,
+    max_new_tokens: int,
+    stop: Collection[int] = (),
+    prefill_chunk: int | None = None,
+    prefilled: Prefill | None = None,
+) -> Generation:
+    """Generate up to `max_new_tokens` tokens greedily after `input_ids`; a token in `stop` ends it and is left out.
+
+    The first `prompt_tokens` ids (all by default) are the prompt, which the policy takes over once its exact attention
+    is done; the others pass through the policy one by one (query-agnostic mode). `prefill_chunk` tokens of the prompt
+    are computed at a time; `prefilled` is the prompt where it was computed before. Time to first token is `prefill_s` +
+    `index_s`; `index_s` is the time inside the policy's `prefill` and `after_prompt`. A policy without a cache computes
+    the whole context anew for every token.
+    """
+    (result,) = generate_batch(
+        session, [input_ids], prompt_tokens=prompt_tokens, max_new_tokens=[max_new_tokens], stop=stop,
+        prefill_chunk=prefill_chunk, prefilled=prefilled,
+    )  # fmt: skip
+    return result
+
+
+@torch.inference_mode()
+def generate_batch(
+    session: Session,
+    prompts: Sequence[Sequence[int]],
+    *,
+    prompt_tokens: int | None = None,
+    max_new_tokens: Sequence[int],
+    stop: Collection[int] = (),
+    prefill_chunk: int | None = None,
+    prefilled: Prefill | None = None,
+    border: int | None = None,
+    recorder: PromptRecorder | None = None,
+) -> list[Generation]:
+    """Generate after several prompts at once, each up to its own number of tokens; see `generate`.
+
+    `prompt_tokens` is for a single prompt, and so are `border`, the first tokens that are a pass of their own, as in
+    `prefill`, and `recorder`, one of the session's probes, which notes the prompt for others; its time is left out.
+    Rows that ended go on unseen until the last one ends.
+    """
+    if not session.policy.cached:
+        pairs = zip(prompts, max_new_tokens, strict=True)
+        return [_generate_uncached(session, prompt, limit, stop) for prompt, limit in pairs]
+    assert (prompt_tokens, border, recorder) == (None, None, None) or len(prompts) == 1, (
+        "only a single prompt can end before its question"
+    )
+    ids, mask = pad(prompts, session.model.device)
+    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder)
+    assert session.cache is not None
+    found = logits.argmax(-1)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    step_s: list[list[float]] = [[] for _ in prompts]
+    going = set(range(len(prompts)))
+    extra: dict[str, Any] = {}
+    while going:
+        for row, token in enumerate(found.tolist()):
+            if row in going and token not in stop:
+                tokens[row].append(token)
+            if token in stop or len(tokens[row]) == max_new_tokens[row]:
+                going.discard(row)
+        if not going:
+            break
+        if mask is not None:
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+            extra = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
+        began = session.now()
+        out = session.model(
+            found[:, None], past_key_values=session.cache, use_cache=True, logits_to_keep=1, **extra
+        )  # fmt: skip
+        found = out.logits[:, -1].argmax(-1)
+        seconds = session.now() - began
+        for row in going:
+            step_s[row].append(seconds)
+    held = {tier: held // len(prompts) for tier, held in session.cache.bytes().items()}
+    index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
+    return [Generation(mine, prefill_s, index_s, steps, held) for mine, steps in zip(tokens, step_s, strict=True)]
+
+
+def _prompt(
+    session: Session, ids: Tensor, mask: Tensor | None, prompt_tokens: int | None, chunk: int | None,
+    prefilled: Prefill | None, border: int | None, recorder: PromptRecorder | None,
+) -> tuple[Tensor, float]:  # fmt: skip
+    """Let the policy take over the prompt and the question follow; the last logits [B, V] and the prefill's seconds."""
+    whole = ids.shape[1]
+    tokens = whole if prompt_tokens is None or session.policy.exact else prompt_tokens
+    earlier = 0.0
+    began = session.now()
+    if prefilled is None:
+        # exact attention is the same on either side of the border, so `full` needs none
+        session.prompt_tokens = tokens
+        first = min(border or tokens, tokens)
+        prompt, prompt_mask = ids[:, :tokens], None if mask is None else mask[:, :tokens]
+        logits = forward(session, prompt[:, :first], prompt_mask, 0, chunk)
+        if first < tokens:
+            logits = forward(session, prompt, prompt_mask, first, chunk)
+        assert session.cache is not None
+        earlier = -session.cache.index_s
+        if recorder is not None:
+            earlier += session.now() - began
+            recorder.finish(session, prompt, first, logits, earlier)
+            began = session.now()
+    else:
+        tokens = prefilled.ids.shape[1]
+        session.resume(prefilled)
+        began, logits, earlier = session.now(), prefilled.logits, prefilled.seconds
+    if tokens < whole:
+        logits = forward(session, ids, mask, tokens)
+    return logits, session.now() - began + earlier
+
+
+def _generate_uncached(
+    session: Session, prompt: Sequence[int], max_new_tokens: int, stop: Collection[int]
+) -> Generation:
+    ids = torch.tensor([list(prompt)], device=session.model.device)
+    tokens: list[int] = []
+    seconds: list[float] = []
+    while len(tokens) < max_new_tokens:
+        began = session.now()
+        token = int(session.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
+        seconds.append(session.now() - began)
+        if token in stop:
+            break
+        tokens.append(token)
+        ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+    return Generation(tokens, seconds[0], 0.0, seconds[1:], {"resident": 0, "offloaded": 0, "index": 0})
+
+
+@torch.inference_mode()
+def force(
+    session: Session, input_ids: Sequence[int], *, prompt_tokens: int, prefill_chunk: int | None = None
+) -> Forced:
+    """Take given tokens through the policy after a prompt of `prompt_tokens`, one by one, and keep what they predict.
+
+    m = len(input_ids) − prompt_tokens − 1 positions: every token after the prompt but the last, which has no successor.
+    """
+    session.prompt_tokens = prompt_tokens
+    logits, first_s, step_s = _forced(
+        session.model, input_ids, prompt_tokens, prefill_chunk, session.now, cached=session.policy.cached
+    )
+    index_s, held = 0.0, {"resident": 0, "offloaded": 0, "index": 0}
+    if session.cache is not None:
+        index_s, held = session.cache.index_s, session.cache.bytes()
+    return Forced(logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, logits)
+
+
+@torch.inference_mode()
+def exact_logits(
+    model: Any, input_ids: Sequence[int], *, prompt_tokens: int, prefill_chunk: int | None = None
+) -> Tensor:
+    """The logits [m, V] of `force` with the model's own attention and transformers' own cache, no policy attached.
+
+    In the same calls, so that policy `full` differs in nothing, not even by rounding.
+    """
+    return _forced(model, input_ids, prompt_tokens, prefill_chunk, time.perf_counter, cached=True)[0]
+
+
+def _forced(
+    model: Any, input_ids: Sequence[int], prompt_tokens: int, prefill_chunk: int | None, now: Callable[[], float], *,
+    cached: bool,
+) -> tuple[Tensor, float, list[float]]:  # fmt: skip
+    ids = torch.tensor([list(input_ids)], device=model.device)
+    past, chunk, began = None, prefill_chunk or prompt_tokens, now()
+    if cached:
+        for start in range(0, prompt_tokens, chunk):
+            stop = min(start + chunk, prompt_tokens)
+            past = model(ids[:, start:stop], past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+    else:
+        model(ids[:, :prompt_tokens], use_cache=False, logits_to_keep=1)
+    first_s = now() - began
+    logits, step_s = [], []
+    for place in range(prompt_tokens, ids.shape[1] - 1):
+        began = now()
+        if cached:
+            out = model(ids[:, place : place + 1], past_key_values=past, use_cache=True, logits_to_keep=1)
+        else:
+            out = model(ids[:, : place + 1], use_cache=False, logits_to_keep=1)
+        logits.append(out.logits[0, -1])
+        step_s.append(now() - began)
+    return torch.stack(logits), first_s, step_s

@@ -1,0 +1,157 @@
+"""A policy with its budget and probes, as the engine asks them: hooks, shares of the budget, windows of queries."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import pluggy
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from kvbench.contract.attend import attend
+from kvbench.contract.attention import Attention
+from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.hooks import PolicyHooks
+from kvbench.contract.layer import Layer
+from kvbench.contract.markers import PROJECT, hookimpl
+from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.probe import Probe
+from kvbench.contract.selection import Selection
+from kvbench.plugins import registry
+
+
+class DefaultPolicy:
+    """Answers the hooks that the chosen policy leaves out."""
+
+    @hookimpl(trylast=True)
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
+        """Select nothing beside the static set."""
+        return Selection()
+
+    @hookimpl(trylast=True)
+    def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Attention:
+        """Merge the partial attentions over the static set and the selection."""
+        return attend(layer, queries, selection)
+
+
+class Governor:
+    """What the engine knows of a model and the policy that governs its cache; raises KVBenchError where they don't fit.
+
+    `prompt_tokens` is where the prompt ends, None for the end of the first forward call.
+    """
+
+    def __init__(
+        self, model: Any, policy: KVCachePolicy, budget: Budget | None, probes: Sequence[Probe],
+        prompt_tokens: int | None,
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.policy, self.budget, self.probes = policy, budget, list(probes)
+        self.prompt_tokens = prompt_tokens
+        if policy.takes_budget and budget is None:
+            raise KVBenchError(f"Policy '{policy.name}' needs a budget: give a number of tokens or a ratio.")
+        self.allocator: BudgetAllocator | None = (
+            registry().make("budget", budget.allocator, budget.options) if policy.takes_budget and budget else None
+        )
+        if self.allocator is not None:
+            check_head_budgets(policy, self.allocator)
+        self.defers = self.allocator is not None and self.allocator.measures
+        """Whether the policy's `prefill` waits until the prompt has passed through the whole model."""
+        manager = pluggy.PluginManager(PROJECT)
+        manager.add_hookspecs(PolicyHooks)
+        for plugin in (DefaultPolicy(), policy, *probes):
+            manager.register(plugin)
+        self.hook: Any = manager.hook
+        if not (hasattr(model, "set_attn_implementation") and self.model._can_set_attn_implementation()):
+            raise KVBenchError(
+                f"{type(model).__name__} does not go through transformers' attention interface, so no policy can "
+                "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
+            )
+        self.config: Any = self.model.config.get_text_config(decoder=True)
+        self._cuda = next(model.parameters()).device.type == "cuda"
+
+    def now(self) -> float:
+        """Seconds on a clock that waits for the device's work."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def query_window(self, number: int, *, policy: bool = True) -> int | None:
+        """How many of the prompt's last queries the policy and the probes need in layer `number`; None for all."""
+        windows = [probe.query_window(number) for probe in self.probes]
+        if policy:
+            windows.append(self.policy.query_window)
+            windows.append(0 if self.allocator is None else self.allocator.query_window)
+        return None if None in windows else max((window for window in windows if window is not None), default=0)
+
+    def allocate(
+        self, numbers: Sequence[int], tokens: int, measured: Sequence[Any]
+    ) -> tuple[BudgetRequest | None, list[LayerBudget]]:
+        """Share the budget over the layers `numbers` of the model for a prompt of `tokens` tokens."""
+        if self.allocator is None or self.budget is None:
+            return None, [LayerBudget(tokens, covers_all=True)] * len(numbers)
+        sinks, window = self.policy.static_tokens(tokens)
+        request = BudgetRequest(
+            layers=len(numbers),
+            tokens=self.budget.size(tokens, token_bytes(self.model)),
+            context=tokens,
+            minimum=min(max(sinks + window, 1), tokens),
+            window=window,
+            numbers=numbers,
+            measured=measured,
+        )
+        return request, allocate(self.allocator, request)
+
+    def call(self, hook: str, **arguments: Any) -> Any:
+        """Call a policy hook; an error in a plugin is reported with the plugin's name."""
+        try:
+            return getattr(self.hook, hook)(**arguments)
+        except (KVBenchError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            plugin = self._culprit(error)
+            kind = "Probe" if isinstance(plugin, Probe) else "Policy"
+            where = f" at layer {arguments['layer'].number}" if "layer" in arguments else ""
+            raise KVBenchError(
+                f"{kind} '{plugin.name}' ({type(plugin).__module__}) failed in {hook}{where}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def _culprit(self, error: Exception) -> KVCachePolicy | Probe:
+        trace = error.__traceback__
+        culprit: KVCachePolicy | Probe = self.policy
+        while trace is not None:
+            owner = trace.tb_frame.f_locals.get("self")
+            culprit = next((plugin for plugin in (self.policy, *self.probes) if plugin is owner), culprit)
+            trace = trace.tb_next
+        return culprit
+
+
+def governed_layers(layers: Sequence[CacheLayerMixin]) -> list[int]:
+    """The places of the layers that a policy governs: those of full attention, not sliding-window or linear ones."""
+    return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+
+
+def token_bytes(model: Any) -> int:
+    """Bytes of one token's keys and values, in the model's dtype, over the layers that a policy governs.
+
+    layers × 2 × key/value heads × head dimension × bytes of a number, from the model's configuration.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layers = len(governed_layers(DynamicCache(config=config).layers))
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(max(layers, 1) * 2 * heads * dim * model.dtype.itemsize)
+
+
+def check_head_budgets(policy: KVCachePolicy | type[KVCachePolicy], allocator: BudgetAllocator) -> None:
+    """Refuse an allocator that gives heads different budgets to a policy that cannot honour them."""
+    if allocator.head_wise and not policy.head_budgets:
+        raise KVBenchError(
+            f"Budget '{allocator.name}' gives each head its own number of tokens, which policy '{policy.name}' cannot "
+            "honour: choose a budget that only shares over layers (uniform, pyramid, squeeze), or another policy."
+        )

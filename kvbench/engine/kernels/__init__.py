@@ -1,0 +1,28 @@
+"""Kernels of a decoding step: Triton on a GPU, torch twins of the same signature elsewhere.
+
+Shapes are fixed; lengths, positions and ids are integer tensors on the device; no function waits for the device, so
+each can be captured in a CUDA graph. B is the batch, H query heads, G key/value heads, d the head dimension.
+"""
+
+from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
+from kvbench.kernels.bounds import page_bounds, update_bounds
+from kvbench.kernels.insert import insert
+from kvbench.kernels.merge import merge
+from kvbench.kernels.score import page_scores, scores
+from kvbench.kernels.support import compiled, using
+
+__all__ = [
+    "Segment",
+    "attend",
+    "compiled",
+    "decode",
+    "gather",
+    "insert",
+    "merge",
+    "page_bounds",
+    "page_scores",
+    "ragged",
+    "scores",
+    "update_bounds",
+    "using",
+]

@@ -1,0 +1,184 @@
+"""The exact pass over a prompt, done once and taken over by any number of policies."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvbench.contract.layer import Layer
+from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.probe import Probe
+from kvbench.engine.cache import PolicyCacheLayer
+from kvbench.engine.prompt import Prefill, PrefilledLayers
+from kvbench.engine.session import Session
+
+
+class _Recorder(KVCachePolicy):
+    """Exact attention over the prompt that notes the vectors of each layer."""
+
+    name = "prefill"
+    summary = "Exact attention that notes what each layer made of the prompt."
+    exact = True
+    takes_budget = False
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.query_window = window
+        self.layers = PrefilledLayers()
+        self.seconds = 0.0
+        """What noting took."""
+
+    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Note the vectors."""
+        began = time.perf_counter()
+        self.layers.note(layer, queries, keys, values)
+        self.seconds += time.perf_counter() - began
+
+
+class PromptRecorder(Probe):
+    """Notes what each layer made of the prompt while a policy generates, so that others need no pass of their own.
+
+    Nothing it keeps takes memory, and what it takes is in `seconds`, so the policy's own figures stay true. Only where
+    the session keeps the queries that are wanted anyway: see `can_record`.
+    """
+
+    name = "prompt"
+    summary = "What each layer made of the prompt, for other policies."
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.layers = PrefilledLayers()
+        self.seconds = 0.0
+        self.prompt: Prefill | None = None
+        self._window = window
+
+    def query_window(self, number: int) -> int | None:
+        """As many queries as the policies need that take over the prompt."""
+        return self._window
+
+    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> Generator[None, Any, Any]:
+        """Note the vectors before the policy evicts any."""
+        began = time.perf_counter()
+        seen = keys.new_empty(layer.rows, layer.heads, 0, layer.head_dim)
+        if layer.prompt_queries is not None:
+            seen = layer.prompt_queries
+            seen = seen if self._window is None else seen[:, :, max(seen.shape[2] - self._window, 0) :]
+        self.layers.note(layer, seen, keys, values)
+        self.seconds += time.perf_counter() - began
+        return (yield)
+
+    def finish(self, session: Session, ids: Tensor, border: int, logits: Tensor, seconds: float) -> None:
+        """Note the prompt `ids` [B, n], its `logits` [B, V] and the `seconds` that its pass took."""
+        others = copy.deepcopy(_ungoverned(session))
+        self.prompt = Prefill(ids, None, border, self.layers, others, logits, seconds)
+
+    def result(self) -> dict[str, float | None]:
+        """Nothing: it measures nothing."""
+        return {}
+
+
+def can_record(session: Session, window: int | None, chunk: int | None) -> bool:
+    """Whether recording a pass of this session takes no memory: its last `window` queries need not be kept for it."""
+    own = session.query_window(0)
+    enough = own is None or (window is not None and window <= own)
+    return enough or not (session.defers or chunk)
+
+
+def _ungoverned(session: Session) -> dict[int, Any]:
+    assert session.cache is not None
+    layers = enumerate(session.cache.layers)
+    return {number: layer for number, layer in layers if not isinstance(layer, PolicyCacheLayer)}
+
+
+@torch.inference_mode()
+def prefill(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    query_window: int | None = None,
+    chunk: int | None = None,
+    context: int | None = None,
+    before: Prefill | None = None,
+) -> Prefill:
+    """Run the model over prompts of token ids, left-padded to the longest, `chunk` tokens at a time.
+
+    `query_window` is how many of each layer's last queries the policies need (None for all). The first `context` tokens
+    of a single prompt (all by default) are a pass of their own; where `before`, the prefill of another prompt, has
+    the same ones, it is taken from there: what comes out does not depend on whether it was.
+    """
+    ids, mask = pad(prompts, model.device)
+    whole = ids.shape[1]
+    border = whole if mask is not None or len(ids) > 1 or not context else min(context, whole)
+    window = query_window if query_window is None else query_window + whole - border
+    common = border if before is not None and _is_reusable(before, ids, border, window) else 0
+    if before is not None and common == whole:
+        return replace(before, reused=whole)
+    recorder = _Recorder(window)
+    with Session(model, recorder, None, prompt_tokens=whole) as session:
+        start = session.now()
+        if before is not None and common:
+            session.resume(before, common)
+        else:
+            logits = forward(session, ids[:, :border], mask, 0, chunk)
+        if border < whole:
+            logits = forward(session, ids, mask, border, chunk)
+        seconds = session.now() - start - recorder.seconds
+        others = _ungoverned(session)
+    return Prefill(ids, mask, border, recorder.layers, others, logits, seconds, common)
+
+
+def reusable(before: Prefill, prompt: Sequence[int], context: int | None, query_window: int | None) -> bool:
+    """Whether `prefill` would take the first `context` tokens of a prompt from `before`."""
+    ids = torch.tensor([list(prompt)], device=before.ids.device)
+    border = min(context or ids.shape[1], ids.shape[1])
+    window = query_window if query_window is None else query_window + ids.shape[1] - border
+    return _is_reusable(before, ids, border, window)
+
+
+def _is_reusable(before: Prefill, ids: Tensor, border: int, window: int | None) -> bool:
+    if before.border != border or len(before.ids) > 1 or not torch.equal(before.ids[:, :border], ids[:, :border]):
+        return False
+    if before.others and border < before.ids.shape[1]:
+        return False  # a sliding window's cache cannot go back
+    beyond = before.ids.shape[1] - border
+    wanted = border if window is None else min(window - (ids.shape[1] - border), border)
+    return not before.layers or before.layers.queries - beyond >= wanted
+
+
+def forward(session: Session, ids: Tensor, mask: Tensor | None, start: int, chunk: int | None = None) -> Tensor:
+    """Run the tokens `ids` [B, n] from `start` on through the attached model; the last token's logits [B, V].
+
+    The tokens before `start` are in the session's cache. `mask` [B, n] is 0 where a row is padded on its left.
+    """
+    past = session.cache if start else None
+    extra: dict[str, Any] = {}
+    whole = ids.shape[1]
+    size = chunk or whole
+    # The first chunk shows the session all padding.
+    opening = size if mask is None or start else max(size, whole - int(mask.sum(1).min()) + 1)
+    borders = [start, *range(min(start + opening, whole), whole, size), whole]
+    for first, stop in pairwise(borders):
+        if mask is not None:
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            extra = {"attention_mask": mask[:, :stop], "position_ids": positions[:, first:stop]}
+        out = session.model(ids[:, first:stop], past_key_values=past, use_cache=True, logits_to_keep=1, **extra)
+        past = out.past_key_values
+    logits: Tensor = out.logits[:, -1]
+    return logits
+
+
+def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids [B, n] of prompts padded on the left to the longest, and their mask [B, n] where any is padded."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    if all(len(prompt) == longest for prompt in prompts):
+        return ids, None
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return ids, (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()

@@ -1,0 +1,88 @@
+"""Further passes of the model over a stored prompt, which see every layer's vectors and leave the cache as it was."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.layer import Layer
+from kvbench.contract.policy import Observe
+
+if TYPE_CHECKING:
+    from kvbench.engine.cache import Lane, PolicyCache
+
+
+class ReplayCache(Cache):
+    """What a replay attends to: one group of rows of a `PolicyCache`, read and never written.
+
+    Governed layers give the store's tokens and the replayed ones; sliding-window layers are copies that go their own
+    way.
+    """
+
+    def __init__(self, cache: PolicyCache, lane: Lane, layers: list[Layer], observe: Observe) -> None:
+        governed = {layer.number: layer for layer in layers}
+        own = [
+            _ReplayLayer(governed[number]) if number in governed else _copied(held, lane, layers[0].tokens)
+            for number, held in enumerate(cache.layers)
+        ]
+        super().__init__(layers=own)
+        self._governed, self._observe = governed, observe
+
+    def observed(self, number: int, queries: Tensor) -> None:
+        """Show the policy what layer `number` attends with, where a policy governs it."""
+        held = self.layers[number]
+        if isinstance(held, _ReplayLayer):
+            self._observe(held.layer, queries, held.new)
+
+
+class _ReplayLayer(CacheLayerMixin):
+    is_sliding = False
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer, self.is_initialized = layer, True
+        if layer.store.static_tokens != layer.tokens or layer.store.static_ids.dim() != 1:
+            raise KVBenchError(
+                f"The prompt of layer {layer.number} is not whole any more, so nothing can be replayed after it: "
+                "a policy evicts and sets tokens aside after its last replay."
+            )
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The stored prompt's keys and values with the replayed ones [B, G, m, d] behind them; nothing is kept."""
+        self.new = key_states
+        keys, values, _ = self.layer.store.static_parts()[0]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover the prompt and the replayed tokens."""
+        return self.layer.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens of the prompt: positions count on from here."""
+        return self.layer.tokens
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+
+def _copied(held: CacheLayerMixin, lane: Lane, tokens: int) -> CacheLayerMixin:
+    """A sliding-window layer's state for the lane's rows of `tokens` tokens, without their padding."""
+    if type(held) is not DynamicSlidingWindowLayer:
+        raise KVBenchError(
+            f"A policy cannot replay tokens through a cache layer of type {type(held).__name__}, whose state cannot be "
+            "set back: choose a policy that makes one pass, or another model."
+        )
+    copied = copy.copy(held)
+    keys, values = lane.take(held.keys), lane.take(held.values)
+    copied.keys, copied.values = keys[:, :, -tokens:], values[:, :, -tokens:]
+    copied.cumulative_length = tokens
+    return copied

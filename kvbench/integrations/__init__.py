@@ -1,0 +1,1 @@
+"""Doors from other tools: pytest and lm-evaluation-harness."""

@@ -1,0 +1,102 @@
+"""pytest fixture `ratio_gate`: benchmarks of ratios, held to a committed baseline, for kvbench and for any plugin.
+
+A ratio of two things measured side by side in one run carries over to another hour, and better than seconds to another
+machine, though processors with other caches move it too: each baseline names its processor. The baseline is a JSON
+file (ini option `kvbench_baseline`, by default `benchmarks.json` beside the ini file); a run with
+`--kvbench-update-baseline` writes it. A ratio more than 20% worse than its baseline fails the test.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+TOLERANCE = 0.20
+"""How much worse than its baseline a ratio may be."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the baseline's place and the switch that rewrites it."""
+    parser.addini("kvbench_baseline", "baseline file of the ratio benchmarks", default="benchmarks.json")
+    parser.getgroup("kvbench").addoption(
+        "--kvbench-update-baseline", action="store_true", help="write the measured ratios into the baseline file"
+    )
+
+
+@dataclass
+class RatioGate:
+    """Measures ratios and fails the test where one is more than 20% worse than the baseline's."""
+
+    benchmark: Any
+    baseline: Path
+    update: bool
+
+    def time(
+        self, name: str, candidate: Callable[[], object], reference: Callable[[], object], *, rounds: int = 7,
+        scale: float = 1, warm_up: bool = True,
+    ) -> float:  # fmt: skip
+        """Time `candidate` against `reference`, in turn, and gate the median ratio of their times (lower is better).
+
+        The ratio is multiplied by `scale` first: the reference's amount of work over the candidate's, for a time per
+        unit of work. Both run once unmeasured before, unless `warm_up` says no (for what takes a minute).
+        """
+        if warm_up:
+            reference()
+            candidate()
+        reference_s: list[float] = []
+
+        def time_reference() -> None:
+            start = time.perf_counter()
+            reference()
+            reference_s.append(time.perf_counter() - start)
+
+        self.benchmark.pedantic(candidate, setup=time_reference, rounds=rounds, iterations=1)
+        candidate_s = self.benchmark.stats.stats.data
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(candidate_s, reference_s, strict=True))
+        return self.ratio(name, scale * ratio)
+
+    def ratio(self, name: str, value: float, *, better: Literal["lower", "higher"] = "lower") -> float:
+        """Record a ratio in pytest-benchmark's `extra_info` and gate it; return it."""
+        from kvbench.runs.results import processor  # noqa: PLC0415 - it is slow to import
+
+        self.benchmark.extra_info[name] = value
+        here = processor()
+        known = json.loads(self.baseline.read_text()) if self.baseline.exists() else {}
+        if self.update:
+            known[name] = {"ratio": round(value, 4), "better": better, "processor": here}
+            self.baseline.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+            return value
+        if name not in known:
+            pytest.fail(
+                f"Benchmark '{name}' has no baseline in {self.baseline}: run once with --kvbench-update-baseline.",
+                pytrace=False,
+            )
+        expected = float(known[name]["ratio"])
+        worse = value > expected * (1 + TOLERANCE) if better == "lower" else value < expected * (1 - TOLERANCE)
+        if worse:
+            there = known[name].get("processor", here)
+            moved = f" The baseline is of another processor, {there}: measure it on this one ({here}) first."
+            pytest.fail(
+                f"Benchmark '{name}' measured {value:.3f}, more than {TOLERANCE:.0%} worse than its baseline of "
+                f"{expected:.3f} ({better} is better) in {self.baseline}.{'' if there == here else moved}",
+                pytrace=False,
+            )
+        return value
+
+
+@pytest.fixture
+def ratio_gate(request: pytest.FixtureRequest) -> RatioGate:
+    """Measure ratios side by side and hold them to the committed baseline."""
+    root = request.config.inipath.parent if request.config.inipath else request.config.rootpath
+    return RatioGate(
+        benchmark=request.getfixturevalue("benchmark"),
+        baseline=root / str(request.config.getini("kvbench_baseline")),
+        update=bool(request.config.getoption("--kvbench-update-baseline")),
+    )

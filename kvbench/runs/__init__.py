@@ -1,0 +1,1 @@
+"""Runs: policies on a task's examples, their results on disk, and sweeps of them."""

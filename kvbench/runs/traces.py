@@ -1,0 +1,84 @@
+"""Per-step traces of probes, stored beside a run's examples: one safetensors file for each probed example.
+
+A file holds a column per measured quantity, float32 [steps, layers, heads] (NaN where nothing was measured), and the
+axes `position` int32 [steps], the tokens of the context at the step, and `layer` int32 [layers], its place in the
+model. safetensors is columnar (each column is read alone, memory-mapped), holds no code, and is a dependency already.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.probe import StepTrace
+
+SCHEMA = "1"
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One example's trace: `columns` [steps, layers, heads], `positions` [steps], `layers` [layers]."""
+
+    example: str
+    prompt_tokens: int
+    positions: NDArray[np.int32]
+    layers: NDArray[np.int32]
+    columns: dict[str, NDArray[np.float32]]
+
+
+def write_trace(target: Path, trace: StepTrace, *, example: str, prompt_tokens: int) -> None:
+    """Write a trace whole or not at all."""
+    positions = sorted({position for column in trace.values() for position, _ in column})
+    layers = sorted({layer for column in trace.values() for _, layer in column})
+    heads = max(len(values) for column in trace.values() for values in column.values())
+    at, row = {p: i for i, p in enumerate(positions)}, {n: i for i, n in enumerate(layers)}
+    tensors: dict[str, NDArray[np.int32] | NDArray[np.float32]] = {
+        "position": np.asarray(positions, np.int32),
+        "layer": np.asarray(layers, np.int32),
+    }
+    for quantity, column in trace.items():
+        dense = np.full((len(positions), len(layers), heads), np.nan, np.float32)
+        for (position, layer), values in column.items():
+            dense[at[position], row[layer], : len(values)] = values
+        tensors[f"column.{quantity}"] = dense
+    try:
+        target.parent.mkdir(exist_ok=True)
+        temporary = target.with_name(f".{target.name}")  # the run's lock keeps other writers away
+        about = {"schema": SCHEMA, "example": example, "prompt_tokens": prompt_tokens}
+        save_file(tensors, temporary, {"trace": json.dumps(about)})  # safetensors writes several members in any order
+        temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KVBenchError(
+            f"Cannot write to {target} ({reason}): free some space or choose another --output."
+        ) from None
+
+
+def read_trace(file: Path) -> Trace:
+    """Read a trace; raises KVBenchError for a file that is missing, cut or of another schema version."""
+    try:
+        with safe_open(str(file), framework="numpy") as content:
+            metadata = content.metadata() or {}
+            metadata = json.loads(metadata["trace"]) if "trace" in metadata else metadata
+            if metadata.get("schema") != SCHEMA:
+                raise KVBenchError(
+                    f"{file} has schema version {metadata.get('schema')!r}; this kvbench reads version {SCHEMA}."
+                )
+            columns = {
+                name.removeprefix("column."): content.get_tensor(name)
+                for name in sorted(content.keys())
+                if name.startswith("column.")
+            }
+            return Trace(
+                metadata["example"], int(metadata["prompt_tokens"]), content.get_tensor("position"),
+                content.get_tensor("layer"), columns,
+            )  # fmt: skip
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise KVBenchError(f"{file} is no readable trace ({error}): run the same command again to record it.") from None

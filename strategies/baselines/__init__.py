@@ -1,0 +1,1 @@
+"""Yardsticks: exact attention, chance and oracles."""

@@ -1,0 +1,58 @@
+"""A yardstick: the fewest tokens whose exact attention weights reach a share p of the mass."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvbench.contract.attention import scores
+from kvbench.contract.budget import LayerBudget
+from kvbench.contract.extension import Options
+from kvbench.contract.layer import Layer
+from kvbench.contract.selection import Selection
+from kvbench.strategies.selecting.tiers import SelectingPolicy
+
+
+class OracleTopP(SelectingPolicy):
+    """Attends, per query head, to the newest token and the fewest others that bring the exact mass to `p`.
+
+    What exact attention itself says is needed (Twilight's criterion, with exact weights). With `capped` no more tokens
+    than the budget are taken, and a budget that covers everything attends to everything; without it the budget has no
+    say, and the results' density tells how many tokens `p` takes.
+    """
+
+    name = "oracle_topp"
+    summary = "Yardstick: the fewest tokens whose exact attention weights reach a share p, per query head."
+    reference = "Lin et al., Twilight: Adaptive Attention Sparsity with Hierarchical Top-p Pruning, arXiv 2502.02770"
+    adaptive = True
+    head_budgets = True
+    batch = 1
+    query_window = 0
+
+    class Options(Options):
+        """Options of the oracle."""
+
+        p: float = Field(0.95, gt=0, le=1, description="share of the attention mass to reach")
+        capped: bool = Field(True, description="take no more tokens than the budget")
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """The newest token."""
+        return 0, 1
+
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
+        """Choose within the budget, or by `p` alone."""
+        available = layer.store.aside_stop - layer.store.aside_start
+        if self.options.capped or not available:
+            return super().select(layer, queries, budget)
+        return self.choose(layer, queries, available)
+
+    def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
+        """Take the largest weights until they and the static set's reach `p`."""
+        ((static, _, _),) = layer.store.static_parts()
+        keys = layer.store.aside_keys
+        logits = torch.cat([scores(queries, static, layer.scaling), scores(queries, keys, layer.scaling)], dim=-1)
+        weights = logits.double().softmax(-1)
+        best = weights[..., static.shape[2] :].topk(wanted, dim=-1)
+        before = best.values.cumsum(-1) - best.values + weights[..., : static.shape[2]].sum(-1, keepdim=True)
+        needed = before < self.options.p
+        ids = torch.where(needed, best.indices + layer.store.aside_start, -1)[..., : int(needed.sum(-1).max())]
+        return Selection(ids, padded=True, evaluations=float(keys.shape[2]))

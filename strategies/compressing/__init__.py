@@ -1,0 +1,1 @@
+"""Policies that hold all tokens in fewer bytes."""

@@ -1,0 +1,1 @@
+"""Policies that evict: what they drop is gone."""

@@ -1,0 +1,70 @@
+"""Expected Attention (arXiv 2510.00636): keep what future queries, as a Gaussian, are expected to attend to."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvbench.contract.extension import Options
+from kvbench.contract.layer import Layer
+from kvbench.contract.policy import KVCachePolicy
+
+
+class ExpectedAttention(KVCachePolicy):
+    """Keeps, per key/value head, the sinks and the pairs of the highest expected weight times value norm.
+
+    Mean μ and covariance Σ of the prompt's queries before rotation, sinks left out, stand for future queries; the
+    rotation R̄ is averaged over the next `future` positions. A key's expected unnormalised weight is the Gaussian's
+    moment generating function, exp(k·R̄μ/√d + k·R̄ΣR̄ᵀk/2d); the group's score is the mean of its heads' normalised
+    ones. The value's norm stands for that of its output, as in the authors' library. Generated tokens are kept.
+    """
+
+    name = "expected_attention"
+    summary = "Keeps the pairs that a Gaussian of future queries is expected to weigh most, times the value's norm."
+    reference = (
+        "Devoto et al., Expected Attention: KV Cache Compression by Estimating Attention from Future Queries "
+        "Distribution, arXiv 2510.00636"
+    )
+
+    grows = True
+    head_budgets = True
+
+    class Options(Options):
+        """Options of Expected Attention."""
+
+        future: int = Field(512, ge=1, description="positions after the prompt over which the rotation is averaged")
+        sinks: int = Field(4, ge=0, description="first tokens, always kept and left out of the statistics")
+        covariance: bool = Field(True, description="use the covariance, not the mean alone")
+        epsilon: float = Field(0.0, ge=0, description="added to the expected weights before the value's norm")
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """The sinks."""
+        return self.options.sinks, 0
+
+    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Score every pair and keep the top of the budget."""
+        sinks = self.options.sinks
+        if layer.budget.covers_all or layer.tokens <= sinks + 1:
+            return
+        plain = layer.unrotate(queries[:, :, sinks:].float(), torch.arange(sinks, layer.tokens))
+        mean = plain.mean(2, keepdim=True)
+        turn = self._mean_rotation(layer, keys)
+        exponents = self._per_group(layer, mean @ turn) @ keys.float().transpose(-1, -2)[:, :, None] * layer.scaling
+        if self.options.covariance:
+            centred = plain - mean
+            spread = turn.T @ (centred.transpose(-1, -2) @ centred / plain.shape[2]) @ turn
+            whole = keys.float()[:, :, None]
+            quadratic = ((whole @ self._per_group(layer, spread)) * whole).sum(-1)
+            exponents = exponents + quadratic[:, :, :, None] * (layer.scaling**2 / 2)
+        weights = exponents.squeeze(3).softmax(-1).mean(2)
+        score = (weights + self.options.epsilon) * values.float().norm(dim=-1)
+        layer.keep_top(score[..., sinks:], sinks)
+
+    @staticmethod
+    def _per_group(layer: Layer, x: Tensor) -> Tensor:
+        return x.view(layer.rows, layer.kv_heads, -1, *x.shape[2:])
+
+    def _mean_rotation(self, layer: Layer, keys: Tensor) -> Tensor:
+        """The matrix M [d, d] with x @ M = the mean of x's rotations to the next positions."""
+        positions = torch.arange(layer.tokens, layer.tokens + self.options.future)
+        basis = torch.eye(layer.head_dim, device=keys.device)[:, None].expand(-1, len(positions), -1)
+        return layer.rotate(basis, positions).mean(1)

@@ -1,0 +1,54 @@
+"""KeyDiff (arXiv 2504.15364): keep the keys that differ most from the others."""
+
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional
+
+from kvbench.contract.extension import Options
+from kvbench.contract.layer import Layer
+from kvbench.strategies.evicting.eviction import DecodingEviction, static_keys
+
+
+def dissimilarity(keys: Tensor, held: Tensor | None = None) -> Tensor:
+    """Minus the cosine [B, G, t] of each key [B, G, t, d] with the mean of the normalised keys (the anchor).
+
+    `held` [B, G, t] tells real keys from padding.
+    """
+    directions = functional.normalize(keys.float(), dim=-1)
+    if held is not None:
+        directions = directions * held[..., None]
+    return -functional.cosine_similarity(directions, directions.sum(2, keepdim=True), dim=-1)
+
+
+class KeyDiff(DecodingEviction):
+    """Keeps, per key/value head, the keys least similar to the anchor; at every step the most similar one leaves.
+
+    The anchor is the mean of the normalised keys held: of the whole prompt first, then of those in the cache.
+    """
+
+    name = "keydiff"
+    summary = "Keeps the keys least similar to their mean direction; evicts the most similar at every step."
+    reference = (
+        "Park et al., KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in "
+        "Resource-Constrained Environments, arXiv 2504.15364"
+    )
+    query_window = 0
+
+    class Options(Options):
+        """Options of KeyDiff."""
+
+        window: int = Field(
+            1, ge=1, description="most recent tokens, never evicted; the paper spares none but the newest"
+        )
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """The recent window."""
+        return 0, self.options.window
+
+    def prompt_scores(self, layer: Layer, queries: Tensor, keys: Tensor) -> Tensor:
+        """Minus the cosine with the anchor of the whole prompt."""
+        return dissimilarity(keys)
+
+    def step_scores(self, layer: Layer, keys: Tensor) -> Tensor:
+        """Minus the cosine with the anchor of the keys held."""
+        return dissimilarity(static_keys(layer), layer.store.static_ids.expand(layer.rows, layer.kv_heads, -1) >= 0)

@@ -1,0 +1,62 @@
+"""SnapKV (arXiv 2404.14469): keep what the prompt's last queries attend to."""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+from torch.nn import functional
+
+from kvbench.contract.extension import Options
+from kvbench.contract.layer import Layer
+from kvbench.contract.policy import KVCachePolicy
+
+
+def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Softmax weights, float32 [B, H, w, n], of the prompt's last w queries [B, H, w, d] over its keys [B, G, n, d]."""
+    batch, heads, window, dim = queries.shape
+    groups, tokens = keys.shape[1], keys.shape[2]
+    grouped = queries.reshape(batch, groups, heads // groups * window, dim)
+    logits = (grouped @ keys.transpose(-1, -2)).float().view(batch, heads, window, tokens) * scaling
+    future = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
+    return logits.masked_fill_(future, -torch.inf).softmax(-1)
+
+
+def pooled(votes: Tensor, kv_heads: int, kernel: int, pooling: Literal["avg", "max"]) -> Tensor:
+    """Pool votes [B, H, n] over `kernel` neighbouring tokens, then average each key/value head's queries: [B, G, n]."""
+    pool = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
+    wide = pool(votes, kernel, stride=1, padding=kernel // 2)[..., : votes.shape[2]]
+    return wide.view(votes.shape[0], kv_heads, -1, votes.shape[2]).mean(2)
+
+
+class SnapKV(KVCachePolicy):
+    """Keeps, per key/value head, the tokens that the observation window attends to most, and that window."""
+
+    name = "snapkv"
+    summary = "Keeps what the prompt's last queries attend to most, per head, and the last tokens; evicts the rest."
+    grows = True
+    head_budgets = True
+    reference = "Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469"
+
+    class Options(Options):
+        """Options of SnapKV; its LongBench setting is window=8, kernel=7, pooling=max."""
+
+        window: int = Field(64, ge=1, description="observation window: last queries of the prompt, always kept")
+        kernel: int = Field(5, ge=1, description="width of the pooling over neighbouring tokens; odd")
+        pooling: Literal["avg", "max"] = Field("avg", description="how neighbouring scores are pooled")
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        super().__init__(options)
+        self.query_window = self.options.window
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """The observation window."""
+        return 0, self.options.window
+
+    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Vote with the observation window's attention, pool, and keep the top of the budget."""
+        if layer.budget.covers_all:
+            return
+        before = layer.tokens - queries.shape[2]
+        votes = window_attention(queries, keys, layer.scaling)[..., :before].sum(2)
+        layer.keep_top(pooled(votes, layer.kv_heads, self.options.kernel, self.options.pooling))

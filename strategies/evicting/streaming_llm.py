@@ -1,0 +1,53 @@
+"""StreamingLLM (arXiv 2309.17453): attention sinks and a sliding window."""
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kvbench.contract.extension import Options
+from kvbench.contract.layer import Layer
+from kvbench.contract.policy import KVCachePolicy
+
+
+class StreamingLLM(KVCachePolicy):
+    """Keeps the first tokens and the most recent ones, as many as the budget allows; evicts the rest."""
+
+    name = "streaming_llm"
+    summary = "Keeps the first tokens (sinks) and a sliding window of recent ones; evicts the rest."
+    reference = "Xiao et al., Efficient Streaming Language Models with Attention Sinks, arXiv 2309.17453"
+    head_budgets = True
+    query_window = 0
+
+    class Options(Options):
+        """Options of StreamingLLM."""
+
+        sinks: int = Field(4, ge=0, description="first tokens, always kept")
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """The sinks and at least one recent token."""
+        return self.options.sinks, 1
+
+    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Keep the sinks and fill the rest of the budget with the prompt's last tokens."""
+        if layer.budget.covers_all:
+            return
+        sinks = self.options.sinks
+        if layer.budget.heads is not None:
+            recency = torch.arange(layer.tokens - sinks, device=keys.device, dtype=torch.float32)
+            layer.keep_top(recency.expand(layer.rows, layer.kv_heads, -1), first=sinks)
+            return
+        oldest = layer.tokens - (layer.budget.tokens - sinks)
+        kept = torch.cat([torch.arange(sinks), torch.arange(oldest, layer.tokens)])
+        layer.store.keep(kept.to(keys.device))
+        layer.state["oldest"] = oldest
+
+    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
+        """Slide the window: each new token drives the oldest one out."""
+        if layer.budget.covers_all:
+            return
+        if layer.budget.heads is not None:
+            ids = layer.store.static_ids
+            layer.store.evict_slots(ids.masked_fill(ids < self.options.sinks, layer.tokens).argmin(-1))
+        else:
+            layer.store.evict(layer.state["oldest"], keys.shape[2])
+            layer.state["oldest"] += keys.shape[2]

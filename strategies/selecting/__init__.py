@@ -1,0 +1,1 @@
+"""Policies that keep everything and select from it at each step."""

@@ -1,0 +1,100 @@
+"""Retrieval policies: a vector index over offloaded keys answers each head's query, whatever the index."""
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, Field
+from torch import Tensor
+
+from kvbench.contract.layer import Layer
+from kvbench.contract.selection import Selection
+from kvbench.indexes.base import Index
+from kvbench.strategies.selecting.static_set import StaticSetOptions
+from kvbench.strategies.selecting.tiers import SelectingPolicy
+
+
+class RetrievalOptions(StaticSetOptions):
+    """Options of every retrieval policy, beside those of its index."""
+
+    insert_every: int = Field(
+        16,
+        ge=0,
+        description="tokens that leave the window for the index at a time; 0 keeps all new tokens in the window",
+    )
+
+
+class IndexRetrieval(SelectingPolicy):
+    """Offloads all but the static set and attends, per query head, to the tokens that an index finds.
+
+    Subclasses name their `index` and merge its options into their `Options`. With `insert_every` tokens beyond the
+    window (fewer where the budget is tight), the oldest are offloaded and inserted into the index, so that the tokens
+    attended stay at the budget.
+    """
+
+    offload = True
+    head_budgets = True
+    index: ClassVar[type[Index]]
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        super().__init__(options)
+        fields = self.index.Options.model_fields
+        self._index_options: Any = self.index.Options(**{name: getattr(self.options, name) for name in fields})
+        self.query_window = None if self.index.uses_queries else 0
+
+    def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Index the offloaded keys."""
+        index = self.index(self._index_options)
+        index.build(
+            layer.store.aside_keys.flatten(0, 1),
+            queries.flatten(0, 1).cpu() if self.index.uses_queries else None,
+            heads=layer.rows * layer.heads,
+        )
+        layer.state["index"] = index
+        layer.store.index_bytes = index.nbytes
+
+    def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
+        """Search the index with each head's query."""
+        found = layer.state["index"].search(queries.flatten(0, 1).cpu(), wanted)
+        ids = torch.from_numpy(found.ids).long().view(layer.rows, layer.heads, wanted)
+        ids = torch.where(ids < 0, -1, ids + layer.store.aside_start)
+        evaluations = torch.from_numpy(found.evaluations).view(layer.rows, layer.heads)
+        return Selection(ids, padded=True, evaluations=evaluations)
+
+    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
+        """Move what has grown out of the window to the host and into the index."""
+        if self.options.insert_every:
+            super().insert(layer, keys, values)
+
+    def moves(self, layer: Layer, beyond: int) -> bool:
+        """Every `insert_every` tokens."""
+        return beyond >= int(self.options.insert_every)
+
+    def grow(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
+        """Insert the new keys into the index."""
+        layer.state["index"].insert(keys.flatten(0, 1).cpu(), storage=layer.store.aside_keys.flatten(0, 1))
+        layer.store.index_bytes = layer.state["index"].nbytes
+
+
+def retrieval_policy(
+    index: type[Index], *, name: str | None = None, summary: str | None = None, reference: str | None = None
+) -> type[IndexRetrieval]:
+    """Make the policy that attends to what `index` finds; by default it has the index's name and reference."""
+    options = type(
+        "Options",
+        (RetrievalOptions, index.Options),
+        {"__doc__": "Options of the retrieval policy and of the index.", "__module__": index.__module__},
+    )
+    return type(
+        f"{index.__name__}Retrieval",
+        (IndexRetrieval,),
+        {
+            "__doc__": f"Attends to the keys that index '{index.name}' finds for each head's query.",
+            "__module__": index.__module__,
+            "name": name or index.name,
+            "summary": summary or f"Top-k over offloaded keys by index '{index.name}': {index.summary}",
+            "reference": index.reference if reference is None else reference,
+            "index": index,
+            "Options": options,
+            "derived": True,
+        },
+    )

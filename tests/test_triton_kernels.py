@@ -1,0 +1,342 @@
+"""Kernels of the decoding step, Triton's (interpreted where there is no GPU) and their torch twins, against float64."""
+
+import math
+
+import pytest
+import torch
+from kernel_references import DEVICE, ERROR, attention64, error, gathered, ints, randn
+
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine import kernels
+from kvbench.kernels import Segment, support
+
+GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+
+
+def on_gpu(*cases):
+    return [pytest.param(*case, marks=GPU) for case in cases]
+
+
+@pytest.fixture(params=["torch", "triton"], autouse=True)
+def implementation(request):
+    if request.param == "triton" and support.triton is None:
+        pytest.skip("triton is not installed")
+    torch.manual_seed(7)
+    with kernels.using(request.param):
+        yield request.param
+
+
+def check(found, expected, dtype):
+    """Compare output and log-sum-exp; heads without a token have 0 and −∞ exactly."""
+    output, lse = found
+    empty = expected[1] == -torch.inf
+    assert (output[empty] == 0).all()
+    assert (lse[empty] == -torch.inf).all()
+    assert torch.allclose(lse[~empty].double(), expected[1][~empty], atol=2e-5, rtol=2e-6)
+    assert error(output[:, :, 0], expected[0]) < ERROR[dtype]
+
+
+def prefix(keys, values, lengths):
+    valid = torch.arange(keys.shape[2], device=DEVICE) < lengths.reshape(len(lengths), -1, 1)
+    return keys, values, valid.expand(keys.shape[:3]), None
+
+
+DIMS = (64, 80, 96, 128, 256)
+DECODE = [
+    (FULL, 64, 2, 4, [37, 64]),
+    (BRAIN, 80, 1, 1, [0, 1]),
+    (HALF, 96, 1, 16, [150, 149]),
+    (FULL, 128, 1, 2, [0, 131]),
+    (BRAIN, 256, 1, 3, [33, 150]),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share", "lengths"),
+    DECODE
+    + on_gpu(*[(dtype, dim, 2, share, [n, 4097]) for dtype in (FULL, HALF, BRAIN) for dim in DIMS
+               for share, n in ((1, 0), (4, 1), (7, 999), (16, 5000))]),
+)  # fmt: skip
+def test_decode(dtype, dim, groups, share, lengths):
+    capacity = max(150, *lengths)
+    queries = randn(2, groups * share, 1, dim, dtype=dtype)
+    # a store laid out [B, t, G, d], and values wider apart than they are long
+    keys = randn(2, capacity, groups, dim, dtype=dtype).transpose(1, 2)
+    values = randn(2, groups, capacity, dim + 16, dtype=dtype)[..., :dim]
+    lengths = ints(lengths)
+    output = torch.full((2, groups * share, 1, dim), torch.nan, device=DEVICE)
+    lse = torch.full((2, groups * share), torch.nan, device=DEVICE)
+    found = kernels.decode(queries, keys, values, lengths, output=output, lse=lse)
+    assert found[0] is output
+    assert found[1] is lse
+    check(found, attention64(queries, [prefix(keys, values, lengths)]), dtype)
+
+
+def test_decode_takes_lengths_of_heads_scaling_softcap_bias_and_types(implementation):
+    queries, keys, values = randn(1, 6, 1, 64, scale=8), randn(1, 2, 70, 64), randn(1, 2, 70, 32)
+    lengths = ints([[70, 9]])
+    for heads in (2, 6):
+        bias = randn(1, heads, 70)
+        bias[:, :, 5] = -torch.inf
+        found = kernels.attend(queries, Segment(keys, values, lengths, bias=bias), scaling=0.3, softcap=4.0)
+        keys_, values_, valid, _ = prefix(keys, values, lengths)
+        check(found, attention64(queries, [(keys_, values_, valid, bias)], scaling=0.3, softcap=4.0), FULL)
+    mixed = kernels.decode(queries.half(), keys, values.bfloat16(), None, dtype=HALF)
+    assert mixed[0].dtype == HALF
+    everything = prefix(keys, values.bfloat16(), ints([70]))
+    assert error(mixed[0][:, :, 0], attention64(queries.half(), [everything])[0]) < 1e-3
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+def test_parts_of_a_head_merge_exactly(splits):
+    queries, keys, values = randn(1, 2, 1, 64), randn(1, 1, 150, 64), randn(1, 1, 150, 64)
+    found = kernels.decode(queries, keys, values, ints([97]), splits=splits)
+    check(found, attention64(queries, [prefix(keys, values, ints([97]))]), FULL)
+
+
+GATHER = [
+    (FULL, 64, 2, 3, False, 1),
+    (BRAIN, 80, 2, 2, True, 1),
+    (HALF, 128, 1, 2, False, 16),
+    (FULL, 96, 1, 3, True, 6),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share", "per_head", "unit"),
+    GATHER + on_gpu(*[(dtype, dim, 2, share, per_head, unit) for dtype in (FULL, HALF, BRAIN) for dim in DIMS
+                      for share in (1, 5, 16) for per_head in (False, True) for unit in (1, 16, 24)]),
+)  # fmt: skip
+def test_gather(dtype, dim, groups, share, per_head, unit):
+    heads, tokens = groups * share, 150
+    queries = randn(2, heads, 1, dim, dtype=dtype)
+    keys, values = randn(2, groups, tokens, dim, dtype=dtype), randn(2, groups, tokens, dim, dtype=dtype)
+    sets, blocks = heads if per_head else groups, -(-tokens // unit)
+    k = min(21, blocks - 1)
+    ids = torch.stack([torch.randperm(blocks)[:k] for _ in range(2 * sets)]).view(2, sets, k).to(DEVICE, torch.int32)
+    ids[:, :, 2] = -1
+    ids[0, 0] = -1  # nothing is selected at all
+    lengths = ints([149, 77])
+    bias = randn(2, heads, k * unit)
+    parts = gathered(keys, values, ids, unit, lengths)
+    expected = attention64(queries, [(*parts, bias)])
+    check(kernels.gather(queries, keys, values, ids, unit=unit, lengths=lengths, bias=bias), expected, dtype)
+    if unit == 1:
+        expected = attention64(queries, [(*gathered(keys, values, ids, 1), None)])
+        check(kernels.gather(queries, keys, values, ids.long()), expected, dtype)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_static_and_selected_tokens_attend_as_one(per_head):
+    queries, keys, values = randn(2, 4, 1, 64), randn(2, 2, 90, 64), randn(2, 2, 90, 64)
+    ids = torch.randint(20, 90, (2, 4 if per_head else 2, 9)).to(DEVICE, torch.int32)
+    ids[1] = -1
+    static = randn(2, 2, 40, 64), randn(2, 2, 40, 64)
+    lengths = ints([20, 0])
+    window = ints([[3, 1], [0, 0]])
+    expected = [prefix(*static, lengths), (*gathered(keys, values, ids, 1), None)]
+    found = kernels.attend(queries, Segment(*static, lengths), Segment(keys, values, ids=ids))
+    check(found, attention64(queries, expected), FULL)
+    found = kernels.attend(
+        queries, Segment(*static, lengths), Segment(keys, values, ids=ids), Segment(keys, values, window)
+    )
+    check(found, attention64(queries, [*expected, prefix(keys, values, window)]), FULL)
+
+
+def test_ragged():
+    queries, keys, values = randn(2, 6, 1, 80), randn(200, 80), randn(200, 80)
+    lengths, offsets = ints([[70, 0], [1, 129]]), ints([[0, 70], [70, 71]], torch.int64)
+    dense = torch.zeros(2, 2, 2, 200, 80, device=DEVICE)
+    for b in range(2):
+        for g in range(2):
+            n, at = int(lengths[b, g]), int(offsets[b, g])
+            dense[0, b, g, :n], dense[1, b, g, :n] = keys[at : at + n], values[at : at + n]
+    expected = attention64(queries, [prefix(*dense, lengths)])
+    for at in (offsets, offsets.int()):
+        check(kernels.ragged(queries, keys, values, at, lengths), expected, FULL)
+
+
+def test_merge():
+    queries, keys, values = randn(1, 3, 1, 64), randn(1, 1, 90, 64), randn(1, 1, 90, 64)
+    parts = torch.full((5, 1, 3, 1, 64), torch.nan, device=DEVICE)
+    lses = torch.full((5, 1, 3), -torch.inf, device=DEVICE)  # a fifth part that is empty and holds no number
+    for part in range(3):
+        rows = slice(part * 30, part * 30 + 30)
+        kernels.decode(queries, keys[:, :, rows], values[:, :, rows], None, output=parts[part], lse=lses[part])
+    expected = attention64(queries, [prefix(keys, values, ints([90]))])
+    check(kernels.merge(parts, lses), expected, FULL)
+    assert kernels.merge(parts, lses, dtype=BRAIN)[0].dtype == BRAIN
+    output, lse = kernels.merge(parts[3:], lses[3:])
+    assert (output == 0).all()
+    assert (lse == -torch.inf).all()
+
+
+BOUNDS = [(FULL, 64, 16, 50), (BRAIN, 80, 7, 28), (HALF, 96, 1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "size", "tokens"),
+    BOUNDS
+    + on_gpu(*[(dtype, dim, size, 1000) for dtype in (FULL, HALF, BRAIN) for dim in DIMS for size in (1, 16, 48)]),
+)
+def test_page_bounds(dtype, dim, size, tokens):
+    keys = randn(2, 2, tokens, dim, dtype=dtype)
+    pages = -(-tokens // size) + 1
+    low, high = (torch.full((2, 2, pages, dim), 7.0, device=DEVICE, dtype=dtype) for _ in range(2))
+    lengths = ints([tokens, max(tokens - size - 1, 0)])
+    kernels.page_bounds(keys, lengths, size, low, high)
+    # the same bounds, token by token at a position on the device
+    grown_low, grown_high = torch.full_like(low, 7.0), torch.full_like(high, 7.0)
+    position = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    while int(position[0]) < tokens:
+        at = int(position[0])
+        m = min(3, tokens - at)
+        positions = torch.where(position + m <= lengths, position, -99)  # rows that have ended
+        kernels.update_bounds(keys[:, :, at : at + m], positions, size, grown_low, grown_high)
+        if at < int(lengths[1]) < at + m:
+            rest = int(lengths[1]) - at
+            kernels.update_bounds(keys[1:, :, at : at + rest], position[1:], size, grown_low[1:], grown_high[1:])
+        position += m
+    for row, length in enumerate(lengths.tolist()):
+        for page in range(pages):
+            part = keys[row, :, page * size : min((page + 1) * size, length)]
+            seen = page * size < length
+            for bounds, extreme in ((low, part.amin if seen else None), (high, part.amax if seen else None)):
+                expected = extreme(1) if seen else torch.full_like(bounds[row, :, page], 7.0)
+                assert torch.equal(bounds[row, :, page], expected)
+    assert torch.equal(grown_low, low)
+    assert torch.equal(grown_high, high)
+
+
+SCORES = [(FULL, 64, 2, 3, 70), (BRAIN, 80, 1, 2, 1), (HALF, 128, 1, 16, 65)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share", "count"),
+    SCORES
+    + on_gpu(*[(dtype, dim, 2, share, n) for dtype in (FULL, HALF, BRAIN) for dim in DIMS
+               for share in (1, 4, 16) for n in (1, 333, 4096)]),
+)  # fmt: skip
+def test_scores(dtype, dim, groups, share, count):
+    queries = randn(2, groups * share, 1, dim, dtype=dtype)
+    low = randn(2, groups, count, dim, dtype=dtype)
+    high = low + randn(2, groups, count, dim, dtype=dtype).abs()
+    counts = ints([count, count // 3])
+    beyond = torch.arange(count, device=DEVICE) >= counts[:, None, None]
+    q = queries.double().view(2, groups, share, 1, dim)
+    products = (q * low.double()[:, :, None]).sum(-1) * 0.5
+    bounds = torch.maximum(q * low.double()[:, :, None], q * high.double()[:, :, None]).sum(-1)
+    tolerance = {"atol": 3e-5 * math.sqrt(dim), "rtol": 3e-6}
+    for reduce, reduced in (("none", None), ("max", torch.amax), ("sum", torch.sum)):
+        for found, full in (
+            (kernels.scores(queries, low, counts, scaling=0.5, reduce=reduce), products),
+            (kernels.page_scores(queries, low, high, counts, reduce=reduce), bounds),
+        ):
+            expected = full.flatten(1, 2) if reduced is None else reduced(full, 2)
+            expected = expected.masked_fill(beyond.expand_as(expected), -torch.inf)
+            assert torch.allclose(found.double(), expected, **tolerance)
+    output = torch.full((2, groups * share, count), torch.nan, device=DEVICE)
+    assert kernels.scores(queries, low, output=output) is output
+    assert torch.allclose(output.double(), 2 * products.flatten(1, 2), **tolerance)
+
+
+def test_insert_at_positions_on_the_device():
+    store = randn(2, 12, 3, 20).transpose(1, 2), randn(2, 3, 12, 8, dtype=HALF)
+    expected = [part.clone() for part in store]
+    keys, values = randn(2, 3, 2, 20), randn(2, 3, 2, 8)
+    positions = ints([[0, 5, 11], [-1, -2, 12]])
+    kernels.insert(*store, keys, values, positions)
+    for b in range(2):
+        for g in range(3):
+            for i in range(2):
+                slot = int(positions[b, g]) + i
+                if 0 <= slot < 12:
+                    expected[0][b, g, slot], expected[1][b, g, slot] = keys[b, g, i], values[b, g, i].half()
+    assert torch.equal(store[0], expected[0])
+    assert torch.equal(store[1], expected[1])
+
+
+def test_insert_into_a_ring_behind_the_sinks():
+    store = randn(2, 1, 9, 16), randn(2, 1, 9, 16)
+    tokens = randn(2, 1, 30, 16)
+    position = ints([0, 0])
+    for at in range(0, 30, 2):
+        kernels.insert(*store, tokens[:, :, at : at + 2], -tokens[:, :, at : at + 2], position, sinks=3, window=5)
+        position += 2
+    kept = [0, 1, 2] + [next(p for p in range(25, 30) if (p - 3) % 5 == slot) for slot in range(5)]
+    assert torch.equal(store[0][:, :, :8], tokens[:, :, kept])
+    assert torch.equal(store[1][:, :, :8], -tokens[:, :, kept])
+
+
+def test_misfits_are_named():
+    queries, keys, values = randn(1, 4, 1, 64), randn(1, 2, 9, 64), randn(1, 2, 9, 64)
+    for call, words in (
+        (
+            lambda: kernels.decode(queries, keys[..., :32], values, None),
+            r"keys \[1, 2, 9, 32\] are not \[1, 2, t, 64\]",
+        ),
+        (lambda: kernels.decode(queries[:, :3], keys, values, None), "H a multiple of 2"),
+        (lambda: kernels.decode(queries, keys, values, ints([1, 2])), r"lengths \[2\] fit neither"),
+        (
+            lambda: kernels.decode(queries, keys.transpose(2, 3).contiguous().transpose(2, 3), values, None),
+            "contiguous",
+        ),
+        (lambda: kernels.gather(queries, keys, values, ints([[[1]] * 3])), r"ids \[1, 3, 1\] are not \[1, 2 or 4, k\]"),
+        (lambda: kernels.insert(keys, values, keys, values, ints([0]), window=4), "do not fit a store of 9"),
+        (lambda: kernels.scores(queries, keys, output=keys), "the preallocated"),
+        (lambda: kernels.attend(queries), "at least one segment"),
+    ):
+        with pytest.raises(KVBenchError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("case", [pytest.param("pinned", marks=GPU)])
+def test_host_memory_is_read_in_place(case, implementation):
+    queries = randn(1, 8, 1, 128, dtype=BRAIN)
+    keys, values = (torch.randn(1, 2, 3000, 128).bfloat16().pin_memory() for _ in range(2))
+    ids = torch.randint(0, 3000, (1, 2, 200), device=DEVICE)
+    expected = attention64(queries, [(*gathered(keys, values, ids, 1), None)])
+    check(kernels.gather(queries, keys, values, ids), expected, BRAIN)
+
+
+@pytest.mark.parametrize("case", [pytest.param("graph", marks=GPU)])
+def test_a_step_is_captured_and_follows_the_device(case, implementation):
+    """One graph of insert, bounds, scores, top-k and attention, replayed while positions move on the device."""
+    queries, size = randn(1, 8, 1, 128, dtype=BRAIN), 16
+    store = [randn(1, 2, 512, 128, dtype=BRAIN) for _ in range(2)]
+    low, high = (torch.zeros(1, 2, 32, 128, device=DEVICE, dtype=BRAIN) for _ in range(2))
+    position = ints([300])
+    kernels.page_bounds(store[0], position, size, low, high)
+    new = [randn(1, 2, 1, 128, dtype=BRAIN) for _ in range(2)]
+
+    def step():
+        kernels.insert(*store, *new, position)
+        kernels.update_bounds(new[0], position, size, low, high)
+        position.add_(1)
+        best = kernels.page_scores(queries, low, high, position // size).topk(4).indices.int()
+        recent = (position - 1) // size
+        ids = torch.cat([best, recent.view(1, 1, 1).expand(1, 8, 1)], 2)
+        return kernels.gather(queries, *store, ids, unit=size, lengths=position)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for replay in range(20):
+        for part in new:
+            part.normal_()
+        graph.replay()
+        length = 302 + replay
+        assert int(position) == length
+        full = length // size
+        pages = store[0][:, :, : full * size].view(1, 2, full, size, 128).double()
+        q = queries.double().view(1, 2, 4, 1, 128)
+        bounds = torch.maximum(q * pages.amin(3)[:, :, None], q * pages.amax(3)[:, :, None]).sum(-1).view(1, 8, full)
+        ids = torch.cat([bounds.topk(4).indices, torch.full((1, 8, 1), (length - 1) // size, device=DEVICE)], 2)
+        expected = attention64(queries, [(*gathered(*store, ids, size, ints([length])), None)])
+        check(found, expected, BRAIN)
