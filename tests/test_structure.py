@@ -65,10 +65,11 @@ def test_no_folder_is_part_of_an_import_circle():
     [
         ("contract", set()),
         ("plugins", {"contract"}),
-        ("engine", {"contract", "plugins"}),
+        ("kernels", {"contract"}),
+        ("engine", {"contract", "plugins", "kernels"}),
         ("reading", {"contract"}),
         ("indexes", {"contract", "reading"}),
-        ("strategies", {"contract", "indexes", "reading"}),
+        ("strategies", {"contract", "indexes", "reading", "kernels"}),
         ("tasks", {"contract", "reading"}),
     ],
 )
