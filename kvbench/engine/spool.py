@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from math import prod
-from typing import IO
+from typing import Any
 
 import psutil
 import torch
@@ -25,7 +25,7 @@ class Spool:
     """A file of tensors, without a name, gone with the object."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="kvbench-", buffering=0)  # noqa: SIM115  open as long as this
+        self._file: Any = tempfile.TemporaryFile(prefix="kvbench-", buffering=0)  # noqa: SIM115  open as long as this
         self._size = 0
 
     def put(self, tensor: Tensor) -> Spooled:
@@ -33,7 +33,7 @@ class Spool:
         begin = self._size
         self._file.seek(begin)
         for part in tensor.flatten(0, 1) if tensor.numel() else ():
-            data = memoryview(_bytes(part.cpu().contiguous()).numpy())
+            data = _bytes(part.cpu().contiguous())
             while data:
                 data = data[self._file.write(data) :]
         self._size += tensor.numel() * tensor.element_size()
@@ -41,9 +41,9 @@ class Spool:
 
     def _read(self, begin: int, tensor: Tensor) -> None:
         self._file.seek(begin)
-        data = memoryview(_bytes(tensor).numpy())
+        data = _bytes(tensor)
         while data:
-            count = self._file.readinto(data)  # type: ignore[attr-defined]  unbuffered files have it
+            count = self._file.readinto(data)
             if not count:
                 raise OSError("a temporary file is shorter than what was written to it")
             data = data[count:]
@@ -67,5 +67,5 @@ class Spooled:
         return host.to(self.device)
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.view(-1).view(torch.uint8)
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.view(-1).view(torch.uint8).numpy().data

@@ -331,7 +331,9 @@ def _probe(
     probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
     for group in passes:
-        (again,) = _generate(config, loaded, [example], group, shared, None if shared is None else shared.prefill())
+        (again,) = _generate(
+            config, loaded, [example], group, shared, None if shared is None else shared.probed(config)
+        )
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "

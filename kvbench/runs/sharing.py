@@ -11,10 +11,10 @@ from kvbench.engine.governor import token_bytes
 from kvbench.engine.prefill import PromptRecorder, can_record, prefill, reusable
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+from kvbench.engine.spool import spool_room
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs.results import Run, RunConfig
-from kvbench.engine.spool import spool_room
 from kvbench.tasks.prompts import encode
 
 STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
@@ -76,13 +76,15 @@ class SharedPrompt:
         single = len(batch) == 1
         self.border = self._prompts[0].context_tokens if single else None
         self._reused = single and before is not None and reusable(before, self._ids[0], self.border, self._window)
-        self._shared = self._fits() and (len(runs) + len(passes) > 1 or self._reused or not single)
+        batches = config.batch_size > 1  # whose peak memory is not that of their probed examples, which run alone
+        fits = self._fits()
+        self._shared = fits and (len(runs) + len(passes) > 1 or self._reused or batches)
         self._recording = {
-            run.config.hash: single and self._fits() and self._records(run.config, session)
+            run.config.hash: single and fits and self._records(run.config, session)
             for run, session in zip(runs, sessions, strict=True)
         }
-        self._own = {run.config.hash for run in runs if self._is_own(run, single)}
-        turn = next((run for run in runs if self._can_begin(run, single)), None)
+        self._own = {run.config.hash for run in runs if self._is_own(run, batches)}
+        turn = None if batches else next((run for run in runs if self._can_begin(run)), None)
         if turn is not None:
             self._own.add(turn.config.hash)
         self.order = sorted(runs, key=lambda run: (run is not turn, run.config.hash not in self._own))
@@ -105,6 +107,15 @@ class SharedPrompt:
         """Keep what a run recorded."""
         self._made = recorder.prompt
 
+    def probed(self, config: RunConfig) -> Prefill | None:
+        """The prompt for a generation with probes; None where it computes the prompt itself.
+
+        That is where everyone does, and for exact attention of a question that comes after its prompt: it would see all
+        of the question's tokens in one call, and probes want them one by one.
+        """
+        exact = registry().find("policy", config.policy).exact
+        return None if exact and len(self._ids[0]) < len(self._prompts[0].input_ids) else self.prefill()
+
     def prefill(self) -> Prefill | None:
         """The prompt, computed now if it was not before; None where everyone computes it."""
         if self._made is None and self._shared:
@@ -119,16 +130,16 @@ class SharedPrompt:
         """The latest prompt computed, for a next one with the same context."""
         return self._made or self._before
 
-    def _is_own(self, run: Run, single: bool) -> bool:
-        if not self._shared:
-            return True
+    def _is_own(self, run: Run, batches: bool) -> bool:
+        if not self._shared or batches:
+            return not self._shared
         longest = _longest_own(run)
         if longest:
-            return single and len(self._prompts[0].input_ids) > LONGER * longest
-        return single and len(run.rows) == run.config.examples - 1
+            return len(self._prompts[0].input_ids) > LONGER * longest
+        return len(run.rows) == run.config.examples - 1
 
-    def _can_begin(self, run: Run, single: bool) -> bool:
-        return single and not self._reused and not _longest_own(run) and self._recording[run.config.hash]
+    def _can_begin(self, run: Run) -> bool:
+        return not self._reused and not _longest_own(run) and self._recording[run.config.hash]
 
     def _records(self, config: RunConfig, session: Session) -> bool:
         whole = config.question == "aware" or len(self._ids[0]) == len(self._prompts[0].input_ids)
@@ -141,7 +152,7 @@ class SharedPrompt:
         longest = max(map(len, self._ids))
         queries = longest if self._window is None else min(self._window, longest)
         token = token_bytes(self._loaded.model) * len(self._ids)
-        return token * longest + token * queries * text.num_attention_heads // (2 * groups) <= spool_room()
+        return bool(token * longest + token * queries * text.num_attention_heads // (2 * groups) <= spool_room())
 
 
 def _windows(sessions: Iterable[Session], loaded: LoadedModel) -> list[int | None]:

@@ -20,7 +20,8 @@ from kvbench.models import DEFAULT_MODEL, LoadedModel, check_device, load_model
 from kvbench.plugins import registry
 from kvbench.runs.memory import capacity
 from kvbench.runs.results import RunConfig, read, read_rows
-from kvbench.runs.runner import Request, execute, plan, prompt_of
+from kvbench.runs.runner import Request, execute, plan
+from kvbench.runs.sharing import prompt_of
 
 
 class _Strict(BaseModel):
