@@ -6,7 +6,6 @@ which no index saw.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvbench import figures
+from kvbench import figures, spreadsheet
 from kvbench.capture.files import Capture, CapturedLayer
 from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
@@ -461,19 +460,18 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "rows.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows({**row, "params": json.dumps(row["params"], sort_keys=True)} for row in content["rows"])
+            rows = [{**row, "params": json.dumps(row["params"], sort_keys=True)} for row in content["rows"]]
+            spreadsheet.write_table(file, rows, COLUMNS)
         points = [point for entry in content["summary"] for point in entry["curve"]]
         with (folder / "curves.csv").open("w", encoding="utf-8", newline="") as file:
             names = [name for name in points[0] if not name.endswith("_ci95")]
             ends = [f"{name}_{end}" for name in ("recall", "scanned", "us_per_query") for end in ("low", "high")]
-            plain = csv.writer(file)
-            plain.writerow([*names, *ends])
+            lines = []
             for point in points:
                 bounds = [bound for name in ("recall", "scanned", "us_per_query")
                           for bound in point[f"{name}_ci95"] or ("", "")]  # fmt: skip
-                plain.writerow([*("" if point[name] is None else point[name] for name in names), *bounds])
+                lines.append([*("" if point[name] is None else point[name] for name in names), *bounds])
+            spreadsheet.write_rows(file, lines, [*names, *ends])
         draw(content, folder)
         (folder / "index.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
     except OSError as error:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from test_tasks import make_tokenizer
+from test_tasks import THINKS, make_tokenizer
 from tiny import tiny_model
 
 from kvbench.plugins import registry
@@ -62,6 +62,24 @@ def test_run_prints_a_table_and_names_its_folders(run, tmp_path):
         json.loads((tmp_path / "out" / folders[1] / "run.json").read_text())["config"]["policy_options"]["page_size"]
         == 8
     )
+
+
+def test_run_says_that_a_thinking_template_gets_no_answer_prefix(kvbench, tmp_path):
+    folder, tokenizer = tmp_path / "thinker", make_tokenizer(THINKS)
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    small = ("--model", folder, "--context-length", 512, "--examples", 2, "--output", tmp_path / "out")
+    code, out, _ = kvbench("run", *small, "--policy", "full")
+    assert code == 0
+    note = "2 without the answer prefix, since the chat template opens a thinking block"
+    assert note in " ".join(out.split())
+    (found,) = (tmp_path / "out").iterdir()
+    rows = [json.loads(line) for line in (found / "examples.jsonl").read_text().splitlines()]
+    assert {row["info"]["prefix_left_out"] for row in rows} == {"the chat template opens a thinking block"}
+    code, out, _ = kvbench("run", *small, "--policy", "full", "--task-option", "thinking_prefix=true", "--json")
+    (document,) = json.loads(out)["runs"]
+    assert (code, document["metrics"]["prefix_left_out_examples"]) == (0, 0)
+    assert document["config"]["task_options"]["thinking_prefix"] is True
 
 
 def test_a_finished_baseline_is_reused_and_another_configuration_gets_another_folder(run, tmp_path):

@@ -91,6 +91,14 @@ def test_exports_hold_the_same_rows(rows, kvbench, folder, tmp_path):
     ]
 
 
+def test_a_name_that_looks_like_a_formula_is_text_in_the_exported_csv(kvbench, tmp_path):
+    store(tmp_path / "runs", [1, 0], policy="=cmd|' /C calc'!A0", budget=None)
+    assert kvbench("leaderboard", tmp_path / "runs", "--export", tmp_path / "board.csv")[0] == 0
+    with (tmp_path / "board.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["policy"], row["accuracy"], row["ratio"]) == ("'=cmd|' /C calc'!A0", "0.5", "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -297,13 +297,14 @@ def test_seeds_are_runs_of_their_own_and_truncated_examples_are_counted(copied, 
     edit(other, config={"seed": 7})
     rows = [json.loads(line) for line in (other / "examples.jsonl").read_text().splitlines()]
     for row in rows[:2]:
-        row["info"]["truncated_tokens"] = 12
+        row["info"] |= {"truncated_tokens": 12, "prefix_left_out": "why"}
     (other / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rescore(other, [1, 1, 0, 0, 0, 0])
     shown = Composed(copied)
     lines = "\n".join(line for line, _ in shown.content.glance)
     assert "full, seed 7 scores 33.3% on 6 examples; full, seed 42 scores 83.3% on 6 examples" in lines
     assert "cut to fit the context: 2 of full, seed 7" in lines
+    assert lines.count("no answer prefix was given, since the chat template opens a thinking block") == 1
     assert "Seed" in [column.title for column in shown.content.board.columns]
     assert shown.rows["quest", "512"]["difference"] == pytest.approx(-1 / 6)  # against the same seed
 

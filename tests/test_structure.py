@@ -66,11 +66,12 @@ def test_no_folder_is_part_of_an_import_circle():
         ("contract", set()),
         ("plugins", {"contract"}),
         ("kernels", {"contract"}),
-        ("engine", {"contract", "plugins", "kernels"}),
+        ("chat", {"contract"}),
+        ("engine", {"contract", "plugins", "kernels", "chat"}),
         ("reading", {"contract"}),
         ("indexes", {"contract", "reading"}),
         ("strategies", {"contract", "indexes", "reading", "kernels"}),
-        ("tasks", {"contract", "reading"}),
+        ("tasks", {"contract", "reading", "chat"}),
     ],
 )
 def test_a_room_imports_only_what_it_may(room, allowed):

@@ -1,5 +1,6 @@
 """The contract of tasks, and RULER's needle tasks."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -117,6 +118,60 @@ def test_without_a_template_a_tokenizer_without_bos_gets_none():
     assert tokenizer.decode(prompt.input_ids) == "Some context.\nWhat is it?"
 
 
+THINKS = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "opened"),
+    [
+        (THINKS, "<think>\n"),
+        (THINKS.replace("<think>\n", "<think>"), "<think>"),
+        (THINKS.replace("<think>", "<seed:think>"), "<seed:think>\n"),
+    ],
+)
+def test_a_turn_that_begins_inside_a_thinking_block_gets_no_answer_prefix(template, opened):
+    tokenizer = make_tokenizer(template)
+    example = Example("x/1", "Some context.\n", "What is it?", "It is", ("7",), 8)
+    prompt = encode(tokenizer, example)
+    header = f"<bos><|turn|>user\nSome context.\nWhat is it?<|end|>\n<|turn|>assistant\n{opened}"
+    assert (tokenizer.decode(prompt.input_ids), prompt.prefix_left_out) == (header, True)
+    assert prompt_length(tokenizer, example) == len(prompt.input_ids)
+    told = encode(tokenizer, dataclasses.replace(example, thinking_prefix=True))
+    assert (tokenizer.decode(told.input_ids), told.prefix_left_out) == (header + "It is", False)
+    assert not encode(tokenizer, dataclasses.replace(example, answer_prefix="")).prefix_left_out
+
+
+def test_a_thinking_block_that_the_template_closes_changes_nothing():
+    tokenizer = make_tokenizer(THINKS.replace("<think>\n", "<think>\n\n</think>\n\n"))
+    prompt = encode(tokenizer, Example("x/1", "A <think> is text.\n", "What is it?", "It is", ("7",), 8))
+    assert tokenizer.decode(prompt.input_ids).endswith("assistant\n<think>\n\n</think>\n\nIt is")
+    assert not prompt.prefix_left_out
+    assert not encode(make_tokenizer(), Example("x/1", "A <think> is text.\n", "", "It", ("7",), 8)).prefix_left_out
+
+
+def test_the_option_thinking_prefix_reaches_the_examples():
+    tokenizer = make_tokenizer(THINKS)
+    for option in (False, True):
+        task = NiahSingle1(NiahSingle1.Options(thinking_prefix=option))
+        (example,) = task.examples(tokenizer, context_length=512, count=1, seed=1)
+        text = tokenizer.decode(encode(tokenizer, example).input_ids)
+        assert text.endswith(example.answer_prefix if option else "<think>\n")
+        assert 0.9 * 512 <= prompt_length(tokenizer, example) + example.max_new_tokens <= 512
+
+
+def test_solved_questions_are_turns_of_their_own_and_belong_to_the_context(tokenizer, plain_tokenizer):
+    example = Example("x/1", "Two.\n", "And?", " It is", ("7",), 8, solved=(("One.\nAnd?", " It is 1"),))
+    prompt = encode(tokenizer, example)
+    assert tokenizer.decode(prompt.input_ids) == (
+        "<bos><|turn|>user\nOne.\nAnd?<|end|>\n<|turn|>assistant\nIt is 1<|end|>\n"
+        "<|turn|>user\nTwo.\nAnd?<|end|>\n<|turn|>assistant\n It is"
+    )
+    assert tokenizer.decode(prompt.input_ids[: prompt.context_tokens]).endswith("<|turn|>user\nTwo.\n")
+    plain = encode(plain_tokenizer, example)
+    assert plain_tokenizer.decode(plain.input_ids) == "<bos>One.\nAnd? It is 1\nTwo.\nAnd? It is"
+    assert plain_tokenizer.decode(plain.input_ids[: plain.context_tokens]) == "<bos>One.\nAnd? It is 1\nTwo.\n"
+
+
 def test_a_token_across_the_border_belongs_to_the_question(tokenizer):
     whole = tokenizer(" statement", add_special_tokens=False)["input_ids"]
     assert len(whole) == 1, "the test needs a word that is one token"
@@ -149,7 +204,8 @@ def test_both_parts_are_exactly_the_whole_prompt(tokenizer, plain_tokenizer, *, 
         whole = used(before + after, add_special_tokens=False)["input_ids"]
         assert f"<bos><|turn|>user\n{context.lstrip()}".startswith(before)
     else:
-        assert before + after == f"<bos>{context}{question}" + (f" {prefix}" if prefix else "")
+        between = " " if prefix and not prefix[0].isspace() else ""
+        assert before + after == f"<bos>{context}{question}{between}{prefix}"
         whole = [0, *used((before + after).removeprefix("<bos>"), add_special_tokens=False)["input_ids"]]
         assert f"<bos>{context}".startswith(before)
     assert prompt.input_ids == whole
@@ -230,8 +286,10 @@ def test_niah_single_1_has_the_published_wording(tokenizer):
     assert lines.count(NOISE) == len(lines) - 1 == example.info["haystack_units"]
     assert NOISE == "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
     assert example.question == f"What is the special magic number for {key} mentioned in the provided text?"
-    assert example.answer_prefix == f"The special magic number for {key} mentioned in the provided text is"
+    assert example.answer_prefix == f" The special magic number for {key} mentioned in the provided text is"
     assert example.max_new_tokens == 128
+    (old,) = NiahSingle1(NiahSingle1.Options(release="2024")).examples(tokenizer, context_length=1024, count=1, seed=42)
+    assert old.answer_prefix == example.answer_prefix.strip()
 
 
 def test_niah_multiquery_has_the_published_plural_wording(tokenizer):
@@ -242,7 +300,7 @@ def test_niah_multiquery_has_the_published_plural_wording(tokenizer):
     )
     keys = re.search(r"What are all the special magic numbers for (.*) mentioned in", example.question).group(1)
     names = re.fullmatch(r"(.+), (.+), (.+), and (.+)", keys).groups()
-    assert example.answer_prefix == f"The special magic numbers for {keys} mentioned in the provided text are"
+    assert example.answer_prefix == f" The special magic numbers for {keys} mentioned in the provided text are"
     for name, value in zip(names, example.references, strict=True):
         assert f"One of the special magic numbers for {name} is: {value}." in example.context
 

@@ -56,13 +56,23 @@ def test_a_context_too_small_is_an_error(tokenizer, task):
 # RULER
 
 
-def test_vt_has_the_published_wording_and_one_chain(tokenizer):
-    example = one(VariableTracking, tokenizer, length=2048)
-    demonstration, text = example.context.split("\n\n\n\n")
+def of_release(task, release, tokenizer, length):
+    made = task(task.Options(release=release))
+    return next(iter(made.examples(tokenizer, context_length=length, count=1, seed=42)))
+
+
+@pytest.mark.parametrize("release", ["2024", "2025"])
+def test_vt_has_the_published_wording_and_one_chain(tokenizer, release):
+    old = release == "2024"
+    example = of_release(VariableTracking, release, tokenizer, 2048)
     opening = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
+    empty, demonstration, text = example.context.split(opening)
+    assert empty == ""
+    assert re.search(r"[A-Z](\n+)$", demonstration).group(1) == ("\n\n\n\n" if old else "\n\n")
+    demonstration = demonstration.rstrip("\n")
+    space = " " if old else "\n"
     for part, letters, answer in ((demonstration, 3, None), (text, 5, example.references)):
-        assert part.startswith(opening)
-        start = re.search(rf"VAR ([A-Z]{{{letters}}}) = (\d{{5}}) ", part)
+        start = re.search(rf"VAR ([A-Z]{{{letters}}}) = (\d{{5}}){space}", part)
         chain = [start.group(1)]
         for name, before in re.findall(rf"VAR ([A-Z]{{{letters}}}) = VAR ([A-Z]{{{letters}}}) ", part):
             assert before == chain[-1]
@@ -70,37 +80,73 @@ def test_vt_has_the_published_wording_and_one_chain(tokenizer):
         assert len(set(chain)) == 5
         assert answer is None or tuple(chain) == answer
         asked = part if answer is None else part + example.question
-        assert f"Question: Find all variables that are assigned the value {start.group(2)} in the text above." in asked
+        assert (
+            f"\nQuestion: Find all variables that are assigned the value {start.group(2)} in the text above." in asked
+        )
+    assigned = "assgined" if old else "assigned"
+    value = re.search(r"variables are \w+ the value (\d+)", demonstration).group(1)
     assert demonstration.endswith(
-        f"5 variables are assgined the value {demonstration.split('value ')[1][:5]}, they are: "
+        f" in the text above. Answer: According to the chain(s) of variable assignment in the text above, 5 variables "
+        f"are {assigned} the value {value}, they are: {'' if old else ' '}"
         + " ".join(re.findall(r"VAR ([A-Z]{3}) =", demonstration))
     )
-    assert example.answer_prefix.startswith(
-        "Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assgined the "
+    value = re.search(r"the value (\d+)", example.question).group(1)
+    assert example.answer_prefix == (
+        f"{'' if old else ' '}Answer: According to the chain(s) of variable assignment in the text above, 5 variables "
+        f"are {assigned} the value {value}, they are:{'' if old else ' '}"
     )
     assert text.count(NOISE) == example.info["haystack_units"]
     assert example.max_new_tokens == 30
 
 
+def test_vt_has_each_assignment_on_its_own_line(tokenizer):
+    lines = one(VariableTracking, tokenizer, length=2048).context.split("\n")
+    assert sum(re.fullmatch(r"VAR [A-Z]{3,5} = (\d{5}|VAR [A-Z]{3,5} )", line) is not None for line in lines) == 10
+    assert all(line == NOISE for line in lines if "grass" in line)
+
+
+@pytest.mark.parametrize("release", ["2024", "2025"])
 @pytest.mark.parametrize(("length", "common", "other"), [(2048, 6, 1), (8192, 30, 3)])
-def test_cwe_repeats_ten_words(tokenizer, length, common, other):
-    example = one(CommonWords, tokenizer, length=length)
+def test_cwe_repeats_ten_words(tokenizer, length, common, other, release):
+    example = of_release(CommonWords, release, tokenizer, length)
     opening = (
         "Below is a numbered list of words. In these words, some appear more often than others. "
         "Memorize the ones that appear most often.\n"
     )
     question = "Question: What are the 10 most common words in the above list?"
-    empty, solved, listed = example.context.split(opening)
-    assert empty == ""
+    prefix = "Answer: The top 10 words that appear most often in the list are:"
     assert example.question == question
-    assert example.answer_prefix == "Answer: The top 10 words that appear most often in the list are:"
-    assert f"{question} {example.answer_prefix}1. " in solved
+    if release == "2024":
+        empty, solved, listed = example.context.split(opening)
+        assert empty == ""
+        assert example.solved == ()
+        assert example.answer_prefix == prefix
+        assert f"{question} {prefix}1. " in solved
+    else:
+        empty, listed = example.context.split(opening)
+        ((asked, answer),) = example.solved
+        assert empty == ""
+        assert asked.startswith(f"{opening}1. ")
+        assert asked.endswith(f"\n{question}")
+        assert example.answer_prefix == f" {prefix}"
+        assert re.fullmatch(re.escape(f" {prefix}") + r"( \d+\. \S+( \S+)*?){10}", answer)
+        text = tokenizer.decode(encode(tokenizer, example).input_ids)
+        assert f"{question}<|end|>\n<|turn|>assistant\n{prefix} 1. " in text  # the test's template trims
+        assert text.endswith(f"{question}<|end|>\n<|turn|>assistant\n {prefix}")
     found = [entry.strip() for entry in re.split(r"(?:^| )\d+\. ", listed)[1:]]
     counts = {word: found.count(word) for word in found}
     assert {word for word, count in counts.items() if count == common} == set(example.references)
     assert len(example.references) == 10
     assert set(counts.values()) == {common, other}
     assert len(counts) == example.info["haystack_units"]
+
+
+@pytest.mark.parametrize("task", [*RULER, Squad, HotpotQA, NeedleGrid])
+def test_release_is_an_option_of_every_task_of_ruler(task):
+    assert task().options.release == "2025"
+    assert task(task.Options(release=2024)).options.release == "2024"
+    with pytest.raises(ValueError, match="release"):
+        task.Options(release="2023")
 
 
 @pytest.mark.parametrize("length", [700, 2048, 8192])
@@ -169,7 +215,7 @@ def test_qa_1_shows_the_paragraph_among_those_of_its_article_and_others(tokenize
         assert len(shown) == len(set(shown)) == example.info["haystack_units"]
         assert {f"{name.split('.')[0]}.{p}" for p in range(3)} < set(shown)
         assert example.references == (f"paragraph {name}", f"number {name}")
-        assert (example.answer_prefix, example.max_new_tokens) == ("Answer:", 32)
+        assert (example.answer_prefix, example.max_new_tokens) == (" Answer:", 32)
         assert 0.9 * 2048 <= prompt_length(tokenizer, example) + 32 <= 2048
         assert Squad().score(f" Number {name}.", example) == 1.0
         asked.add(name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbench import figures
+from kvbench import figures, spreadsheet
 from kvbench.analysis.studies import runs
 from kvbench.capture.files import Capture
 from kvbench.contract.analysis import Analysis, Row, Tables
@@ -79,9 +78,7 @@ def write(document: Mapping[str, Any], folder: Path) -> None:
         for table, rows in tables.items():
             target = folder / (f"{name}.csv" if table == "rows" else f"{name}-{table}.csv")
             with target.open("w", encoding="utf-8", newline="") as file:
-                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-                writer.writeheader()
-                writer.writerows(rows)
+                spreadsheet.write_table(file, rows)
         text = json.dumps(document, indent=1, allow_nan=False)
         (folder / f"{name}.json").write_text(text + "\n", "utf-8")
         analysis: Analysis = registry().make("analysis", name, document["options"])

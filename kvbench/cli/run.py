@@ -191,10 +191,11 @@ def _budget(documents: list[dict[str, Any]]) -> str:
 def _provenance(documents: list[dict[str, Any]]) -> str:
     document = documents[0]
     config, environment, metrics = document["config"], document["environment"], document["metrics"]
-    cut = metrics.get("truncated_examples")
+    cut, unled = metrics.get("truncated_examples"), metrics.get("prefix_left_out_examples")
     return (
         f"{metrics['accuracy']['n']} examples"
         + (f" ({cut} with the middle of the context cut out)" if cut else "")
+        + (f" ({unled} without the answer prefix, since the chat template opens a thinking block)" if unled else "")
         + f", seed {config['seed']}, question {config['question']}, "
         f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
         f"{environment['device_name']}, {environment['threads']} threads; "

@@ -10,6 +10,7 @@ from typing import Any
 
 import duckdb
 
+from kvbench import spreadsheet
 from kvbench.contract.errors import KVBenchError
 from kvbench.runs.results import find_runs, read
 
@@ -110,7 +111,8 @@ def export(found: duckdb.DuckDBPyRelation, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         match file.suffix:
             case ".csv":
-                found.write_csv(str(file))
+                with file.open("w", encoding="utf-8", newline="") as opened:
+                    spreadsheet.write_rows(opened, found.fetchall(), found.columns, lineterminator="\n")
             case ".parquet":
                 found.write_parquet(str(file))
             case ".md":

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
-from kvbench.contract.extension import Extension
+from kvbench.contract.extension import Extension, Options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,9 @@ class Example:
     The user's turn is `context` followed by `question`; `answer_prefix` begins the assistant's turn; the model then
     writes at most `max_new_tokens` tokens. `info` says where the example comes from (text and its hash, depth in
     percent, ...). Without `chat` the text is given as it is, without the tokenizer's chat template, as some benchmarks
-    have it for completions and few-shot examples.
+    have it for completions and few-shot examples. `solved` are questions with their answers before it, each a turn of
+    the user and one of the assistant; they count as context. An assistant's turn that begins inside a thinking block
+    gets no answer prefix, unless `thinking_prefix`.
     """
 
     id: str
@@ -33,21 +35,44 @@ class Example:
     max_new_tokens: int
     info: dict[str, str | int | float] = field(default_factory=dict)
     chat: bool = True
+    solved: tuple[tuple[str, str], ...] = ()
+    thinking_prefix: bool = False
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a whole prompt: the first `context_tokens` are the context, the rest the question and after."""
+    """Token ids of a whole prompt: the first `context_tokens` are the context, the rest the question and after.
+
+    `prefix_left_out` says that the example has an answer prefix which was not given, since the turn begins with a
+    thinking block.
+    """
 
     input_ids: list[int]
     context_tokens: int
+    prefix_left_out: bool = False
+
+
+class TaskOptions(Options):
+    """What every task with an answer prefix lets users choose."""
+
+    thinking_prefix: bool = Field(
+        default=False,
+        description="Give the answer prefix inside a thinking block, too, where the chat template opens one.",
+    )
 
 
 class Task(Extension, ABC):
     """A source of examples with a score; third parties subclass it and register the class with `kvbench_tasks`."""
 
+    Options: ClassVar[type[BaseModel]] = TaskOptions
+
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options = self.Options() if options is None else options
+
+    @property
+    def thinking_prefix(self) -> bool:
+        """The option of that name, for the examples that the task makes."""
+        return bool(getattr(self.options, "thinking_prefix", False))
 
     @abstractmethod
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kvbench import figures
+from kvbench import figures, spreadsheet
 from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting, budget_text, labels
 from kvbench.report.commands import analyze_command, run_command
 
@@ -83,9 +82,7 @@ def write(chart: Chart, folder: Path) -> list[Path]:
         with figures.drawing(folder, chart.name, chart.size) as figure:
             chart.paint(figure)
     with (folder / f"{chart.name}.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in chart.rows for key in row)))
-        writer.writeheader()
-        writer.writerows(chart.rows)
+        spreadsheet.write_table(file, chart.rows)
     return [folder / f"{chart.name}.{ending}" for ending in ("svg", "png", "csv")]
 
 

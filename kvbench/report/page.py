@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import hashlib
 import io
 import re
@@ -17,6 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from kvbench import spreadsheet
 from kvbench.report.charts import MIB, Chart, Row, model_text, setting_text
 from kvbench.report.collect import BASELINE, Collection, ReportRun, budget_text, labels
 from kvbench.report.commands import analyze_command, run_command
@@ -180,6 +180,8 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
         if any(cut.values()):
             which = ", ".join(f"{examples} of {name}" for name, examples in cut.items() if examples)
             lines.append((f"{where}: examples whose text was cut to fit the context: {which}.", ""))
+        if any(run.metrics.get("prefix_left_out_examples") for run in runs):
+            lines.append((f"{where}: no answer prefix was given, since the chat template opens a thinking block.", ""))
         if alone:
             which = ", ".join(names[id(run)] for run in alone)
             command = run_command({**alone[0].config, "policy": BASELINE, "policy_options": {}, "budget": None},
@@ -417,9 +419,7 @@ def markdown(content: Content) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Rows as CSV."""
     target = io.StringIO()
-    writer = csv.DictWriter(target, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    spreadsheet.write_table(target, rows, lineterminator="\n")
     return target.getvalue()
 
 

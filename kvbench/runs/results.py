@@ -373,6 +373,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),
         "probed_examples": len(probed),
         "truncated_examples": sum("truncated_tokens" in row.get("info", {}) for row in rows),
+        "prefix_left_out_examples": sum("prefix_left_out" in row.get("info", {}) for row in rows),
         "probe_overhead": _probe_overhead(rows),
         "budget_tokens": _mean([row["budget_tokens"] for row in rows if row.get("budget_tokens")]),
         "attended_bytes": _product(measured.get("attended_tokens"), _mean([row.get("token_bytes", 0) for row in rows])),

@@ -36,6 +36,10 @@ WARM_UP_TOKENS = 18
 """Tokens after the prompt before measuring: enough for a policy that takes up new tokens by sixteen to do so once."""
 
 
+_PREFIX_LEFT_OUT = {"prefix_left_out": "the chat template opens a thinking block"}
+"""In an example's `info` where that is so."""
+
+
 AnyTask = Task | ForcedTask
 AnyExample = Example | TokenExample
 
@@ -309,7 +313,7 @@ def _measure(
             "step_s": result.step_s,
             "bytes": result.bytes,
             "peak_memory_bytes": peak.bytes if prefilled is None else None,
-            "info": dict(example.info),
+            "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
         }
         if prefilled is not None:
             row["reused_tokens"] = prefilled.reused

@@ -54,6 +54,7 @@ class LongCode(Task):
                     references=(rest.strip(),),
                     max_new_tokens=size + size // 10,
                     info={"haystack": "functions", "haystack_units": functions, "answer_tokens": size},
+                    thinking_prefix=self.thinking_prefix,
                 )
 
             yield fill(tokenizer, build, context_length=context_length)

@@ -15,13 +15,12 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-import kvbench.contract.extension
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.task import Example, Task
+from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.prompts import prompt_length
 
 
-class FileOptions(kvbench.contract.extension.Options):
+class FileOptions(TaskOptions):
     """Where the published files are."""
 
     path: str = Field(default="", description="Folder of the published files, or one of them; otherwise KVBENCH_DATA.")

@@ -70,6 +70,7 @@ class _NoiseTask(InfiniteBenchTask):
             answer_prefix=f"The {self.wanted} is",
             references=(digits,),
             max_new_tokens=self.max_new_tokens,
+            thinking_prefix=self.thinking_prefix,
             info={
                 "haystack": "noise",
                 "haystack_units": units,
@@ -136,6 +137,7 @@ class KVRetrieval(InfiniteBenchTask):
             answer_prefix="The value associated with the specified key is:",
             references=(pairs[key],),
             max_new_tokens=50,
+            thinking_prefix=self.thinking_prefix,
             info={"haystack": "uuid pairs", "haystack_units": units, "depth": round(100 * position / units, 2)},
         )
 
@@ -181,6 +183,7 @@ class MathFind(InfiniteBenchTask):
             answer_prefix=f"The {kind} of the list is:",
             references=(f"{answer:g}",),
             max_new_tokens=3,
+            thinking_prefix=self.thinking_prefix,
             info={"haystack": "integers", "haystack_units": units, "kind": kind},
         )
 
@@ -229,6 +232,7 @@ class CodeRun(InfiniteBenchTask):
             answer_prefix=f"The value of {call} is",
             references=(str(result),),
             max_new_tokens=5,
+            thinking_prefix=self.thinking_prefix,
             info={"haystack": "functions", "haystack_units": len(steps), "call_depth": depth},
         )
 

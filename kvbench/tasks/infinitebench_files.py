@@ -25,7 +25,12 @@ class InfiniteBenchFile(FileTask):
         references = self.answers(row)
         if not references:
             raise ValueError("no answer")
-        return [Example(name, context, question, answer_prefix, references, self.max_new_tokens)]
+        return [
+            Example(
+                name, context, question, answer_prefix, references, self.max_new_tokens,
+                thinking_prefix=self.thinking_prefix,
+            )
+        ]  # fmt: skip
 
     @abstractmethod
     def prompt(self, row: Any) -> tuple[str, str, str]:
@@ -91,7 +96,7 @@ class BookSummary(InfiniteBenchFile):
 
 
 class Dialogue(InfiniteBenchFile):
-    """En.Dia: the character whose name is masked in a script."""
+    """En.Dia: the character whose name is masked in a script; the references are the character's names."""
 
     name = "infinitebench_longdialogue_qa_eng"
     summary = "∞-Bench En.Dia: name a masked character of a script (needs its published file)"
@@ -107,9 +112,9 @@ class Dialogue(InfiniteBenchFile):
         )
 
     def score(self, prediction: str, example: Example) -> float:
-        """1 if the first name given for the character is among the words of the prediction, else 0."""
-        words = re.sub(r"[\n:\"'.,?!{}]", " ", prediction).upper().split()
-        return float(example.references[0].upper() in words)
+        """1 if any of the character's names, of however many words, is in the prediction, ignoring case, else 0."""
+        text = prediction.upper()
+        return float(any(name.upper() in text for name in example.references))
 
 
 class _Choice(InfiniteBenchFile):
@@ -142,8 +147,9 @@ class BookChoice(_Choice):
         )
 
     def score(self, prediction: str, example: Example) -> float:
-        """1 if the letter that the answer begins with, names after «answer is» or holds first is the right one."""
-        return float(choice_right(prediction, example.references))
+        """1 if the last letter that stands alone in a line is the right one, or else what `choice_right` says."""
+        letter = _last_letter(prediction, _LETTERS)
+        return float(letter in example.references or choice_right(prediction, example.references))
 
 
 class CodeDebug(_Choice):
@@ -164,20 +170,31 @@ class CodeDebug(_Choice):
         )
 
     def score(self, prediction: str, example: Example) -> float:
-        """1 if the answer begins with the right letter and a mark, or names letter or function after «is:»."""
+        """1 if the last letter that stands alone is the right one, or the answer begins with or names the function."""
         name, letter = example.references
-        text = prediction.strip()
-        if text[:2] in (f"{letter}.", f"{letter}:"):
+        if _last_letter(prediction, "ABCDEFGHIJ") == letter:
             return 1.0
-        text = re.sub(" +", " ", re.sub(r"[\n`'\"\-*]|[Oo]ption", " ", text))
+        text = re.sub(" +", " ", re.sub(r"[\n`'\"\-*]|[Oo]ption", " ", prediction.strip()))
+        if text.startswith((letter, name)):
+            return 1.0
         for opening in ("answer is:", "is:", "answer:"):
             if opening in text:
                 return float(text.split(opening, 1)[1][1:].startswith((letter, name)))
         return 0.0
 
 
+def _last_letter(prediction: str, letters: str) -> str | None:
+    """The first of the `letters` that stands alone in the text with no other after it in its line."""
+    letter = rf"\b[{letters}]\b"
+    found = re.search(rf"{letter}(?!.*{letter})", prediction)
+    return found and found.group()
+
+
 def choice_right(prediction: str, references: Sequence[str]) -> bool:
-    """Judge an answer to a multiple choice as ∞-Bench does; the references are the right text and the right letter."""
+    """Judge an answer to a multiple choice as ∞-Bench first did, and SCBench does.
+
+    The references are the right text and the right letter.
+    """
     text = prediction.strip()
     if not text:
         return False

@@ -9,9 +9,8 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-import kvbench.contract.extension
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.task import Example, Task
+from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.metrics import METRICS
 from kvbench.tasks.prompts import prompt_length
 
@@ -47,7 +46,7 @@ class JsonLines(Task):
     name = "jsonl"
     summary = "Examples from your own JSONL file with input and outputs (--task-option path=FILE)"
 
-    class Options(kvbench.contract.extension.Options):
+    class Options(TaskOptions):
         """The file, and what its lines leave open: the metric and the most tokens to generate."""
 
         path: str = Field("", description="The file.")
@@ -75,6 +74,7 @@ class JsonLines(Task):
                 references=tuple(line.outputs),
                 max_new_tokens=line.max_new_tokens or self._options.max_new_tokens,
                 info={"haystack": file.name, "line": number, "metric": line.metric or self._options.metric},
+                thinking_prefix=self.thinking_prefix,
             )
             if (size := prompt_length(tokenizer, example) + example.max_new_tokens) > context_length:
                 raise KVBenchError(

@@ -1,8 +1,10 @@
 """Prompts as token ids: through the chat template, and filled to a length."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from kvbench import chat
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.task import Example, Prompt
 
@@ -18,46 +20,55 @@ def encode(tokenizer: Any, example: Example) -> Prompt:
     border between context and question counts as question.
     Raises KVBenchError for a tokenizer without character offsets or a chat template that changes the text.
     """
-    text, border, bos = _render(tokenizer, example)
+    rendered = _render(tokenizer, example)
     if not getattr(tokenizer, "is_fast", False):
         raise KVBenchError(
             f"The tokenizer {type(tokenizer).__name__} gives no character offsets, which kvbench needs to tell context "
             "from question: use a model with a fast tokenizer (tokenizer.json)."
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     context_tokens = 0
     for _, end in encoded["offset_mapping"]:
-        if end > border:
+        if end > rendered.border:
             break
         context_tokens += 1
-    return Prompt([*bos, *encoded["input_ids"]], len(bos) + context_tokens)
+    ids = [*rendered.bos, *encoded["input_ids"]]
+    return Prompt(ids, len(rendered.bos) + context_tokens, rendered.prefix_left_out)
 
 
 def prompt_length(tokenizer: Any, example: Example) -> int:
     """Count the tokens of an example's whole prompt, without those of the answer."""
-    text, _, bos = _render(tokenizer, example)
-    return len(bos) + len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    rendered = _render(tokenizer, example)
+    return len(rendered.bos) + len(tokenizer(rendered.text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _render(tokenizer: Any, example: Example) -> tuple[str, int, list[int]]:
-    """Give the prompt's text, the position where the question begins, and the ids to put before it."""
-    content = example.context + example.question
+@dataclass(frozen=True)
+class _Rendered:
+    text: str
+    border: int
+    """Where the question begins in the text."""
+    bos: tuple[int, ...] = ()
+    """Ids to put before the text's."""
+    prefix_left_out: bool = False
+
+
+def _render(tokenizer: Any, example: Example) -> _Rendered:
+    content, prefix = example.context + example.question, example.answer_prefix
     if not content.strip():
         raise KVBenchError(f"Example {example.id} has neither context nor question: give it some text.")
-    if not (example.chat and getattr(tokenizer, "chat_template", None)):
+    if not (example.chat and chat.has_template(tokenizer)):
         bos = tokenizer.bos_token_id
         adds_bos = bos is not None and tokenizer("", verbose=False)["input_ids"][:1] == [bos]
-        text = f"{content} {example.answer_prefix}" if example.answer_prefix else content
-        return text, len(example.context), [bos] if adds_bos else []
-    header = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}],
-        tokenize=False,
-        add_generation_prompt=True,
-        # Template variables of some families: a thinking block cannot follow the answer prefix, and the templates that
-        # print today's date would change the prompt every day.
-        enable_thinking=False,
-        date_string="26 Jul 2024",
-    )
+        before = "".join(f"{_joined(question, answer)}\n" for question, answer in example.solved)
+        return _Rendered(
+            before + _joined(content, prefix), len(before) + len(example.context), (bos,) if adds_bos else ()
+        )
+    turns = [
+        {"role": role, "content": text}
+        for pair in example.solved
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    header = chat.render(tokenizer, [*turns, {"role": "user", "content": content}])
     # Templates may strip the message, but nothing else.
     start = header.rfind(content.strip())
     if start < 0:
@@ -66,7 +77,14 @@ def _render(tokenizer: Any, example: Example) -> tuple[str, int, list[int]]:
             "told apart: use a tokenizer whose template keeps the message as it is."
         )
     border = start + len(example.context) - (len(content) - len(content.lstrip()))
-    return header + example.answer_prefix, border, []
+    thinks = chat.ends_in_thinking(header[start + len(content.strip()) :])
+    left_out = bool(prefix) and thinks and not example.thinking_prefix
+    return _Rendered(header + ("" if left_out else prefix), border, prefix_left_out=left_out)
+
+
+def _joined(text: str, answer: str) -> str:
+    """A question and the beginning of its answer as plain text, with white space between them."""
+    return f"{text} {answer}" if answer and not answer[0].isspace() else text + answer
 
 
 def fill(

@@ -7,10 +7,9 @@ from collections.abc import Container, Iterator
 from itertools import cycle, islice
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, Field, field_validator
 
-import kvbench.contract.extension
-from kvbench.contract.task import Example, Task
+from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.files import FileOptions
 from kvbench.tasks.metrics import string_match_all
 from kvbench.tasks.prompts import fill
@@ -18,6 +17,29 @@ from kvbench.tasks.texts import NOISE, Text, essays, words
 
 DEPTHS = tuple(round(100 * step / 39) for step in range(40))
 """40 evenly spaced depths in percent."""
+
+Release = Annotated[
+    Literal["2025", "2024"], BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)
+]
+"""Which of RULER's wordings."""
+
+
+class ReleaseOptions(TaskOptions):
+    """Which of RULER's wordings to use."""
+
+    release: Release = Field(
+        default="2025",
+        description="RULER's wording: the present one (since May 2025), or the one before.",
+    )
+
+    def prefix(self, text: str) -> str:
+        """The answer prefix as the release has it: the present one puts a space before it."""
+        return f" {text}" if self.release == "2025" else text
+
+
+class RulerFileOptions(FileOptions, ReleaseOptions):
+    """RULER's wording, and where the essays are."""
+
 
 NEEDLE = "One of the special magic {values} for {key} is: {value}."
 
@@ -30,7 +52,7 @@ class NeedleTask(Task):
     """
 
     reference = "RULER, arXiv:2404.06654"
-    Options: ClassVar[type[BaseModel]] = FileOptions
+    Options: ClassVar[type[BaseModel]] = RulerFileOptions
     haystack: ClassVar[Literal["noise", "essays", "needles"]] = "essays"
     key_type: ClassVar[Literal["words", "uuids"]] = "words"
     value_type: ClassVar[Literal["numbers", "uuids"]] = "numbers"
@@ -109,10 +131,13 @@ class NeedleTask(Task):
                 f"text. Make sure to memorize it. I will quiz you about the {noun} afterwards.\n{body}\n"
             ),
             question=f"What {are_all} the special magic {noun} for {query} mentioned in the provided text?",
-            answer_prefix=f"The special magic {noun} for {query} mentioned in the provided text {are}",
+            answer_prefix=cast("ReleaseOptions", self.options).prefix(
+                f"The special magic {noun} for {query} mentioned in the provided text {are}"
+            ),
             references=tuple(value for key in asked for value in keys[key]),
             max_new_tokens=128,
             info=info,
+            thinking_prefix=self.thinking_prefix,
         )
 
     def _new_key(self, rng: random.Random, taken: Container[str]) -> str:
@@ -141,7 +166,7 @@ class NiahSingle1(NeedleTask):
 
     name = "niah_single_1"
     summary = "RULER: find one number in repeated noise sentences"
-    Options = kvbench.contract.extension.Options
+    Options = ReleaseOptions
     haystack = "noise"
 
 
@@ -159,7 +184,7 @@ class NeedleGrid(NeedleTask):
     summary = "One number in essays at chosen depths in turn: depth by length with a run for each length"
     reference = "RULER, arXiv:2404.06654; github.com/gkamradt/LLMTest_NeedleInAHaystack"
 
-    class Options(FileOptions):
+    class Options(RulerFileOptions):
         """Where the needles are, and the essays."""
 
         depths: tuple[Annotated[float, Field(ge=0, le=100)], ...] = Field(
@@ -197,7 +222,7 @@ class NiahMultikey2(NeedleTask):
 
     name = "niah_multikey_2"
     summary = "RULER: find one number in a haystack made of needles"
-    Options = kvbench.contract.extension.Options
+    Options = ReleaseOptions
     haystack = "needles"
 
 
@@ -206,7 +231,7 @@ class NiahMultikey3(NeedleTask):
 
     name = "niah_multikey_3"
     summary = "RULER: find one UUID by a UUID in a haystack made of needles"
-    Options = kvbench.contract.extension.Options
+    Options = ReleaseOptions
     haystack = "needles"
     key_type = "uuids"
     value_type = "uuids"

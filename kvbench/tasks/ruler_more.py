@@ -15,6 +15,7 @@ from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions, Published, load
 from kvbench.tasks.metrics import string_match_all, string_match_part
 from kvbench.tasks.prompts import fill, prompt_length
+from kvbench.tasks.ruler import ReleaseOptions, RulerFileOptions
 from kvbench.tasks.texts import NOISE, words
 
 
@@ -24,6 +25,7 @@ class VariableTracking(Task):
     name = "vt"
     summary = "RULER: follow a chain of five variable assignments through noise"
     reference = "RULER, arXiv:2404.06654"
+    Options = ReleaseOptions
     hops = 4
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
@@ -34,7 +36,8 @@ class VariableTracking(Task):
                 rng = random.Random(f"{seed} {self.name} {index}")
                 solved = self._problem(rng, 10, letters=3)
                 context, question, answer_prefix, names = self._problem(rng, lines, letters=5)
-                demonstration = f"{solved[0]}{solved[1]} {solved[2]} {' '.join(solved[3])}\n\n\n\n"
+                between, after = (" ", "\n\n\n\n") if self._old else ("", "\n\n")
+                demonstration = f"{solved[0]}{solved[1]}{between}{solved[2]} {' '.join(solved[3])}{after}"
                 return Example(
                     id=f"{self.name}/{context_length}/{seed}/{index}",
                     context=demonstration + context,
@@ -43,6 +46,7 @@ class VariableTracking(Task):
                     references=tuple(names),
                     max_new_tokens=30,
                     info={"haystack": "noise", "haystack_units": lines},
+                    thinking_prefix=self.thinking_prefix,
                 )
 
             yield fill(tokenizer, build, context_length=context_length, smallest=self.hops + 1)
@@ -50,6 +54,10 @@ class VariableTracking(Task):
     def score(self, prediction: str, example: Example) -> float:
         """Share of the five names that occur in the prediction."""
         return string_match_all(prediction, example.references)
+
+    @property
+    def _old(self) -> bool:
+        return cast("ReleaseOptions", self.options).release == "2024"
 
     def _problem(self, rng: random.Random, lines: int, letters: int) -> tuple[str, str, str, list[str]]:
         names: list[str] = []
@@ -60,26 +68,34 @@ class VariableTracking(Task):
         value = rng.randrange(10_000, 99_999)
         chain = [f"VAR {names[0]} = {value}"]
         chain += [f"VAR {name} = VAR {before} " for before, name in itertools.pairwise(names)]
-        parts = [NOISE + "\n"] * lines
+        parts = [NOISE + "\n" if self._old else NOISE] * lines
         for shift, position in enumerate(sorted(rng.sample(range(lines), len(chain)))):
             parts.insert(position + shift, chain[shift])
-        text = " ".join(parts)
+        text = (" " if self._old else "\n").join(parts)
+        # "assgined" is how it was published at first.
+        assigned, end = ("assgined", "") if self._old else ("assigned", " ")
+        prefix = (
+            "Answer: According to the chain(s) of variable assignment in the text above, "
+            f"{len(names)} variables are {assigned} the value {value}, they are:{end}"
+        )
         return (
             f"Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}\n",
             f"Question: Find all variables that are assigned the value {value} in the text above.",
-            # "assgined" is how it was published.
-            "Answer: According to the chain(s) of variable assignment in the text above, "
-            f"{len(names)} variables are assgined the value {value}, they are:",
+            cast("ReleaseOptions", self.options).prefix(prefix),
             names,
         )
 
 
 class CommonWords(Task):
-    """A numbered list in which ten words occur more often than all others, after one solved example."""
+    """A numbered list in which ten words occur more often than all others, after one solved example.
+
+    The present release has the solved example as a turn of the user and one of the assistant.
+    """
 
     name = "cwe"
     summary = "RULER: name the ten most common words of a list"
     reference = "RULER, arXiv:2404.06654"
+    Options = ReleaseOptions
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
         """Yield examples with as many different words as fit."""
@@ -96,14 +112,23 @@ class CommonWords(Task):
                 drawn = rng.sample(pool, len(pool))
                 listed, answer = self._list(rng, drawn[:size], *repeats)
                 numbered = " ".join(f"{place}. {word}" for place, word in enumerate(solved_answer, 1))
+                options = cast("ReleaseOptions", self.options)
+                context, question, prefix = self._context(listed), self.QUESTION, options.prefix(self.PREFIX)
+                turns: tuple[tuple[str, str], ...] = ()
+                if options.release == "2024":
+                    context = f"{self._context(solved)}{question} {prefix}{numbered}\n{context}"
+                else:
+                    turns = ((f"{self._context(solved)}{question}", f"{prefix} {numbered}"),)
                 return Example(
                     id=f"{self.name}/{context_length}/{seed}/{index}",
-                    context=f"{self._context(solved)}{self.QUESTION} {self.PREFIX}{numbered}\n{self._context(listed)}",
-                    question=self.QUESTION,
-                    answer_prefix=self.PREFIX,
+                    context=context,
+                    question=question,
+                    answer_prefix=prefix,
                     references=tuple(answer),
                     max_new_tokens=120,
                     info={"haystack": "words of wonderwords 3.0.1", "haystack_units": size},
+                    solved=turns,
+                    thinking_prefix=self.thinking_prefix,
                 )
 
             yield fill(tokenizer, build, context_length=context_length, smallest=20, largest=len(pool))
@@ -135,6 +160,7 @@ class FrequentWords(Task):
     name = "fwe"
     summary = "RULER: name the three most frequent of coded words"
     reference = "RULER, arXiv:2404.06654"
+    Options = ReleaseOptions
     max_new_tokens: ClassVar[int] = 50
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
@@ -164,12 +190,13 @@ class FrequentWords(Task):
                         "Question: Do not provide any explanation. Please ignore the dots '....'. "
                         "What are the three most frequently appeared words in the above coded text?"
                     ),
-                    answer_prefix=(
+                    answer_prefix=cast("ReleaseOptions", self.options).prefix(
                         "Answer: According to the coded text above, the three most frequently appeared words are:"
                     ),
                     references=tuple(vocabulary[1:4]),
                     max_new_tokens=self.max_new_tokens,
                     info={"haystack": "coded words", "haystack_units": len(coded)},
+                    thinking_prefix=self.thinking_prefix,
                 )
 
             # From 60 words on the counts of ranks 2 to 5 differ.
@@ -200,7 +227,7 @@ class QuestionTask(Task):
     """A question with the documents that answer it among others; subclasses read a published file."""
 
     reference = "RULER, arXiv:2404.06654"
-    Options = FileOptions
+    Options = RulerFileOptions
     patterns: ClassVar[tuple[str, ...]]
     published: ClassVar[str]
     max_new_tokens: ClassVar[int] = 32
@@ -234,9 +261,10 @@ class QuestionTask(Task):
                     id=f"{self.name}/{context_length}/{seed}/{index}",
                     context=f"{_QA_INSTRUCTION}\n\nThe following are given documents.\n\n{listed}\n\n",
                     question=f"{_QA_INSTRUCTION}\n\nQuestion: {asked.question}",
-                    answer_prefix="Answer:",
+                    answer_prefix=cast("ReleaseOptions", self.options).prefix("Answer:"),
                     references=asked.answers,
                     max_new_tokens=self.max_new_tokens,
+                    thinking_prefix=self.thinking_prefix,
                     info={"haystack": content.name, "haystack_sha256": content.sha256, "haystack_units": len(shown)},
                 )
 

@@ -11,11 +11,11 @@ from typing import Any, ClassVar, cast
 from pydantic import BaseModel, Field
 
 from kvbench.contract.task import Example, Task
-from kvbench.tasks.files import FileOptions, FileTask
+from kvbench.tasks.files import FileTask
 from kvbench.tasks.infinitebench_files import choice_right
 from kvbench.tasks.metrics import f1_characters, rouge_lsum, string_match_all
 from kvbench.tasks.prompts import fill
-from kvbench.tasks.ruler import NeedleTask
+from kvbench.tasks.ruler import NeedleTask, RulerFileOptions
 
 REFERENCE = "SCBench, arXiv:2412.10319"
 
@@ -27,7 +27,7 @@ class SharedNeedles(NeedleTask):
     summary = "Several numbers in one context of essays, each asked for by a request of its own"
     reference = f"RULER, arXiv:2404.06654; {REFERENCE}"
 
-    class Options(FileOptions):
+    class Options(RulerFileOptions):
         """How many requests there are to a context, and where the essays are."""
 
         requests: int = Field(4, ge=1, le=40, description="Requests to each context.")
