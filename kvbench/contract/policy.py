@@ -102,5 +102,14 @@ class KVCachePolicy(Pluggable):
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
         return 0, 0
 
+    def most_attended(self, layer: Layer) -> int | None:
+        """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.
+
+        Its budget, and the generated tokens of a policy that `grows`. Policies with dense layers say more.
+        """
+        if layer.budget.covers_all:
+            return layer.tokens
+        return layer.budget.tokens + (layer.tokens - layer.prompt_tokens if self.grows else 0)
+
     def begin(self, model: ModelView) -> None:
         """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""

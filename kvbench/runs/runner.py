@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -15,6 +14,7 @@ import torch
 
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
@@ -22,18 +22,28 @@ from kvbench.engine.generation import Forced, Generation, exact_logits, force, g
 from kvbench.engine.governor import check_head_budgets, token_bytes
 from kvbench.engine.prefill import PromptRecorder, prefill
 from kvbench.engine.prompt import Prefill
+from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
+from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, method, release
 from kvbench.runs.results import Run, RunConfig, environment, processor
-from kvbench.runs.sharing import STANDARD_PROBES, SharedPrompt, probe_passes, prompt_of, prompt_tokens, session_of
+from kvbench.runs.sharing import (
+    STANDARD_PROBES,
+    SharedPrompt,
+    is_probed,
+    probe_passes,
+    prompt_of,
+    prompt_tokens,
+    session_of,
+)
 from kvbench.runs.traces import write_trace
 from kvbench.tasks.prompts import prompt_length
 
 EXACT_BYTES = 2**30
 """Most memory for the exact logits of earlier examples."""
-WARM_UP_TOKENS = 18
-"""Tokens after the prompt before measuring: enough for a policy that takes up new tokens by sixteen to do so once."""
+WARM_UP_TOKENS = 20
+"""Tokens generated before measuring: enough for a policy that takes up new tokens by sixteen to do so once."""
 
 
 _PREFIX_LEFT_OUT = {"prefix_left_out": "the chat template opens a thinking block"}
@@ -94,7 +104,9 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         check_head_budgets(policy, allocator)
         share_prefill = share_prefill and not allocator.reads_hidden
         budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
-        budget.size(request.context_length, token_bytes(loaded.model))
+        _check_size(
+            policy(options), request.context_length, budget.size(request.context_length, token_bytes(loaded.model))
+        )
     check_context(loaded, request.context_length)
     if request.batch_size > 1 and request.question == "agnostic":
         raise KVBenchError(
@@ -109,8 +121,44 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill,
+        batch_size=request.batch_size, share_prefill=share_prefill, plugins=_plugins(request, budget),
     )  # fmt: skip
+
+
+def _check_size(policy: KVCachePolicy, context: int, size: int) -> None:
+    """Refuse a budget of `size` tokens that no prompt's static set fits into; prompts fill most of the context."""
+    least = min(sum(policy.static_tokens(length)) for length in (context, context // 2))
+    if size < least:
+        raise KVBenchError(
+            f"The budget of {size} tokens per layer is smaller than the policy's static set of {least} tokens: raise "
+            "--tokens or --ratio, or lower the sinks and window options."
+        )
+
+
+def _plugins(request: Request, budget: Budget | None) -> dict[str, Identity]:
+    """The code that a run's numbers depend on."""
+    found = registry()
+    named = {"policy": ("policy", request.policy), "task": ("task", request.task)}
+    if budget is not None:
+        named["budget"] = ("budget", budget.allocator)
+    if request.probe_examples:
+        named |= {f"probe {name}": ("probe", name) for name in (*STANDARD_PROBES, *_extra_probes(request))}
+    return {role: found.identity(*chosen) for role, chosen in sorted(named.items())}
+
+
+def _check_plugins(config: RunConfig) -> None:
+    """Refuse to run a configuration that was planned with other code, on another machine or earlier."""
+    names = {"policy": config.policy, "task": config.task}
+    if config.budget is not None:
+        names["budget"] = config.budget.allocator
+    for role, planned in config.plugins.items():
+        kind, _, probe = role.partition(" ")
+        here = registry().identity(kind, probe or names[kind])
+        if here != planned:
+            raise KVBenchError(
+                f"{role.capitalize()} {probe or names[kind]} is {here} here and was {planned} when this run was "
+                "planned: install the same version wherever it runs, and plan it again."
+            )
 
 
 def _extra_probes(request: Request) -> tuple[str, ...]:
@@ -123,77 +171,133 @@ def _extra_probes(request: Request) -> tuple[str, ...]:
     return names
 
 
-LeaveOut = Callable[[str, KVBenchError], bool]
-"""Is told of a policy that failed; whether the others go on without it."""
+Failed = Callable[[RunConfig, Exception], None]
+"""Is told of a run that failed, and how."""
 
 
 def execute(
     configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress,
-    leave_out: LeaveOut = lambda policy, error: False,
+    failed: Failed | None = None,
 ) -> list[Run]:  # fmt: skip
     """Run configurations, or what is left of them, and return their completed folders.
 
-    One after the other; those that differ in policy and budget alone and share prompts go over the examples together.
+    One after the other; those that share prompts go over the examples together. A run that fails leaves the others
+    alone and is told to `failed`; without it, the first failure is raised and ends them all.
     """
-    runs: list[Run] = []
-    together: dict[str, list[Run]] = {}
+    runs = []
     for config in configs:
-        try:
-            run = Run(output, config, environment_of(loaded))
-        except KVBenchError as error:
-            if not leave_out(config.policy, error):
-                raise
-            continue
-        runs.append(run)
+        with _telling(failed, config):
+            _check_plugins(config)
+            runs.append(Run(output, config, environment_of(loaded)))
+    together: dict[str, list[Run]] = {}
+    for run in runs:
         if run.status == "complete":
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
-            alike = config.model_copy(update={"policy": "", "policy_options": {}, "budget": None}).hash
-            together.setdefault(alike if config.share_prefill else config.hash, []).append(run)
+            together.setdefault(_alike(run.config), []).append(run)
     for group in together.values():
-        _execute(group, loaded, progress, leave_out)
+        _execute(group, loaded, progress, failed)
     return [run for run in runs if run.status == "complete"]
 
 
-def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress, leave_out: LeaveOut) -> None:
+def _alike(config: RunConfig) -> str:
+    """The same for configurations that share prompts and differ in policy and budget alone."""
+    own: dict[str, Any] = {"policy": "", "policy_options": {}, "budget": None, "plugins": {}}
+    return config.model_copy(update=own).hash if config.share_prefill else config.hash
+
+
+@contextmanager
+def _telling(failed: Failed | None, config: RunConfig) -> Iterator[None]:
+    """Tell `failed`, where there is one, of an error of the block instead of raising it."""
+    try:
+        yield
+    except Exception as error:  # a plugin may raise anything
+        if failed is None:
+            raise
+        failed(config, error)
+
+
+def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None) -> None:
     """Run configurations that differ in their policies and budgets alone, example by example."""
     shared = runs[0].config
-    task: AnyTask = registry().make("task", shared.task, shared.task_options)
-    with ExitStack() as everything:
-        folders = {run.config.hash: everything.enter_context(ExitStack()) for run in runs}
-
-        def attempt(run: Run, step: Callable[[], None]) -> None:
-            try:
-                step()
-            except KVBenchError as error:
-                if not leave_out(run.config.policy, error):
-                    raise
-                going.remove(run)
-                folders[run.config.hash].__exit__(type(error), error, error.__traceback__)
-
-        going = list(runs)
+    with ExitStack() as folders:
+        group = _Group(failed)
         for run in runs:
-            attempt(run, partial(_open, folders[run.config.hash], run))
-            progress(run.config.policy, len(run.rows), run.config.examples, "")
-        prompts: dict[int, Prefill] = {}
-        if any(len(run.rows) < run.config.examples for run in going):
-            for run in list(going):
-                attempt(run, partial(_warm_up, run.config, loaded, prompts))
-        prompts.clear()
-        before: Prefill | None = None
-        for batch in _batches(_examples(task, shared, loaded), shared, loaded):
-            ids = {example.id for example in batch}
-            missing = [run for run in going if not ids <= {row["id"] for row in run.rows}]
-            prompt = SharedPrompt(batch, missing, loaded, before) if missing and shared.share_prefill else None
-            before = None
-            for run in missing if prompt is None else prompt.order:
-                attempt(run, partial(_extend, run, loaded, task, batch, prompt))
+            with group.alone(run):
+                group.open(run, folders)
                 progress(run.config.policy, len(run.rows), run.config.examples, "")
-            before = None if prompt is None else prompt.latest
+        if any(len(run.rows) < run.config.examples for run in group.runs):
+            prompts: dict[int, Prefill] = {}
+            for run in group.runs:
+                with group.alone(run):
+                    _warm_up(run.config, loaded, prompts)
+            prompts.clear()
+        with group.together():
+            task: AnyTask = registry().make("task", shared.task, shared.task_options)
+            before: Prefill | None = None
+            for batch in _batches(_examples(task, shared, loaded), shared, loaded):
+                ids = {example.id for example in batch}
+                missing = [run for run in group.runs if not ids <= {row["id"] for row in run.rows}]
+                prompt = SharedPrompt(batch, missing, loaded, before) if missing and shared.share_prefill else None
+                for run in missing if prompt is None else prompt.order:
+                    with group.alone(run):
+                        _extend(run, loaded, task, batch, prompt)
+                        progress(run.config.policy, len(run.rows), run.config.examples, "")
+                before = None if prompt is None else prompt.latest
+                if not group.runs:
+                    break
+        for run in group.runs:
+            with group.alone(run):
+                group.close(run)
 
 
-def _open(folder: ExitStack, run: Run) -> None:
-    folder.enter_context(run.writing())
+class _Group:
+    """Runs that go over a task's examples together, each with its open folder; one that fails leaves the group."""
+
+    def __init__(self, failed: Failed | None) -> None:
+        self._failed = failed
+        self._folders: dict[str, ExitStack] = {}
+        self._runs: dict[str, Run] = {}
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those that have not failed."""
+        return list(self._runs.values())
+
+    def open(self, run: Run, folders: ExitStack) -> None:
+        """Open a run's folder for writing, until the run is closed or fails, or `folders` ends."""
+        self._runs[run.config.hash] = run
+        folder = self._folders[run.config.hash] = folders.enter_context(ExitStack())
+        folder.enter_context(run.writing())
+
+    def close(self, run: Run) -> None:
+        """Finish a run."""
+        self._folders.pop(run.config.hash).close()
+
+    @contextmanager
+    def alone(self, run: Run) -> Iterator[None]:
+        """Let an error of the block end this run only."""
+        with _telling(self._failed, run.config):
+            try:
+                yield
+            except Exception as error:
+                del self._runs[run.config.hash]
+                folder = self._folders.pop(run.config.hash, None)
+                if folder is not None:
+                    folder.__exit__(type(error), error, error.__traceback__)
+                raise
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let an error of the block, which is no single run's, end all that are left."""
+        try:
+            yield
+        except Exception as error:
+            if self._failed is None:
+                raise
+            for run in self.runs:
+                with self.alone(run):
+                    raise error from None
 
 
 def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prompt: SharedPrompt | None) -> None:
@@ -207,9 +311,8 @@ def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample
         for example, row, answer in _measure(config, loaded, task, part, shared):
             if example.id in there:
                 continue
-            if len(run.rows) < config.probe_examples:
-                traces = run.path / "traces"
-                row |= _probe(config, loaded, example, answer, shared, traces, f"{len(run.rows):06d}")  # noqa: PLW2901
+            if is_probed(run):
+                row |= _probe(run, loaded, task, example, answer, shared)  # noqa: PLW2901
             run.append(row)
 
 
@@ -253,14 +356,19 @@ def _scored(
     """An example's score and references, and what a task of given tokens measured besides."""
     if isinstance(example, Example):
         assert not isinstance(task, ForcedTask)
-        return {"score": task.score(prediction, example), "references": list(example.references)}
+        with task_errors(task, f"the score of example {example.id}"):
+            score = task.score(prediction, example)
+        return {"score": checked_score(task, example.id, score), "references": list(example.references)}
     assert isinstance(task, ForcedTask) and isinstance(result, Forced)
     targets = list(example.input_ids[example.prompt_tokens + 1 :])
     exact = _exact(config, loaded, example)
-    scores = task.score(result.logits, exact, torch.tensor(targets, device=result.logits.device))
+    with task_errors(task, f"the score of example {example.id}"):
+        scores = task.score(result.logits, exact, torch.tensor(targets, device=result.logits.device))
+        values = {name: checked_score(task, example.id, value, name) for name, value in scores.values.items()}
+        main = values[task.main]
     return {
-        "score": scores.values[task.main],
-        "scores": scores.values,
+        "score": main,
+        "scores": values,
         "positions": scores.positions,
         "references": [loaded.tokenizer.decode(targets, skip_special_tokens=True)],
     }
@@ -321,23 +429,16 @@ def _measure(
 
 
 def _probe(
-    config: RunConfig,
-    loaded: LoadedModel,
-    example: AnyExample,
-    answer: list[int],
-    shared: SharedPrompt | None,
-    folder: Path,
-    name: str,
+    run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int], shared: SharedPrompt | None
 ) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
-    prompt = prompt_of(loaded, example)
+    config, prompt = run.config, prompt_of(loaded, example)
     passes = probe_passes(config)
     probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
     for group in passes:
-        (again,) = _generate(
-            config, loaded, [example], group, shared, None if shared is None else shared.probed(config)
-        )
+        prefilled = None if shared is None else shared.probed(config)
+        (again,) = _generate(config, loaded, [example], group, shared, prefilled)
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -345,13 +446,15 @@ def _probe(
             )
         step_s = step_s or again.step_s
     measured: dict[str, Any] = {
-        "probes": {key: value for probe in probes for key, value in probe.result().items()},
+        "probes": probed_values(probes, reserved=getattr(task, "metrics", ())),
         "probed_step_s": step_s,
     }
-    trace = {key: column for probe in probes for key, column in probe.trace().items() if column}
+    trace = probed_trace(probes)
     if trace:
-        write_trace(folder / f"{name}.safetensors", trace, example=example.id, prompt_tokens=len(prompt.input_ids))
-        measured["trace"] = f"{folder.name}/{name}.safetensors"
+        taken = {row.get("trace") for row in run.rows}
+        name = next(name for name in (f"traces/{number:06d}.safetensors" for number in count()) if name not in taken)
+        write_trace(run.path / name, trace, example=example.id, prompt_tokens=len(prompt.input_ids))
+        measured["trace"] = name
     return measured
 
 
@@ -387,12 +490,13 @@ def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]
     least = sum(policy.static_tokens(length))
     part = {"tokens": None, "bytes": None, "ratio": (least + length) / 2 / length}
     budget = None if config.budget is None else config.budget.model_copy(update=part)
-    ids = [3 + i % 50 for i in range(length + WARM_UP_TOKENS)]
+    more = WARM_UP_TOKENS if loaded.max_context is None else min(WARM_UP_TOKENS, max(loaded.max_context - length, 0))
+    ids = [3 + i % 50 for i in range(length + max(more - 3, 0))]
     if config.share_prefill and length not in prompts:
         prompts[length] = prefill(loaded.model, [ids[:length]])
     with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
         # Most of the tokens in one call, which computes the model's other parts once for all of them.
-        generate(session, ids, prompt_tokens=length, max_new_tokens=3, prefilled=prompts.get(length))
+        generate(session, ids, prompt_tokens=length, max_new_tokens=min(more, 3), prefilled=prompts.get(length))
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:

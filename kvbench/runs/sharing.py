@@ -51,6 +51,11 @@ def probe_passes(config: RunConfig) -> list[list[Probe]]:
     return [[probe for probe in probes if not probe.alone], *([probe] for probe in probes if probe.alone)]
 
 
+def is_probed(run: Run) -> bool:
+    """Whether a run's next example is generated with probes, too."""
+    return sum("probes" in row for row in run.rows) < run.config.probe_examples
+
+
 class SharedPrompt:
     """A batch's prompts, computed once and handed to each run that lacks their examples.
 
@@ -68,7 +73,7 @@ class SharedPrompt:
         self._prompts = [prompt_of(loaded, example) for example in batch]
         self._ids = [prompt.input_ids[: prompt_tokens(config, prompt)] for prompt in self._prompts]
         self._made: Prefill | None = None
-        probed = [run for run in runs if len(run.rows) < run.config.probe_examples]
+        probed = [run for run in runs if is_probed(run)]
         sessions = [session_of(run.config, loaded) for run in runs]
         passes = [(run, group) for run in probed for group in probe_passes(run.config)]
         windows = _windows([*sessions, *(session_of(run.config, loaded, group) for run, group in passes)], loaded)
