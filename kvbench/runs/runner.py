@@ -16,6 +16,7 @@ from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
+from kvbench.contract.reading import validating
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
 from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
@@ -83,6 +84,7 @@ class Request:
     """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
 
 
+@validating(lambda reason: f"There is no such run ({reason}): change that value.")
 def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     """Validate a request before anything runs, and complete it to a run's configuration."""
     found = registry()
