@@ -183,7 +183,8 @@ def test_each_prompt_is_computed_once_for_policies_and_probes_and_every_peak_is_
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours.config.share_prefill, theirs.config.share_prefill) == (True, False)
         assert ours.metrics["recall_at_k"] == theirs.metrics["recall_at_k"]
-        assert ours.metrics["bytes"] == theirs.metrics["bytes"]
+        # Spare room differs with the calls that a cache grew by.
+        assert ours.metrics["bytes"] == pytest.approx(theirs.metrics["bytes"], rel=0.01)
         assert all(row["peak_memory_bytes"] for row in theirs.rows)
         measured = [row["id"] for row in ours.rows if row["peak_memory_bytes"]]
         assert len(measured) == 1
