@@ -221,10 +221,10 @@ def test_a_policy_that_fails_on_a_shared_prompt_is_left_out_and_the_others_go_on
         runner.plan(runner.Request(policy, POLICIES[policy], Budget(ratio=0.3), "short", {}, 128, 2, 1), loaded)
         for policy in ("snapkv", "quest")
     ]
-    (done,) = runner.execute(configs, loaded, tmp_path, lambda *_: None, lambda *told: not left_out.append(told))
+    (done,) = runner.execute(configs, loaded, tmp_path, lambda *_: None, lambda *told: left_out.append(told))
     assert (done.config.policy, done.status, len(done.rows)) == ("quest", "complete", 2)
-    ((name, error),) = left_out
-    assert (name, "failed in prefill" in str(error)) == ("snapkv", True)
+    ((failed, error),) = left_out
+    assert (failed.policy, "failed in prefill" in str(error)) == ("snapkv", True)
     (folder,) = tmp_path.glob("snapkv-*")
     assert '"status": "failed"' in (folder / "run.json").read_text()
 
