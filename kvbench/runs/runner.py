@@ -23,6 +23,7 @@ from kvbench.engine.generation import Forced, Generation, exact_logits, force, g
 from kvbench.engine.governor import check_head_budgets, token_bytes
 from kvbench.engine.prefill import PromptRecorder, prefill
 from kvbench.engine.prompt import Prefill
+from kvbench.engine.validation import check_hooks
 from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
@@ -89,6 +90,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     """Validate a request before anything runs, and complete it to a run's configuration."""
     found = registry()
     policy = found.find("policy", request.policy)
+    for plugin in (policy, *(found.find("probe", name) for name in request.probes)):
+        check_hooks(plugin)
     options = found.options("policy", request.policy, request.policy_options)
     task_options = found.options("task", request.task, request.task_options)
     budget = request.budget if policy.takes_budget else None
