@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, unwritable
 
 SCHEMA = 1
 """Version of a capture's `manifest.json`."""
@@ -258,5 +258,4 @@ def writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise KVBenchError(f"Cannot write to {path} ({reason}): free some space or choose another --output.") from None
+        raise KVBenchError(unwritable(path, error if isinstance(error, OSError) else str(error))) from None
