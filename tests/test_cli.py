@@ -289,7 +289,7 @@ def test_a_hook_with_other_arguments_is_refused_before_the_weights_load(run, mon
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("index",), ("analyze", "ood"), ("capture",), ("report", "."), ("sweep", "none.yaml"),
+        ("index", "--indexes", "flat"), ("analyze", "ood"), ("capture",), ("report", "."), ("sweep", "none.yaml"),
         ("run", "--policy", "full"),
     ],
 )  # fmt: skip
