@@ -91,6 +91,8 @@ class KVCachePolicy(Pluggable):
     """True for a policy made from an index alone; a policy of the same name that a plugin registers replaces it."""
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
+    never_exact: str = ""
+    """Why not even a budget that covers everything gives exact attention, in one line; empty where it does."""
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -98,6 +100,15 @@ class KVCachePolicy(Pluggable):
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
         return 0, 0
+
+    def most_attended(self, layer: Layer) -> int | None:
+        """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.
+
+        Its budget, and the generated tokens of a policy that `grows`. Policies with dense layers say more.
+        """
+        if layer.budget.covers_all:
+            return layer.tokens
+        return layer.budget.tokens + (layer.tokens - layer.prompt_tokens if self.grows else 0)
 
     def begin(self, model: ModelView) -> None:
         """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""

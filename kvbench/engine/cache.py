@@ -122,12 +122,38 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.hidden: list[Tensor] = []
         """What the allocator keeps of the prompt's hidden states, call by call."""
 
+        self.given: tuple[Tensor, Tensor] | None = None
+        """Keys and values that the model got from the latest `update` and has not attended to yet."""
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare before the first tokens come."""
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, G, m, d]; return those that the model's own attention would attend to."""
+        self.given = self._take(key_states, value_states)
+        return self.given
+
+    def check_given(self, keys: Tensor, values: Tensor) -> None:
+        """Raise where the model's attention is given other `keys` and `values` than `update` returned, or none came.
+
+        A policy attends to what is in the cache: a model that repeats, shares or changes it afterwards would silently
+        get another attention than its own. Copies are compared number by number; the same tensors cost nothing.
+        """
+        given, self.given = self.given, None
+        if self.session.policy.exact and not self.session.probes:
+            return
+        for name, mine, theirs in zip(("keys", "values"), given or (None, None), (keys, values), strict=True):
+            if theirs is mine or (mine is not None and theirs.shape == mine.shape and torch.equal(theirs, mine)):
+                continue
+            came = "none came from the cache" if mine is None else f"{list(mine.shape)} came from the cache"
+            raise KVBenchError(
+                f"{type(self.session.model).__name__} attends in layer {self.number} to other {name} than its cache "
+                f"gave ({came}, {list(theirs.shape)} reached the attention), so no policy can govern it: choose "
+                "another model, or policy 'full' without probes."
+            )
+
+    def _take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         self.is_initialized = True
         if self.seen == 0:
             announced = self.session.prompt_tokens

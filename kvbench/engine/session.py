@@ -7,7 +7,7 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ from kvbench.engine.governor import Governor, governed_layers
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
+
+if TYPE_CHECKING:
+    from kvbench.engine.conformance.report import Report
 
 _SESSIONS: dict[int, Session] = {}
 """The attached sessions, by the identity of the text configuration that their attention modules share."""
@@ -47,6 +50,8 @@ class Session(Governor):
     ) -> None:
         super().__init__(model, policy, budget, probes, prompt_tokens)
         self.tokenizer = tokenizer
+        self.conformance: tuple[Report, ...] = ()
+        """What was proven of the model and the policy (`attach(..., check=True)`)."""
         self.cache: PolicyCache | None = None
         self.implementation: str = self.config._attn_implementation
         self._handles: list[Any] = []
@@ -186,6 +191,7 @@ class Session(Governor):
             part, window = prompt.layers[cached.number], self.query_window(cached.number)
             cached.update(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
             cached.attended += count
+            cached.given = None
             known = part.queries[:, :, : part.queries.shape[2] - (whole - count)]
             cached.prompt_queries = [known if window is None else last_queries(known, min(window, known.shape[2]))]
             if cached.seen == cached.cache_prompt_tokens:
@@ -269,6 +275,7 @@ class Session(Governor):
         if not isinstance(cached, PolicyCacheLayer):
             return own(module, query, key, value, mask, **kwargs)
         cached.attended += query.shape[2]
+        cached.check_given(key, value)
         scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         if not cached.groups:
             if cached.waiting is not None:

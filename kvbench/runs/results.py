@@ -86,6 +86,8 @@ class Run:
         self.path = path / config.folder
         self.status = "running"
         self.metrics: dict[str, Any] = {}
+        self.conformance: list[dict[str, Any]] = []
+        """What was proven of the model, and of the policy on it, before the run."""
         self.notes: list[str] = []
         with _disk(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -97,6 +99,7 @@ class Run:
                     f"{self.path} holds another configuration's results: move it away, or use another --output."
                 )
             self.status, self.metrics = found["status"], found["metrics"]
+            self.conformance = found["conformance"]
             if self.status == "complete" and len(self.rows) != self.metrics["accuracy"]["n"]:
                 self.status = "interrupted"
                 self.notes.append(
@@ -150,7 +153,7 @@ class Run:
         config = self.config.model_dump(mode="json")
         return {
             "policy": config["policy"], "budget": config["budget"], "config": config, "environment": self.environment,
-            "status": self.status, "metrics": self.metrics, "folder": str(self.path),
+            "status": self.status, "metrics": self.metrics, "conformance": self.conformance, "folder": str(self.path),
         }  # fmt: skip
 
     def _write(self, status: str) -> None:
@@ -192,7 +195,7 @@ class Run:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a `run.json`: config, environment, status and metrics.
+    """Read a `run.json`: config, environment, status, metrics and conformance.
 
     Refuses what is no run, or a schema version that this kvbench does not know; a configuration of an older version
     gets the defaults of fields that came later.
@@ -212,7 +215,9 @@ def read(path: Path) -> dict[str, Any]:
         )
     try:
         config = RunConfig.model_validate(content["config"]).model_dump(mode="json")
-        return {"config": config, **{key: content[key] for key in ("environment", "status", "metrics")}}
+        conformance = content.get("conformance", [])  # absent in runs of kvbench before 0.2
+        kept = {key: content[key] for key in ("environment", "status", "metrics")}
+        return {"config": config, **kept, "conformance": conformance}
     except (KeyError, ValidationError) as error:
         raise KVBenchError(
             f"{file} is no complete run ({type(error).__name__}): move the folder away, or use another --output."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +17,8 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.probe import Probe
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
+from kvbench.engine.conformance.checks import Conformance
+from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
 from kvbench.engine.governor import check_head_budgets, token_bytes
 from kvbench.engine.prefill import prefill
@@ -132,18 +134,32 @@ def execute(configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, pro
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
             together.setdefault("" if run.config.share_prefill else run.config.hash, []).append(run)
+    proofs = _prove([run for group in together.values() for run in group], loaded, progress)
     for group in together.values():
-        _execute(group, loaded, progress)
+        _execute(group, loaded, progress, proofs)
     return runs
 
 
-def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress) -> None:
+def _prove(runs: Sequence[Run], loaded: LoadedModel, progress: Progress) -> dict[str, list[Report]]:
+    """Check the model and each run's policy, where this process has not yet; the findings by a run's hash."""
+    checker, found = Conformance(loaded.model, loaded.name, loaded.tokenizer), {}
+    for run in runs:
+        progress(run.config.policy, len(run.rows), run.config.examples, "conformance check")
+        policy = registry().make("policy", run.config.policy, run.config.policy_options)
+        found[run.config.hash] = checker.check(policy)
+    return found
+
+
+def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress, proofs: Mapping[str, Sequence[Report]]) -> None:
     """Run configurations that differ in their policies and budgets alone, example by example."""
     shared = runs[0].config
     task: AnyTask = registry().make("task", shared.task, shared.task_options)
     with ExitStack() as folders:
         for run in runs:
+            run.conformance = [report.document() for report in proofs[run.config.hash]]
             folders.enter_context(run.writing())
+            for report in proofs[run.config.hash]:
+                report.require()
             progress(run.config.policy, len(run.rows), run.config.examples, "")
         if any(len(run.rows) < run.config.examples for run in runs):
             for run in runs:
