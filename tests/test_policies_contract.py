@@ -1,5 +1,6 @@
 """Policies that look beyond one layer's keys and queries, against slow, obvious float64 references of their papers."""
 
+import itertools
 import json
 
 import pytest
@@ -309,7 +310,10 @@ def test_kvzip_puts_the_papers_words_before_the_replay():
     handle.remove()
     prompt = ids[0].tolist()
     assert seen == [prompt, [5, 6, *prompt[:25]], [7, *prompt[17:]]]
-    assert tokenizer.texts == ("\n\nRepeat the previous context:", "\n\nRepeat the previous context starting with")
+    assert tokenizer.texts == (
+        "\n\nRepeat the previous context exactly.",
+        "\n\nRepeat the part of the previous context exactly, starting with ",
+    )
     with (
         pytest.raises(KVBenchError, match="tokenizer"),
         kvbench.attach(MODEL, policy="kvzip", budget=10, options={"chunk": 25}),
@@ -317,10 +321,78 @@ def test_kvzip_puts_the_papers_words_before_the_replay():
         pass
 
 
+class ChatTokenizer:
+    """Its template puts the tokens 21, 22, 23 before a message and 24, 25 after it; any other text is token 9."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, **kwargs):
+        assert kwargs["add_generation_prompt"]
+        assert not kwargs["enable_thinking"]
+        return f"<system>{messages[0]['content']}<assistant>"
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return {"<system>": [21, 22, 23], "<assistant>": [24, 25]}.get(text, [9])
+
+
+@pytest.mark.parametrize("begins", ["whole", "merged", "otherwise"])
+def test_kvzip_keeps_the_system_prompt_and_replays_in_the_chat_template(begins):
+    ids, seen, chunk, budget = tokens(2, 43), [], 20, 12
+    system = {"whole": 3, "merged": 2, "otherwise": 0}[begins]
+    ids[:, :system] = torch.tensor([21, 22, 23][:system])
+    ids[:, system] = 30
+    handle = MODEL.model.embed_tokens.register_forward_hook(lambda _, args, out: seen.append(args[0][0].tolist()))
+    options = {"chunk": chunk, "tail": 4}
+    session = kvbench.attach(MODEL, policy="kvzip", budget=budget, options=options, tokenizer=ChatTokenizer())
+    with session, torch.no_grad():
+        MODEL(ids)
+    handle.remove()
+    prompt = ids[0].tolist()
+    chunks = [prompt[start : start + chunk] for start in range(system, 43, chunk)]
+    expected = [[9, 24, 25, *chunks[0]]]
+    expected += [[9, *before[-4:], 24, 25, *part] for before, part in itertools.pairwise(chunks)]
+    assert seen == [prompt, *expected]
+    for cached in session.cache.governed:
+        (layer,) = cached.groups
+        assert layer.static == (system, 0)
+        for row in layer.store.static_ids:
+            for kept in row:
+                assert set(range(system)) <= set(kept.tolist())
+            assert (row >= 0).sum() == budget * 2
+
+
+def test_kvzip_weighs_the_system_prompt_beside_the_chunk():
+    prompt, budget, system = 33, 12, 3
+    ids = tokens(1, prompt)
+    ids[:, :system] = torch.tensor([21, 22, 23])
+    options = {"chunk": prompt, "instruction": "", "continuation": ""}
+    session = kvbench.attach(MODEL, policy="kvzip", budget=budget, options=options, tokenizer=ChatTokenizer())
+    with session, torch.no_grad():
+        MODEL(ids)
+    more = torch.cat([ids, torch.tensor([[24, 25]]), ids[:, system:]], dim=1)
+    longer, _ = record("streaming_llm", 1.0, more, {}, steps=2)
+    for cached in session.cache.governed:
+        (layer,) = cached.groups
+        scores = torch.zeros(2, prompt - system, dtype=torch.float64)
+        for head in range(6):
+            queries = longer.prompt_queries[layer.index][0, head, prompt:].double()
+            keys = longer.keys[layer.index][0, head // 3].double()
+            for number, query in enumerate(queries):
+                weights = (keys[: prompt + number + 1] @ query * 8**-0.5).softmax(0)[system:prompt]
+                scores[head // 3] = torch.maximum(scores[head // 3], weights)
+        best = scores.flatten().topk(2 * (budget - system)).indices.tolist()
+        for group in range(2):
+            mine = sorted(i % (prompt - system) + system for i in best if i // (prompt - system) == group)
+            kept = layer.store.static_ids[0, group]
+            assert kept[(kept >= 0) & (kept < prompt)].tolist() == [*range(system), *mine]
+
+
+@pytest.mark.parametrize("normalise_sinks", [True, False])
 @pytest.mark.parametrize("covariance", [True, False])
-def test_expected_attention_keeps_what_a_gaussian_of_queries_would_attend_to(covariance):
+def test_expected_attention_keeps_what_a_gaussian_of_queries_would_attend_to(covariance, normalise_sinks):
     prompt, budget, sinks, future = 70, 24, 4, 16
-    options = {"sinks": sinks, "future": future, "covariance": covariance}
+    options = {"sinks": sinks, "future": future, "covariance": covariance, "normalise_sinks": normalise_sinks}
     probe, session = record("expected_attention", budget, tokens(2, prompt), options, steps=2)
     turn = torch.stack([rope(torch.eye(8)[:, None], torch.tensor([prompt + t]))[:, 0] for t in range(future)]).mean(0)
     for cached in session.cache.governed:
@@ -334,7 +406,8 @@ def test_expected_attention_keeps_what_a_gaussian_of_queries_would_attend_to(cov
                     mean = plain[row, head].mean(0) @ turn
                     spread = turn.T @ torch.cov(plain[row, head].T, correction=0) @ turn * covariance
                     exponents = [key @ mean / 8**0.5 + key @ spread @ key / 16 for key in keys]
-                    weights += torch.stack(exponents).softmax(0) / 3
+                    left_out = 0 if normalise_sinks else sinks
+                    weights[left_out:] += torch.stack(exponents[left_out:]).softmax(0) / 3
                 score = weights * probe.values[layer.index][row, group, :prompt].double().norm(dim=-1)
                 expected = [*range(sinks), *(int(i) + sinks for i in score[sinks:].topk(budget - sinks).indices)]
                 kept = layer.store.static_ids[row, group]

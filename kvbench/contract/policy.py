@@ -24,7 +24,8 @@ class ModelView:
 
     `numbers` are the places in the model of the layers that the policy governs; `config` the text configuration as
     plain data; `parameters` the weights by name, detached. `tokenize` turns a text into token ids without special
-    tokens; None where `attach` was given no tokenizer.
+    tokens; None where `attach` was given no tokenizer. `opening` and `closing` are the token ids that its chat template
+    puts before a user's message (system prompt and header) and after it, none without a template.
     """
 
     name: str
@@ -34,6 +35,8 @@ class ModelView:
     config: Mapping[str, Any]
     parameters: Mapping[str, Tensor]
     tokenize: Callable[[str], list[int]] | None = None
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
 
 
 class Observe(Protocol):

@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvbench import chat
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
@@ -117,6 +118,7 @@ class Session(Governor):
     def _view(self) -> ModelView:
         heads = self.config.num_attention_heads
         tokenizer = self.tokenizer
+        opening, closing = chat.around_a_message(tokenizer)
         return ModelView(
             name=type(self.model).__name__,
             numbers=tuple(governed_layers(DynamicCache(config=self.config).layers)),
@@ -125,6 +127,8 @@ class Session(Governor):
             config=self.config.to_dict(),
             parameters={name: weight.detach() for name, weight in self.model.named_parameters()},
             tokenize=None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
+            opening=tuple(tokenizer.encode(opening, add_special_tokens=False)) if opening else (),
+            closing=tuple(tokenizer.encode(closing, add_special_tokens=False)) if closing else (),
         )
 
     def _without_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -15,7 +15,8 @@ class ExpectedAttention(KVCachePolicy):
     Mean μ and covariance Σ of the prompt's queries before rotation, sinks left out, stand for future queries; the
     rotation R̄ is averaged over the next `future` positions. A key's expected unnormalised weight is the Gaussian's
     moment generating function, exp(k·R̄μ/√d + k·R̄ΣR̄ᵀk/2d); the group's score is the mean of its heads' normalised
-    ones. The value's norm stands for that of its output, as in the authors' library. Generated tokens are kept.
+    ones, over all keys as the softmax has it, or without the sinks as the authors' library has it. The value's
+    norm stands for that of its output, as in that library. Generated tokens are kept.
     """
 
     name = "expected_attention"
@@ -33,6 +34,9 @@ class ExpectedAttention(KVCachePolicy):
 
         future: int = Field(512, ge=1, description="positions after the prompt over which the rotation is averaged")
         sinks: int = Field(4, ge=0, description="first tokens, always kept and left out of the statistics")
+        normalise_sinks: bool = Field(
+            True, description="normalise the expected weights over the sinks, too; false as in the authors' library"
+        )
         covariance: bool = Field(True, description="use the covariance, not the mean alone")
         epsilon: float = Field(0.0, ge=0, description="added to the expected weights before the value's norm")
 
@@ -55,9 +59,13 @@ class ExpectedAttention(KVCachePolicy):
             whole = keys.float()[:, :, None]
             quadratic = ((whole @ self._per_group(layer, spread)) * whole).sum(-1)
             exponents = exponents + quadratic[:, :, :, None] * (layer.scaling**2 / 2)
-        weights = exponents.squeeze(3).softmax(-1).mean(2)
-        score = (weights + self.options.epsilon) * values.float().norm(dim=-1)
-        layer.keep_top(score[..., sinks:], sinks)
+        exponents = exponents.squeeze(3)
+        if self.options.normalise_sinks:
+            weights = exponents.softmax(-1)[..., sinks:].mean(2)
+        else:
+            weights = exponents[..., sinks:].softmax(-1).mean(2)
+        score = (weights + self.options.epsilon) * values[:, :, sinks:].float().norm(dim=-1)
+        layer.keep_top(score, sinks)
 
     @staticmethod
     def _per_group(layer: Layer, x: Tensor) -> Tensor:
