@@ -167,7 +167,7 @@ FAULTS = [
     (RandomWeights, "two runs are equal", "to the same tokens and differ first in the attention of layer 0 at step 1"),
     (DropsOne, "exact when covering", "attends to 136 of 137 tokens; expected all .*; first at layer 2, step 1"),
     (Weighs, "exact when covering", "first at step 1, by .* of them, first in the attention of layer 1 at step 1"),
-    (StateOnPolicy, "runs", "Policy 'keeping' .* failed in insert at layer 0"),
+    (StateOnPolicy, "runs", "^Policy 'keeping' .* failed in insert at layer 0"),
     (Raises, "runs", "Policy 'keeping' .* failed in select at layer 0: ZeroDivisionError"),
 ]  # fmt: skip
 

@@ -38,6 +38,8 @@ class Report:
         detail = " ".join(failed.detail.split())
         if self.policy is None:
             return f"Model {self.model} failed the conformance check '{failed.name}': {detail}."
+        if f"'{self.policy}'" in detail:
+            return f"{detail} (conformance check on {self.model})."
         return f"Policy '{self.policy}' failed the conformance check '{failed.name}' on {self.model}: {detail}."
 
     def document(self) -> dict[str, Any]:
