@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
 from typing import Any, TypeVar
 
 import pluggy
@@ -17,6 +18,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import Extension
 from kvbench.contract.hooks import Registration
 from kvbench.contract.markers import PROJECT
+from kvbench.identity import Identity, identity
 
 KINDS = {
     "policy": "kvbench_policies",
@@ -40,6 +42,10 @@ class Registry:
 
     classes: dict[str, dict[str, type[Any]]] = field(default_factory=lambda: {kind: {} for kind in KINDS})
     failures: list[str] = field(default_factory=list)
+    distributions: dict[type[Any], Distribution] = field(default_factory=dict)
+    """The distributions whose entry points registered the classes."""
+    loaded: float = field(default_factory=time.time)
+    _identities: dict[type[Any], Identity] = field(default_factory=dict)
 
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
@@ -65,6 +71,14 @@ class Registry:
     def make(self, kind: str, name: str, values: Mapping[str, Any] | None = None) -> Any:
         """Make the extension called `name` with validated options."""
         return self.find(kind, name)(self.options(kind, name, values or {}))
+
+    def identity(self, kind: str, name: str) -> Identity:
+        """Identify the code of the extension called `name`; computed once in a process."""
+        cls = self.find(kind, name)
+        if cls not in self._identities:
+            origin = self.distributions.get(cls)
+            self._identities[cls] = identity(cls, origin, loaded=None if origin is None else self.loaded)
+        return self._identities[cls]
 
 
 def unknown(kind: str, name: str, known: Collection[str], failures: Sequence[str]) -> KVBenchError:
@@ -94,7 +108,7 @@ def registry() -> Registry:
             manager.register(entry.load(), name=entry.name)
             manager.check_pending()
             plugins.append((entry, manager.hook))
-            _register_all(found, "index", manager.hook.kvbench_indexes())
+            _register_all(found, "index", manager.hook.kvbench_indexes(), entry)
     indexes = list(found.classes["index"].values())
     derived = []
     for entry, hook in plugins:
@@ -103,10 +117,11 @@ def registry() -> Registry:
                 if kind == "policy":
                     policies = [cls for classes in hook.kvbench_policies(indexes=indexes) for cls in classes]
                     derived += [cls for cls in policies if getattr(cls, "derived", False)]
-                    _register_all(found, kind, [[cls for cls in policies if not getattr(cls, "derived", False)]])
+                    _register_all(found, kind, [[cls for cls in policies if not getattr(cls, "derived", False)]], entry)
                 elif kind != "index":
-                    _register_all(found, kind, getattr(hook, name)())
+                    _register_all(found, kind, getattr(hook, name)(), entry)
     _register_all(found, "policy", [[cls for cls in derived if cls.name not in found.classes["policy"]]])
+    found.loaded = time.time()
     return found
 
 
@@ -119,10 +134,12 @@ def _noted(found: Registry, entry: EntryPoint) -> Iterator[None]:
         found.failures.append(f"plugin '{entry.name}' ({entry.value}): {type(error).__name__}: {error}")
 
 
-def _register_all(found: Registry, kind: str, answers: list[list[type[Any]]]) -> None:
+def _register_all(found: Registry, kind: str, answers: list[list[type[Any]]], entry: EntryPoint | None = None) -> None:
     for classes in answers:
         for cls in classes:
             _register(found, kind, cls)
+            if entry is not None and entry.dist is not None:
+                found.distributions.setdefault(cls, entry.dist)
 
 
 def _register(found: Registry, kind: str, cls: type[Any]) -> None:

@@ -155,7 +155,7 @@ class Raises(Keeping):
 FAULTS = [
     (OverBudget, "budget", "it attends to 69 tokens on average over its heads; expected at most 68; first at layer 0"),
     (Repeating, "selection", "head 3 of row 0 attends to token 2 2 times; expected once; first at layer 1, step 1"),
-    (RepeatingStatic, "selection", "attends to token 1 2 times; expected once; first at layer 0, step 1"),
+    (RepeatingStatic, "runs", "failed in prefill at layer 0: ValueError: a token comes twice"),
     (FromStaticSet, "selection", "select gave token 1, of the static set or evicted; expected set-aside tokens, 2 to"),
     (BeyondContext, "selection", "select gave token 137, of a context of 137; expected set-aside tokens, 2 to"),
     (Negative, "selection", "select gave the id -1; expected 0 or more"),

@@ -64,7 +64,8 @@ def test_no_folder_is_part_of_an_import_circle():
     ("room", "allowed"),
     [
         ("contract", set()),
-        ("plugins", {"contract"}),
+        ("identity", {"contract"}),
+        ("plugins", {"contract", "identity"}),
         ("kernels", {"contract"}),
         ("chat", {"contract"}),
         ("engine", {"contract", "plugins", "kernels", "chat"}),

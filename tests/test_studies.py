@@ -266,7 +266,10 @@ def test_heads_without_a_covariance_are_marked_and_none_at_all_is_an_error(captu
     assert "singular (rank 7 of 8)" in reasons[0]
     assert "NaN or infinite" in reasons[1]
     assert reasons[2] == ""
-    assert document["partial"] == ["4 of 12 heads could not be measured"]
+    (partial,) = document["partial"]
+    assert partial.startswith("4 of 12 heads could not be measured, since: The ")
+    assert "is singular (rank 7 of 8): use the pseudo-inverse" in partial
+    assert "hold NaN or infinite values: measure vectors that are finite (2 heads)" in partial
     studies.write(document, tmp_path / "out")
     assert "PARTIAL: 4 of 12 heads could not be measured" in (tmp_path / "out" / "ood.svg").read_text()
     full_rank = analyse(flat, "ood", pseudo_inverse=True)["rows"][0]

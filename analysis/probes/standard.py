@@ -24,6 +24,9 @@ from kvbench.contract.selection import Selection
 SINKS = 4
 """First tokens that count as sinks where a metric leaves the sinks out, the same for every policy."""
 
+TOLERANCE = 1e-6
+"""Tokens beyond a budget that are rounding of means."""
+
 Wrapper = Generator[None, Any, Any]
 
 _ATTENDED, _FIRST = "kvbench.analysis.attended", "kvbench.analysis.first"
@@ -145,13 +148,38 @@ class Density(MeasuringProbe):
     name = "density"
     summary = "Tokens attended at a step and their share of the context, as realised."
 
+    def __init__(self, options: Any = None) -> None:
+        super().__init__(options)
+        self._beyond: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        """By tokens of the context, for each layer: tokens attended and those allowed."""
+
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
         """Count the attended tokens."""
         selection: Selection = yield
         attended = self.step(layer, queries, selection).attended.sum(-1)
         self._means.add("attended_tokens", layer, attended)
         self._means.add("density", layer, attended.double() / layer.tokens)
+        allowed = None if layer.most_attended is None else layer.most_attended(layer)
+        if allowed is not None:
+            self._beyond[layer.tokens].append((float(attended.double().mean()), float(allowed)))
         return selection
+
+    def result(self) -> dict[str, float | None]:
+        """Besides the means, the step that went farthest beyond what the policy's budget allows, over all layers.
+
+        `tokens_beyond_budget` are its tokens per layer and head beyond `KVCachePolicy.most_attended`, 0 where it stayed
+        within, and `most_attended_tokens` all of its tokens.
+        """
+        steps = [[sum(part) / len(found) for part in zip(*found, strict=True)] for found in self._beyond.values()]
+        if not steps:
+            return super().result()
+        attended, allowed = max(steps, key=lambda step: step[0] - step[1])
+        beyond = attended - allowed
+        return {
+            **super().result(),
+            "tokens_beyond_budget": beyond if beyond > TOLERANCE else 0.0,
+            "most_attended_tokens": attended,
+        }
 
 
 class OutputError(MeasuringProbe):

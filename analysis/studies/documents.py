@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Version of an analysis' JSON document."""
+REASONS = ", since: "
+"""Between what a note says is missing and why; a figure's title leaves the reasons out."""
+MOST_REASONS = 3
+"""Reasons that are told why heads could not be measured."""
 
 
 def analyse_capture(
@@ -31,8 +36,15 @@ def analyse_capture(
     chosen = _ids(layers, capture.layers, "layer")
     tables = analysis.measure(capture, chosen, _ids(heads, range(capture.manifest.heads), "head"), progress)
     config = capture.manifest.config
-    partial = sum(1 for row in tables["rows"] if row.get("missing"))
-    notes = [f"{partial} of {len(tables['rows'])} heads could not be measured"] if partial else []
+    reasons = Counter(row["missing"] for row in tables["rows"] if row.get("missing"))
+    notes = [f"{reasons.total()} of {len(tables['rows'])} heads could not be measured"] if reasons else []
+    if reasons:
+        told = [
+            f"{reason.rstrip('.')}{f' ({count} heads)' if len(reasons) > 1 else ''}"
+            for reason, count in reasons.most_common(MOST_REASONS)
+        ]
+        more = len(reasons) - len(told)
+        notes[0] += f"{REASONS}{'; '.join(told)}{f'; and {more} other reasons, in the CSV' if more > 0 else ''}"
     return _document(
         analysis, tables, analysis.summarise(tables), notes,
         {
@@ -103,7 +115,7 @@ def draw(figure: Figure, document: Mapping[str, Any], analysis: Analysis) -> Non
         analysis.draw(figure, tables)
     title = f"{analysis.name}: {document['source']['title']}"
     if document["partial"]:
-        title += "\nPARTIAL: " + "; ".join(document["partial"])
+        title += "\nPARTIAL: " + "; ".join(note.partition(REASONS)[0] for note in document["partial"])
     figure.suptitle(title, fontsize=9)
 
 

@@ -19,7 +19,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     sweep,
 )
 from kvbench.cli.common import app, err
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, out_of_memory, sentence
 
 __all__ = ["app", "main"]
 
@@ -31,14 +31,10 @@ def main() -> None:
         app()
     except KVBenchError as error:
         _fail(str(error))
-    except MemoryError:
-        _fail("Out of memory: use a shorter --context-length, a smaller --model, or --prefill-chunk 1024.")
-    except RuntimeError as error:
-        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
-            _fail(
-                f"Out of memory ({error}): use a shorter --context-length, a smaller --model, or --prefill-chunk 1024."
-            )
-        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _fail(sentence(error))
 
 
 def _fail(message: str) -> None:

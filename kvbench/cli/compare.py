@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 def compare(
     baseline: Annotated[Path, typer.Argument(help="A run's folder, or a folder with the runs of one configuration.")],
     others: Annotated[list[Path], typer.Argument(help="Folders of runs to compare with it.", metavar="DIR...")],
+    skip_unfinished: Annotated[
+        bool, typer.Option("--skip-unfinished", help="Leave out runs that are not finished, and name them.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare runs with a baseline on the same examples: differences, intervals, tests corrected by Holm's method."""
     load_registry()
     from kvbench.compare.comparison import compare as compare_runs  # noqa: PLC0415  scipy takes seconds to import
 
-    found, skipped = compare_runs(baseline, others)
+    found, skipped = compare_runs(baseline, others, skip_unfinished=skip_unfinished)
     for sentence in skipped:
         err.print(f"Warning: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if as_json:
@@ -55,8 +58,9 @@ def _table(entries: list[Comparison]) -> Table:
         table.add_column(column, justify="right")
     for entry in entries:
         r = entry.result
+        name = entry.candidate + (" (over budget)" if entry.over_budget else "")
         table.add_row(
-            entry.candidate, share(r.mean_b), f"{100 * r.difference:+.1f}%",
+            name, share(r.mean_b), f"{100 * r.difference:+.1f}%",
             f"{100 * r.ci95[0]:+.1f} to {100 * r.ci95[1]:+.1f}%", f"{r.wins} / {r.losses} / {r.ties}",
             f"{r.p_value:.3g}", f"{entry.p_holm:.3g}", f"{r.n}" + (f" ({r.unpaired} unpaired)" if r.unpaired else ""),
             f"{len(r.by_seed)}" + ("" if r.seed_std is None else f", sd {100 * r.seed_std:.1f}%"),

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvbench.cli.common import Json, app, byte_size, err, interruptible, load_registry, mib, out, pairs
 from kvbench.cli.table import MOST_COLUMNS, results_table
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, check_output, sentence
 
 if TYPE_CHECKING:
     from kvbench.plugins import Registry
-
-T = TypeVar("T")
+    from kvbench.runs.results import RunConfig
 
 
 @app.command()
@@ -70,9 +67,15 @@ def run(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compute everything anew; earlier results are moved to OUTPUT/.replaced.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run policies on a task, beside exact attention, and print accuracy, recall, bytes and latency."""
+    """Run policies on a task, beside exact attention, and print accuracy, recall, bytes and latency.
+
+    A policy that fails leaves the others alone, is told at the end, and makes the exit code 2.
+    """
     if sum(size is not None for size in (tokens, ratio, size_bytes)) > 1:
         raise KVBenchError("A budget has one size: give one of --tokens, --ratio and --bytes.")
     if tokens is not None and tokens < 1:
@@ -83,6 +86,11 @@ def run(
         raise KVBenchError(f"--question {question} is neither 'aware' nor 'agnostic'.")
     found = load_registry()
     names = list(dict.fromkeys(name.strip() for name in policy.split(",") if name.strip()))
+    if not names:
+        raise KVBenchError(
+            f"--policy '{policy}' names no policy: `kvbench policies` lists them; `full` is a policy, too."
+        )
+    check_output(output)
     every = names == ["all"]
     if every:
         names = [name for name, cls in found.classes["policy"].items() if cls.cached]
@@ -91,12 +99,14 @@ def run(
     for extra in probe or ():
         found.find("probe", extra)
     options = {name: policy_options(found, name, names, pairs(option)) for name in names}
-    if baseline and "full" not in names:
+    baseline_added = baseline and "full" not in names
+    if baseline_added:
         names.append("full")
         options["full"] = {}
 
     from kvbench.contract.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
     from kvbench.models import load_model  # noqa: PLC0415
+    from kvbench.runs.results import over_budget_text, replace  # noqa: PLC0415
     from kvbench.runs.runner import Request, execute, plan  # noqa: PLC0415
 
     shared = Budget(
@@ -112,36 +122,58 @@ def run(
         )
         for name in names
     ]  # fmt: skip
-    loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
-    left_out: dict[str, str] = {}
-
-    def attempt(name: str, step: Callable[[], T]) -> list[T]:
-        """One result; none where one of all policies cannot do this."""
+    asked = set(names) - ({"full"} if baseline_added else set())
+    failures: dict[str, str] = {}
+    configs = []
+    light = load_model(model, device=device, dtype=dtype, context_length=context_length, weights=False)
+    for request in requests:
         try:
-            return [step()]
+            configs.append(plan(request, light))
         except KVBenchError as error:
-            if not every or name == "full":
+            if request.policy == "full":
                 raise
-            left_out[name] = str(error)
-            return []
+            failures[request.policy] = str(error)
+    if not any(config.policy in asked for config in configs):
+        raise KVBenchError(next(iter(failures.values())))  # nothing but the baseline could run
+    left_out = dict(failures) if every else {}
+    loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
+    moved = [replace(output, config) for config in configs] if fresh else []
+    for folder in filter(None, moved):
+        err.print(f"Earlier results are in {folder} now.", style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    configs = [config for request in requests for config in attempt(request.policy, partial(plan, request, loaded))]
+    def failed(config: RunConfig, error: Exception) -> None:
+        failures[config.policy] = sentence(error)
+
     with _Progress([config.policy for config in configs], examples) as progress:
-        if every and not share_prefill:
-            parts = [attempt(c.policy, partial(execute, [c], loaded, output, progress)) for c in configs]
-            runs = [done for part in parts for finished in part for done in finished]
-        else:
-            runs = execute(configs, loaded, output, progress)
+        runs = execute(configs, loaded, output, progress, failed if len(configs) > 1 else None)
     for name, reason in left_out.items():
         err.print(f"Left out {name}: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    for note in (note for done in runs for note in done.notes):
+    for note in dict.fromkeys(note for done in runs for note in done.notes):
         err.print(f"Warning: {note}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    for done in runs:
+        if over := over_budget_text(done.metrics):
+            err.print(f"Warning: {done.config.policy} is {over}.", style="yellow", highlight=False, markup=False)
     documents = [done.document() for done in runs]
-    if as_json:
-        print(json.dumps({"schema": 1, "runs": documents}, indent=2))
-        return
-    title = f"{loaded.name}, {task}, {context_length} tokens, {_budget(documents)}"
-    out.print(results_table(documents, title, getattr(task_class, "metrics", {}), getattr(task_class, "main", None)))
+    told = [{"policy": name, "error": reason} for name, reason in failures.items()]
+    failures = {name: reason for name, reason in failures.items() if name not in left_out}
+    if as_json and (runs or not failures):
+        print(json.dumps({"schema": 1, "runs": documents, "failures": told}, indent=2))
+    elif runs:
+        _print_runs(documents, task_class, f"{loaded.name}, {task}, {context_length} tokens")
+    if len(failures) == 1 and not runs:
+        raise KVBenchError(next(iter(failures.values())))
+    for name, reason in failures.items():
+        err.print(f"Failed: {name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if failures:
+        raise KVBenchError(
+            f"{len(failures)} of {len(requests)} policies failed; the others are kept, and the same command tries "
+            "these again."
+        )
+
+
+def _print_runs(documents: list[dict[str, Any]], task: type[Any], setting: str) -> None:
+    title = f"{setting}, {_budget(documents)}"
+    out.print(results_table(documents, title, getattr(task, "metrics", {}), getattr(task, "main", None)))
     out.print(_provenance(documents), style="dim", highlight=False)
     for document in documents:
         out.print(f"{document['policy']}: {document['folder']}", style="dim", highlight=False, soft_wrap=True)

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from kvbench.cli.common import Json, app, err, interruptible, load_registry, out, seconds, share
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, check_output
 
 if TYPE_CHECKING:
     from kvbench.runs.sweep import Outcome, Planned
@@ -32,6 +32,9 @@ def sweep(
         typer.Option(min=1, help="With --engine ray: runs at once. [default: one for each GPU, else for each node]"),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Compute every run anew; earlier results are moved to OUTPUT/.replaced.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, list the runs, and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -43,7 +46,9 @@ def sweep(
         raise KVBenchError(f"--engine {engine} is neither 'local' nor 'ray'.")
     if engine == "local" and (address is not None or workers is not None):
         raise KVBenchError("--address and --workers need --engine ray.")
+    check_output(output)
     load_registry()
+    from kvbench.runs.results import replace  # noqa: PLC0415
     from kvbench.runs.sweep import load, plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
 
     load(file)  # a malformed file is told before a cluster starts
@@ -61,6 +66,9 @@ def sweep(
         outcomes: list[Outcome] = []
         if not dry_run:
             with _Progress(plans) as progress:
+                moved = [replace(output, plan.config) for plan in plans] if fresh else []
+                for folder in filter(None, moved):
+                    progress.warn(f"earlier results are in {folder} now.")
                 outcomes = (joined.run if joined is not None else run_local)(plans, output, progress)
     if dry_run:
         _list(plans, as_json)
@@ -111,7 +119,7 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
         config, m = outcome.document["config"], outcome.document["metrics"]
         table.add_row(
             Path(config["model"]).name, config["task"], str(config["context_length"]), str(config["seed"]),
-            _policy(outcome.planned), share(m["accuracy"]["mean"]),
+            _policy(outcome.planned) + (" (over budget)" if m.get("over_budget") else ""), share(m["accuracy"]["mean"]),
             " to ".join(share(end) for end in m["accuracy"]["ci95"]), share(m["recall_at_k"]), share(m["density"]),
             seconds(m["ttft_s"]["total"]), seconds(m["tpot_s"]["p50"], 1000),
         )  # fmt: skip

@@ -74,11 +74,15 @@ def _entries(metrics: Mapping[str, str], main: str | None) -> list[tuple[str, st
 def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[str, str], main: str | None) -> Table:
     """Make the table; `metrics` are the task's, by name with their labels, or empty for accuracy."""
     entries = _entries(metrics, main)
+    names = [
+        document["policy"] + (" (over budget)" if document["metrics"].get("over_budget") else "")
+        for document in documents
+    ]
     if len(documents) <= MOST_COLUMNS:
         table = Table(title=title, title_justify="left")
         table.add_column("", no_wrap=True)
-        for document in documents:
-            table.add_column(document["policy"], justify="right")
+        for name in names:
+            table.add_column(name, justify="right")
         for label, _, cell in entries:
             table.add_row(label, *(cell(document["metrics"]) for document in documents))
         return table
@@ -88,6 +92,6 @@ def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[
     columns = [entry for place, entry in enumerate(entries) if entry[1] and (place < 2 or "95%" not in entry[1])]
     for _, heading, _ in columns:
         table.add_column(heading, justify="right", no_wrap=True)
-    for document in documents:
-        table.add_row(document["policy"], *(cell(document["metrics"]) for _, _, cell in columns))
+    for name, document in zip(names, documents, strict=True):
+        table.add_row(name, *(cell(document["metrics"]) for _, _, cell in columns))
     return table

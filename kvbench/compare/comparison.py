@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.runs.results import find_runs, read, read_rows
+from kvbench.identity import Identity
+from kvbench.runs.results import find_runs, read
+from kvbench.runs.rows import read_rows
 from kvbench.statistics import PairedDifference, holm, paired_difference
 
 SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "context_length", "question")
@@ -32,6 +35,8 @@ class Comparison:
     p_holm: float
     baseline_folders: tuple[str, ...]
     candidate_folders: tuple[str, ...]
+    over_budget: dict[str, float] | None = None
+    """Where the candidate attended to more than its budget: tokens asked for, allowed and attended to."""
 
     def document(self) -> dict[str, Any]:
         """The comparison as an element of the `--json` document."""
@@ -46,9 +51,12 @@ class _Side:
     config: dict[str, Any]
     folders: list[str] = dataclasses.field(default_factory=list)
     scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    over_budget: dict[str, float] | None = None
 
     def add(self, folder: Path) -> None:
-        config = read(folder)["config"]
+        run = read(folder)
+        config = run["config"]
+        self.over_budget = run["metrics"].get("over_budget") or self.over_budget
         known = self.scores.setdefault(config["seed"], {})
         for row in read_rows(folder):
             if known.setdefault(row["id"], row["score"]) != row["score"]:
@@ -59,15 +67,20 @@ class _Side:
         self.folders.append(str(folder))
 
 
-def compare(baseline: Path, others: Sequence[Path]) -> tuple[list[Comparison], list[str]]:
+def compare(
+    baseline: Path, others: Sequence[Path], *, skip_unfinished: bool = False
+) -> tuple[list[Comparison], list[str]]:
     """Compare every configuration in `others` with the one in `baseline`, by model, task and length, seeds pooled.
 
     Each path is a run's folder or a folder of runs; runs of the baseline's configuration in `others` serve as baselines
-    of their tasks and lengths. Also gives a sentence for each configuration that had no
-    counterpart. Raises KVBenchError where the baseline is not one configuration, where a run is unfinished, and where
-    nothing can be compared.
+    of their tasks and lengths. Also gives a sentence for each configuration that had no counterpart, and with
+    `skip_unfinished` for each run that is unfinished and left out. Raises KVBenchError where the baseline is not one
+    configuration, where a run is unfinished, and where nothing can be compared.
     """
-    asked = {_side_key(side.config): side for side in _sides([baseline]).values()}
+    skipped: list[str] | None = [] if skip_unfinished else None
+    asked = {_side_key(side.config): side for side in _sides([baseline], skipped).values()}
+    if not asked:
+        raise KVBenchError(f"The baseline {baseline} has no finished run: {' '.join(skipped or ())}")
     if len(asked) > 1:
         names = sorted(describe(side.config) for side in asked.values())
         raise KVBenchError(
@@ -75,12 +88,15 @@ def compare(baseline: Path, others: Sequence[Path]) -> tuple[list[Comparison], l
             "with runs of one."
         )
     ((base_key, base),) = asked.items()
-    everything = _sides([baseline, *others]).values()
+    skipped = [] if skip_unfinished else None
+    everything = _sides([baseline, *others], skipped).values()
     by_cell = {_cell_key(side.config): side for side in everything if _side_key(side.config) == base_key}
     rest = [side for side in everything if _side_key(side.config) != base_key]
     if not rest:
-        raise KVBenchError(f"There is nothing to compare: all runs are those of the baseline {baseline}.")
-    pairs, skipped = [], []
+        left_out = f" {' '.join(skipped)}" if skipped else ""
+        raise KVBenchError(f"There is nothing to compare: all runs are those of the baseline {baseline}.{left_out}")
+    pairs, skipped = [], skipped or []
+    unfinished = len(skipped)
     for side in rest:
         counterpart = by_cell.get(_cell_key(side.config))
         if counterpart is None:
@@ -88,12 +104,13 @@ def compare(baseline: Path, others: Sequence[Path]) -> tuple[list[Comparison], l
         else:
             pairs.append((counterpart, side, paired_difference(counterpart.scores, side.scores)))
     if not pairs:
-        raise KVBenchError(f"{skipped[0]} Run both on the same model, task, length and question mode.")
+        raise KVBenchError(f"{skipped[unfinished]} Run both on the same model, task, length and question mode.")
+    named = _names([side.config for _, side, _ in pairs])
     corrected = holm([result.p_value for _, _, result in pairs])
     return [
         Comparison(
             side.config["model"], side.config["task"], side.config["context_length"], describe(counterpart.config),
-            describe(side.config), result, p, tuple(counterpart.folders), tuple(side.folders),
+            named[_side_key(side.config)], result, p, tuple(counterpart.folders), tuple(side.folders), side.over_budget,
         )
         for (counterpart, side, result), p in zip(pairs, corrected, strict=True)
     ], skipped  # fmt: skip
@@ -114,31 +131,61 @@ def describe(config: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def _sides(paths: Sequence[Path]) -> dict[str, _Side]:
+def _names(configs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Names of configurations by their keys; those that differ in their plugins' code alone name it."""
+    found = {_side_key(config): (describe(config), config["plugins"].get("policy")) for config in configs}
+    taken = Counter(name for name, _ in found.values())
+    return {
+        key: name if taken[name] == 1 or code is None else f"{name} ({Identity.model_validate(code)})"
+        for key, (name, code) in found.items()
+    }
+
+
+def _sides(paths: Sequence[Path], skipped: list[str] | None = None) -> dict[str, _Side]:
+    """The finished runs by cell and side; unfinished ones are told in `skipped`, and refused where it is None."""
     found: dict[str, _Side] = {}
     for folder in sorted({folder.resolve(): folder for path in paths for folder in find_runs(path)}.values()):
         run = read(folder)
         if run["status"] != "complete":
-            raise KVBenchError(
+            unfinished = (
                 f"{folder} is not finished (status {run['status']}, {len(read_rows(folder))} of "
-                f"{run['config']['examples']} examples): run the same command again to complete it, or leave it out."
+                f"{run['config']['examples']} examples)"
             )
+            if skipped is None:
+                raise KVBenchError(
+                    f"{unfinished}: run the same command again to complete it, or leave it out (--skip-unfinished)."
+                )
+            skipped.append(f"{unfinished} and was left out.")
+            continue
         key = _cell_key(run["config"]) + _side_key(run["config"])
         found.setdefault(key, _Side(run["config"])).add(folder)
     return found
 
 
 def _cell_key(config: dict[str, Any]) -> str:
-    return json.dumps([config[name] for name in SAME], sort_keys=True)
+    return json.dumps([*(config[name] for name in SAME), config["plugins"].get("task")], sort_keys=True)
 
 
 def _side_key(config: dict[str, Any]) -> str:
-    return json.dumps({key: config[key] for key in config if key not in (*SAME, *POOLED)}, sort_keys=True)
+    plugins = {role: code for role, code in config["plugins"].items() if role in ("policy", "budget")}
+    rest = {key: config[key] for key in config if key not in (*SAME, *POOLED, "plugins")}
+    return json.dumps({**rest, "plugins": plugins}, sort_keys=True)
+
+
+def same_task(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two configurations' examples were made and scored by the same code."""
+    return bool(one["plugins"].get("task") == other["plugins"].get("task"))
 
 
 def _why(base: _Side, side: _Side) -> str:
-    name = next(name for name in SAME if base.config[name] != side.config[name])
+    def told(config: dict[str, Any], name: str) -> Any:
+        if name != "code of the task":
+            return config[name]
+        code = config["plugins"].get("task")
+        return "not recorded" if code is None else Identity.model_validate(code)
+
+    name = next((name for name in SAME if base.config[name] != side.config[name]), "code of the task")
     return (
         f"{side.folders[0]} cannot be compared with {base.folders[0]}: their {name.replace('_', ' ')} differs "
-        f"({side.config[name]} against {base.config[name]})."
+        f"({told(side.config, name)} against {told(base.config, name)})."
     )

@@ -35,6 +35,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "output_error": ("DOUBLE", "metrics.output_error"),
     "scanned_fraction": ("DOUBLE", "metrics.scanned_fraction"),
     "density": ("DOUBLE", "metrics.density"),
+    "budget_tokens": ("DOUBLE", "metrics.budget_tokens"),
+    "attended_tokens": ("DOUBLE", "metrics.attended_tokens"),
+    "over_budget": ("VARCHAR", "metrics.over_budget"),
     "resident_bytes": ("DOUBLE", "metrics.bytes.resident"),
     "offloaded_bytes": ("DOUBLE", "metrics.bytes.offloaded"),
     "index_bytes": ("DOUBLE", "metrics.bytes.index"),
@@ -46,6 +49,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "peak_memory_bytes": ("BIGINT", "metrics.peak_memory_bytes"),
     "device": ("VARCHAR", "environment.device_name"),
     "dtype": ("VARCHAR", "config.dtype"),
+    "distribution": ("VARCHAR", "config.plugins.policy.distribution"),
+    "version": ("VARCHAR", "config.plugins.policy.version"),
+    "source": ("VARCHAR", "config.plugins.policy.source"),
     "status": ("VARCHAR", "status"),
     "folder": ("VARCHAR", ""),
 }
@@ -53,7 +59,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 
 SHOWN = (
     "model", "policy", "allocator", "ratio", "tokens", "budget_bytes", "task", "context_length", "seed", "examples",
-    "accuracy", "accuracy_low", "accuracy_high", "recall_at_k", "density", "ttft_s", "tpot_p50_s",
+    "accuracy", "accuracy_low", "accuracy_high", "recall_at_k", "density", "over_budget", "ttft_s", "tpot_p50_s",
 )  # fmt: skip
 """Columns of the table where none are asked for."""
 
@@ -163,6 +169,12 @@ def _extract(name: str, kind: str, place: str) -> str:
     if name == "status":
         return '"status"'
     source, _, path = place.partition(".")
+    if name == "over_budget":
+        asked, attended = (
+            f"round(TRY_CAST(json_extract_string({source}, '$.{path}.{part}') AS DOUBLE))::BIGINT"
+            for part in ("asked", "attended")
+        )
+        return f"'asked ' || {asked} || ', attended ' || {attended} AS \"{name}\""
     return f"TRY_CAST(json_extract_string({source}, '$.{path}') AS {kind}) AS \"{name}\""
 
 

@@ -58,6 +58,8 @@ class Layer:
     """With `KVCachePolicy.uses_hidden`: the input [B, 1, D] of this layer's attention at this decoding step."""
     project: Callable[[Tensor], Tensor] | None = None
     """With `KVCachePolicy.uses_hidden`: see `queries_for`."""
+    most_attended: Callable[[Layer], int | None] | None = None
+    """What the policy declares: see `KVCachePolicy.most_attended`."""
 
     @property
     def tokens(self) -> int:

@@ -188,6 +188,11 @@ class KVStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Where the static set lies: the device of the model's layer."""
+        return self._static.keys.device
+
+    @property
     def static_tokens(self) -> int:
         """Tokens in the static set, per head (the mean over heads, rounded down, where they differ)."""
         if self._ragged is None:
@@ -251,46 +256,47 @@ class KVStore:
     # -- what policies do --------------------------------------------------------------------------------------------
 
     def keep(self, kept: Tensor) -> None:
-        """Evict all static tokens but the `kept`, and free their memory.
+        """Evict all static tokens but the `kept`, and free their memory; the set-aside ones stay.
 
-        `kept` is int64 [t] or [B, G, t], ids to keep per head, or bool [B, G, n] where heads keep different numbers.
+        `kept` is int64 [t] or [B, G, t], ids of static tokens to keep per head, or bool [B, G, n] over all n = `tokens`
+        ids where heads keep different numbers; marks of tokens that are not static say nothing. ValueError for ids that
+        are not static or come twice, and for marks of another shape.
         """
-        keys, values = self._static.keys, self._static.values
+        kept = kept.to(self._static_ids.device)
         if kept.dtype == torch.bool:
-            counts = kept.sum(-1)
-            if int(counts.min()) != int(counts.max()):
-                self._ragged = RaggedBuffer(keys, values, kept)
-                columns = torch.arange(self._ragged.mask.shape[-1], device=kept.device)
-                order = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-                self._ragged_kept = torch.where(self._ragged.mask, order[..., columns], -1)
-                self._static = TokenBuffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
-                self._static_ids = self._static_ids[:0].clone()
-                return
-            kept = kept.nonzero()[:, -1].view(*kept.shape[:2], -1)
-        shared = kept.dim() == 1
-        slots = kept if not shared else kept.expand(*keys.shape[:2], -1)
-        kept_keys, kept_values = (
-            part.gather(2, slots[..., None].expand(-1, -1, -1, part.shape[-1])) for part in (keys, values)
-        )
-        self._static = TokenBuffer(kept_keys, kept_values)
-        self._static_ids = kept.clone()
+            heads, ids = self._static.keys.shape[:2], self.static_ids
+            if kept.shape != (*heads, self.tokens):
+                raise ValueError(f"marks of shape {list(kept.shape)}: expected {[*heads, self.tokens]}")
+            ids = ids.expand(*heads, -1)
+            self._hold(kept.gather(-1, ids.clamp_min(0)) & (ids >= 0))
+            return
+        parts = self._picked(self._slots(kept))
+        self._static, self._static_ids = TokenBuffer(*parts), kept.clone()
+        self._ragged = self._ragged_kept = None
 
     def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory = TokenBuffer) -> None:
         """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
 
         `storage` makes what holds them from then on, from copies of their keys and values [B, G, t, d] on the device
         where they shall lie. Called once, in `prefill` or `after_prompt`; later tokens follow with `advance`.
+        ValueError where tokens were set aside before, or where one of these is not static in every head.
         """
-        assert self._aside is None, "tokens were set aside before"
-        keys, values = self._static.keys, self._static.values
-        self._device = HOST if offload else keys.device
-        self._aside = storage(
-            keys[:, :, start:stop].to(self._device, copy=True), values[:, :, start:stop].to(self._device, copy=True)
-        )
-        rest = torch.cat([torch.arange(start), torch.arange(stop, self.tokens)]).to(keys.device)
-        self._static = TokenBuffer(keys[:, :, rest], values[:, :, rest])
-        self._static_ids = rest
-        self._offloaded = offload
+        if self._aside is not None:
+            raise ValueError(f"tokens {self.aside_start} to {self.aside_stop - 1} were set aside before")
+        if not 0 <= start <= stop <= self.tokens:
+            raise ValueError(f"tokens {start} to {stop - 1} cannot be set aside: there are {self.tokens} tokens")
+        keys, values, ids = self._static.keys, self._static.values, self._static_ids
+        device = HOST if offload else keys.device
+        if self._ragged is None and ids.shape == (self.tokens,) and bool((ids.diff() > 0).all()):
+            aside = [part[:, :, start:stop].to(device, copy=True) for part in (keys, values)]
+            rest = torch.cat([ids[:start], ids[stop:]])
+            self._static, self._static_ids = TokenBuffer(keys[:, :, rest], values[:, :, rest]), rest
+        else:
+            slots = self._slots(torch.arange(start, stop, device=ids.device))
+            aside = [part.to(device) for part in self._picked(slots)]
+            self._drop(slots)
+        self._device, self._offloaded = device, offload
+        self._aside = storage(*aside)
         self.aside_start, self.aside_stop = start, stop
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -306,16 +312,17 @@ class KVStore:
 
         Returns their keys and values [B, G, count, d].
         """
-        assert self._aside is not None, "no tokens are set aside"
+        if self._aside is None:
+            raise ValueError("no tokens are set aside")
         slots = self._slots_of(self.aside_stop, count)
-        keys, values = self._static.keys[:, :, slots], self._static.values[:, :, slots]
+        keys, values = self._picked(slots)
         self._aside.append(keys, values)
         self.aside_stop += count
         self._drop(slots)
         return keys, values
 
     def evict(self, start: int, count: int) -> None:
-        """Evict the static tokens `start` to `start + count − 1`, held by all heads alike."""
+        """Evict the static tokens `start` to `start + count − 1`; ValueError where a head does not hold one."""
         self._drop(self._slots_of(start, count))
 
     def evict_slots(self, slots: Tensor) -> None:
@@ -324,6 +331,9 @@ class KVStore:
         Slots count as in `static_ids`, in `static_parts` and in the weights that `attend` gives on request; slots that
         `static_ids` marks with −1 hold nothing to evict.
         """
+        if not self._static.length:
+            self._drop(slots[..., None])
+            return
         last, fixed = self._static.length - 1, 0
         self._static_ids = self._static_ids.expand(*slots.shape, -1).contiguous()
         newest = self._static_ids[..., last:]
@@ -340,12 +350,69 @@ class KVStore:
         self._static.fill_from_end(slots - fixed)
         self._static_ids = self._static_ids.scatter(-1, (slots - fixed)[..., None], newest)[..., :last]
 
+    # Slots [t] count within `_static`, where all heads hold the same tokens; slots [B, G, t] as in `static_ids`.
+
     def _slots_of(self, start: int, count: int) -> Tensor:
-        slots = ((self._static_ids >= start) & (self._static_ids < start + count)).nonzero().squeeze(-1)
-        assert slots.shape[0] == count, f"tokens {start} to {start + count - 1} are not all static"
-        return slots[self._static_ids[slots].argsort()]
+        """Slots of the tokens `start` to `start + count` − 1, in their order; quick where they are in `_static`."""
+        ids = self._static_ids
+        if ids.dim() == 1:
+            slots = ((ids >= start) & (ids < start + count)).nonzero().squeeze(-1)
+            if slots.shape[0] == count:
+                return slots[ids[slots].argsort()]
+        return self._slots(torch.arange(start, start + count, device=ids.device))
+
+    def _slots(self, wanted: Tensor) -> Tensor:
+        """Slots of the static tokens `wanted` [t] or [B, G, t]; ValueError where one is not static, or comes twice."""
+        ids, heads = self.static_ids, self._static.keys.shape[:2]
+        if ids.dim() != 1 or wanted.dim() != 1:
+            ids, wanted = ids.expand(*heads, -1), wanted.expand(*heads, -1)
+        slot = torch.arange(ids.shape[-1], device=ids.device).expand(ids.shape)
+        table = torch.full((*ids.shape[:-1], self.tokens + 1), -1, device=ids.device)
+        table.scatter_(-1, torch.where(ids < 0, self.tokens, ids), slot)[..., self.tokens] = -1
+        inside = (wanted >= 0) & (wanted < self.tokens)
+        slots = table.gather(-1, torch.where(inside, wanted, self.tokens))
+        if bool((slots < 0).any()):
+            raise ValueError(f"token {int(wanted[slots < 0][0])} is not static in every head, or was never there")
+        ordered = slots.sort(dim=-1).values
+        if bool((ordered.diff(dim=-1) == 0).any()):
+            raise ValueError("a token comes twice in the same head")
+        return slots
+
+    def _picked(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values [B, G, t, d] in the slots."""
+        if slots.dim() == 1:
+            return self._static.keys[:, :, slots], self._static.values[:, :, slots]
+        places = slots[..., None]
+        keys, values = self._whole()
+        return tuple(part.gather(2, places.expand(-1, -1, -1, part.shape[-1])) for part in (keys, values))  # type: ignore[return-value]
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, t, d] as in `static_ids`; anything where that has −1."""
+        keys, values, _ = zip(*self.static_parts(), strict=True)
+        return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))
+
+    def _hold(self, marks: Tensor) -> None:
+        """Evict all but the static tokens that `marks`, bool [B, G, t] as in `static_ids`, marks."""
+        (keys, values), ids, counts = self._whole(), self.static_ids.expand(marks.shape), marks.sum(-1)
+        most = int(counts.max())
+        slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+        if most == int(counts.min()):
+            keys, values = (
+                part.gather(2, slots[..., None].expand(*slots.shape, part.shape[-1])) for part in (keys, values)
+            )
+            self._ragged = self._ragged_kept = None
+            self._static, self._static_ids = TokenBuffer(keys, values), ids.gather(-1, slots)
+            return
+        self._ragged = RaggedBuffer(keys, values, marks)
+        self._ragged_kept = torch.where(self._ragged.mask, ids.gather(-1, slots), -1)
+        self._static = TokenBuffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        self._static_ids = torch.arange(0, device=marks.device)
 
     def _drop(self, slots: Tensor) -> None:
+        if slots.dim() > 1:
+            held = self.static_ids.expand(*slots.shape[:2], -1) >= 0
+            self._hold(held.scatter(-1, slots, False))
+            return
         stop = self._static.length - slots.shape[0]
         tail = torch.arange(stop, self._static.length, device=slots.device)
         movers = tail[~torch.isin(tail, slots)]

@@ -17,6 +17,11 @@ from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.governor import Governor, governed_layers
 from kvbench.engine.rotary import Rotary
 
+_NO_COPY = (
+    "A policy's cache cannot be copied, since its stores and indexes belong to one conversation: start the other one "
+    "from its prompt."
+)
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -38,8 +43,10 @@ class Lane:
 class PolicyCache(Cache):
     """The cache of one batch: transformers' own layers, but for those of full attention, which a policy governs."""
 
-    def __init__(self, session: Governor, padding: Tensor | None) -> None:
+    def __init__(self, session: Governor, prompt_tokens: int | None, rows: int | None) -> None:
+        """A cache of `rows` rows (None where unknown) whose prompt ends after `prompt_tokens`, or the first call."""
         self.session = session
+        self.prompt_tokens, self.rows = prompt_tokens, rows
         layers = DynamicCache(config=session.config).layers
         governed = governed_layers(layers)
         if not governed and not session.policy.exact:
@@ -51,21 +58,30 @@ class PolicyCache(Cache):
         for layer in self.governed:
             layers[layer.number] = layer
         super().__init__(layers=layers)
-        self.lanes = self._lanes(padding)
+        self.lanes = [Lane(None, 0)]
         self.budgets: dict[int, tuple[BudgetRequest | None, list[LayerBudget]]] = {}
         self.index_s = 0.0
         self.prompt_ids: list[Tensor | None] = []
         self.complete = False
         """Whether the policy has taken over the whole prompt."""
+        self.open = self.failed = False
+        """Whether a forward call of the attached model is under way with this cache; whether one ended in an error."""
 
-    def _lanes(self, padding: Tensor | None) -> list[Lane]:
+    def expect(self, ids: Tensor | None, padding: Tensor | None) -> None:
+        """Prepare for a further part of the prompt: its ids [B, m], where given, and all rows' padding [B] so far."""
+        self.prompt_ids.append(ids)
         if self.session.policy.exact or padding is None:
-            return [Lane(None, 0)]
+            return
         if self.session.defers:  # a budget for each row
-            return [Lane(torch.tensor([row]), pad) for row, pad in enumerate(padding.tolist())]
-        if not bool(padding.any()):
-            return [Lane(None, 0)]
-        return [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in sorted(set(padding.tolist()))]
+            self.lanes = [Lane(torch.tensor([row]), pad) for row, pad in enumerate(padding.tolist())]
+        elif bool(padding.any()):
+            pads = sorted(set(padding.tolist()))
+            self.lanes = [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in pads]
+        else:
+            self.lanes = [Lane(None, 0)]
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise KVBenchError(_NO_COPY)
 
     def stores(self) -> list[KVStore]:
         """The stores of all governed layers and groups of rows."""
@@ -131,7 +147,12 @@ class PolicyCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take new keys and values [B, G, m, d]; return those that the model's own attention would attend to."""
-        self.given = self._take(key_states, value_states)
+        if not self.cache.open:
+            raise KVBenchError(
+                "This cache belongs to a policy: pass it to the attached model itself, inside the `with` block of "
+                "kvbench.attach that filled it, or start from the prompt."
+            )
+        self.given = self.take(key_states, value_states)
         return self.given
 
     def check_given(self, keys: Tensor, values: Tensor) -> None:
@@ -153,11 +174,11 @@ class PolicyCacheLayer(CacheLayerMixin):
                 "another model, or policy 'full' without probes."
             )
 
-    def _take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Do `update`'s work, whoever asks."""
         self.is_initialized = True
-        if self.seen == 0:
-            announced = self.session.prompt_tokens
-            self.cache_prompt_tokens = key_states.shape[2] if announced is None else announced
+        if self.cache.prompt_tokens is None:
+            self.cache.prompt_tokens = key_states.shape[2]
         self.seen += key_states.shape[2]
         if self.groups:
             self.new = key_states, value_states
@@ -167,9 +188,9 @@ class PolicyCacheLayer(CacheLayerMixin):
             store.append(key_states, value_states)
             keys, values, _ = store.static_parts()[0]
             return keys, values
-        if self.seen > self.cache_prompt_tokens:
+        if self.seen > self.cache.prompt_tokens:
             raise KVBenchError(
-                f"A forward call took the prompt to {self.seen} tokens, past the {self.cache_prompt_tokens} that "
+                f"A forward call took the prompt to {self.seen} tokens, past the {self.cache.prompt_tokens} that "
                 "prompt_tokens announced: split the call where the prompt ends."
             )
         if self.prompt is None:
@@ -242,6 +263,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                 static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
                 rotary=Rotary(session.model, session.config, module, self.number),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
+                most_attended=session.policy.most_attended,
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:
@@ -272,6 +294,9 @@ class PolicyCacheLayer(CacheLayerMixin):
         )
 
     crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = _unsupported
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise KVBenchError(_NO_COPY)
 
 
 def last_queries(queries: Tensor, count: int) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvbench.engine.prefill import forward, pad
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine.prefill import check_parts, check_prompts, forward, pad
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
 
@@ -48,6 +49,9 @@ def generate(
 ) -> Generation:
     """Generate up to `max_new_tokens` tokens greedily after `input_ids`; a token in `stop` ends it and is left out.
 
+    With 0 of them the prompt is read and timed and nothing follows. KVBenchError, before anything is computed, for an
+    empty prompt, numbers that do not fit, and a prompt and answer that are longer than the model can read.
+
     The first `prompt_tokens` ids (all by default) are the prompt, which the policy takes over once its exact attention
     is done; the others pass through the policy one by one (query-agnostic mode). `prefill_chunk` tokens of the prompt
     are computed at a time; `prefilled` is the prompt where it was computed before. Time to first token is `prefill_s` +
@@ -76,17 +80,20 @@ def generate_batch(
 
     `prompt_tokens` is for a single prompt. Rows that ended go on unseen until the last one ends.
     """
+    check_prompts(session.model, prompts, max_new_tokens)
+    check_parts(prefill_chunk, prompt_tokens, len(prompts[0]))
+    if prompt_tokens is not None and len(prompts) > 1:
+        raise KVBenchError("prompt_tokens is for a single prompt: only that can end before its question.")
     if not session.policy.cached:
         pairs = zip(prompts, max_new_tokens, strict=True)
         return [_generate_uncached(session, prompt, limit, stop) for prompt, limit in pairs]
-    assert prompt_tokens is None or len(prompts) == 1, "only a single prompt can end before its question"
     ids, mask = pad(prompts, session.model.device)
     logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled)
     assert session.cache is not None
     found = logits.argmax(-1)
     tokens: list[list[int]] = [[] for _ in prompts]
     step_s: list[list[float]] = [[] for _ in prompts]
-    going = set(range(len(prompts)))
+    going = {row for row, limit in enumerate(max_new_tokens) if limit}
     extra: dict[str, Any] = {}
     while going:
         for row, token in enumerate(found.tolist()):
@@ -125,8 +132,8 @@ def _prompt(
     began = session.now()
     if prefilled is None:
         # exact attention is the same on either side of the border, so `full` needs none
-        session.prompt_tokens = tokens
-        logits = forward(session, ids[:, :tokens], None if mask is None else mask[:, :tokens], 0, chunk)
+        with session.prompt_of(tokens):
+            logits = forward(session, ids[:, :tokens], None if mask is None else mask[:, :tokens], 0, chunk)
         assert session.cache is not None
         earlier = -session.cache.index_s
     else:
@@ -144,11 +151,11 @@ def _generate_uncached(
     ids = torch.tensor([list(prompt)], device=session.model.device)
     tokens: list[int] = []
     seconds: list[float] = []
-    while len(tokens) < max_new_tokens:
+    while len(tokens) < max_new_tokens or not seconds:
         began = session.now()
         token = int(session.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1].argmax())
         seconds.append(session.now() - began)
-        if token in stop:
+        if token in stop or not max_new_tokens:
             break
         tokens.append(token)
         ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
@@ -163,10 +170,10 @@ def force(
 
     m = len(input_ids) − prompt_tokens − 1 positions: every token after the prompt but the last, which has no successor.
     """
-    session.prompt_tokens = prompt_tokens
-    logits, first_s, step_s = _forced(
-        session.model, input_ids, prompt_tokens, prefill_chunk, session.now, cached=session.policy.cached
-    )
+    with session.prompt_of(prompt_tokens):
+        logits, first_s, step_s = _forced(
+            session.model, input_ids, prompt_tokens, prefill_chunk, session.now, cached=session.policy.cached
+        )
     index_s, held = 0.0, {"resident": 0, "offloaded": 0, "index": 0}
     if session.cache is not None:
         index_s, held = session.cache.index_s, session.cache.bytes()
@@ -188,6 +195,10 @@ def _forced(
     model: Any, input_ids: Sequence[int], prompt_tokens: int, prefill_chunk: int | None, now: Callable[[], float], *,
     cached: bool,
 ) -> tuple[Tensor, float, list[float]]:  # fmt: skip
+    check_prompts(model, [input_ids], [0])
+    if len(input_ids) < 3:
+        raise KVBenchError(f"{len(input_ids)} token ids are too few: a prompt, a forced token and its successor are 3.")
+    check_parts(prefill_chunk, prompt_tokens, len(input_ids) - 2)
     ids = torch.tensor([list(input_ids)], device=model.device)
     past, chunk, began = None, prefill_chunk or prompt_tokens, now()
     if cached:

@@ -72,12 +72,12 @@ class Governor:
                 "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
             )
         self.config: Any = self.model.config.get_text_config(decoder=True)
-        self._cuda = next(model.parameters()).device.type == "cuda"
+        self._devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
 
     def now(self) -> float:
-        """Seconds on a clock that waits for the device's work."""
-        if self._cuda:
-            torch.cuda.synchronize()
+        """Seconds on a clock that waits for the work of the model's devices."""
+        for device in self._devices:
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     def query_window(self, number: int, *, policy: bool = True) -> int | None:

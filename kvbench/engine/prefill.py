@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.engine.cache import PolicyCacheLayer
@@ -49,8 +50,11 @@ def prefill(
 
     `query_window` is how many of each layer's last queries the policies need (None for all). The first `context` tokens
     of a single prompt (all by default) are a pass of their own; where `before`, the prefill of another prompt, has
-    the same ones, it is taken from there: what comes out does not depend on whether it was.
+    the same ones, it is taken from there: what comes out does not depend on whether it was. KVBenchError for prompts
+    that cannot be read.
     """
+    check_prompts(model, prompts, [0] * len(prompts))
+    check_parts(chunk, None, 0)
     ids, mask = pad(prompts, model.device)
     whole = ids.shape[1]
     border = whole if mask is not None or len(ids) > 1 or not context else min(context, whole)
@@ -107,6 +111,39 @@ def forward(session: Session, ids: Tensor, mask: Tensor | None, start: int, chun
         past = out.past_key_values
     logits: Tensor = out.logits[:, -1]
     return logits
+
+
+def check_prompts(model: Any, prompts: Sequence[Sequence[int]], more: Sequence[int]) -> None:
+    """Raise KVBenchError unless the model can read these prompts of token ids and as many `more` tokens after each."""
+    if not prompts:
+        raise KVBenchError("There are no prompts to read: give at least one.")
+    if len(prompts) != len(more):
+        raise KVBenchError(
+            f"There are {len(prompts)} prompts and {len(more)} max_new_tokens: give one for each prompt."
+        )
+    config = model.config.get_text_config(decoder=True)
+    window, known = getattr(config, "max_position_embeddings", None), model.get_input_embeddings().num_embeddings
+    for number, (prompt, limit) in enumerate(zip(prompts, more, strict=True)):
+        if not prompt:
+            raise KVBenchError(f"The prompt {number} is empty: give at least one token id.")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < known:
+                raise KVBenchError(f"The prompt {number} has the token id {token}: the model has 0 to {known - 1}.")
+        if limit < 0:
+            raise KVBenchError(f"max_new_tokens is {limit}: give 0 or more.")
+        if window is not None and len(prompt) + limit > window:
+            raise KVBenchError(
+                f"{type(model).__name__} reads at most {window} tokens, and the prompt {number} and {limit} new ones "
+                f"are {len(prompt) + limit}: give a shorter prompt, ask for fewer, or load the model with rope scaling."
+            )
+
+
+def check_parts(chunk: int | None, prompt_tokens: int | None, most: int) -> None:
+    """Raise KVBenchError for a chunk of no tokens, and for a prompt that does not end within `most` tokens."""
+    if chunk is not None and chunk < 1:
+        raise KVBenchError(f"prefill_chunk is {chunk}: give at least 1 token, or None for the whole prompt at once.")
+    if prompt_tokens is not None and not 1 <= prompt_tokens <= most:
+        raise KVBenchError(f"prompt_tokens is {prompt_tokens}: give a number from 1 to {most}.")
 
 
 def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

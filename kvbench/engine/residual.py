@@ -65,4 +65,5 @@ class _Watch:
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         before, added, self._before, self._added = self._before, self._added, None, None
         if before is not None and added is not None:
+            before = before.to(added.device)  # a layer on another device is given what the layer before it had
             self._seen(self._number, before, before + added)

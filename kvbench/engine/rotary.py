@@ -46,13 +46,12 @@ class Rotary:
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         module, extra = self._source
-        positions = positions.to(self._device).reshape(1, -1)
-        cos, sin = module(torch.empty(0, dtype=torch.float32, device=self._device), positions, **extra)
+        # The weights may lie nowhere between calls (accelerate's offloading); the frequencies stay.
+        device = next((buffer.device for buffer in module.buffers()), positions.device)
+        cos, sin = module(
+            torch.empty(0, dtype=torch.float32, device=device), positions.to(device).reshape(1, -1), **extra
+        )
         return cos, sin
-
-    @cached_property
-    def _device(self) -> torch.device:
-        return next(self._module.parameters()).device
 
     @cached_property
     def _function(self) -> Callable[..., Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
+from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
 from kvbench.engine.governor import Governor, governed_layers
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
@@ -60,6 +63,8 @@ class Session(Governor):
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._projecting = False
         self._replay: ReplayCache | None = None
+        self._replaced: WeakKeyDictionary[Any, PolicyCache] = WeakKeyDictionary()
+        """The caches that came with a prompt, and those that took their place."""
 
     # -- attaching -------------------------------------------------------------------------------------------------
 
@@ -76,9 +81,17 @@ class Session(Governor):
             },
         }
         _SESSIONS[id(self.config)] = self
+        try:
+            self._attach()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _attach(self) -> None:
         if not self.policy.cached:
             self._handles = [self.model.register_forward_pre_hook(self._without_cache, with_kwargs=True)]
-            return self
+            return
         name = f"kvbench_{self.implementation}"
         AttentionInterface.register(name, _attention)
         if self.implementation in ALL_MASK_ATTENTION_FUNCTIONS:
@@ -89,11 +102,11 @@ class Session(Governor):
         self._handles = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
+            self.model.register_forward_hook(self._ended, always_call=True),
         ]
         if self.allocator is not None and self.allocator.reads_hidden:
             numbers = governed_layers(DynamicCache(config=self.config).layers)
             self._handles += watch_residual(self.model, numbers, self._hidden)
-        return self
 
     def _hidden(self, number: int, before: Tensor, after: Tensor) -> None:
         """Keep what the allocator needs of a layer's hidden states [B, m, D] while the prompt passes."""
@@ -111,7 +124,9 @@ class Session(Governor):
     ) -> None:
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         self._watched.clear()
+        self._calls.clear()
         _SESSIONS.pop(id(self.config), None)
         self.model.set_attn_implementation(self._before)
 
@@ -137,22 +152,47 @@ class Session(Governor):
         return args, {**kwargs, "use_cache": False}
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        past = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids", args[0] if args else None)
         if self._replay is not None:
             return args, kwargs
-        if isinstance(past, PolicyCache) and past is self.cache:
-            if not past.complete:
-                past.prompt_ids.append(ids)
-            return args, kwargs
-        if past is not None and past.get_seq_length() > 0:
-            raise KVBenchError("The cache passed to the model was filled without the policy: start from the prompt.")
-        if kwargs.get("use_cache") is False:
-            raise KVBenchError("A KV-cache policy needs use_cache=True.")
+        kwargs = named(model, args, kwargs)
+        past, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if ids is None else ids
-        self.cache = PolicyCache(self, self._padding(kwargs.get("attention_mask"), 0 if given is None else len(given)))
-        self.cache.prompt_ids.append(ids)
-        return args, {**kwargs, "past_key_values": self.cache, "use_cache": True}
+        rows = None if given is None else len(given)
+        if past is not None and past in self._replaced:
+            past = self._replaced[past]
+        if isinstance(past, PolicyCache):
+            check_continued(past, self, rows)
+            cache = past
+        else:
+            if kwargs.get("use_cache") is False:
+                raise KVBenchError("A KV-cache policy needs use_cache=True.")
+            if past is not None:
+                check_replaceable(past)
+                if past.is_compileable and given is not None:
+                    kwargs["attention_mask"] = plain_mask(kwargs.get("attention_mask"), given.shape[1])
+            cache = PolicyCache(self, prompt_end(self.prompt_tokens), rows)
+            if past is not None:
+                self._replaced[past] = cache
+                past.layers = cache.layers
+        if not cache.complete:
+            cache.expect(ids, self._padding(kwargs.get("attention_mask"), rows or 0))
+        self.cache, cache.open = cache, True
+        return (), {**kwargs, "past_key_values": cache, "use_cache": True}
+
+    @contextmanager
+    def prompt_of(self, tokens: int) -> Iterator[None]:
+        """Announce, within the block, that prompts have so many tokens."""
+        before, self.prompt_tokens = self.prompt_tokens, tokens
+        try:
+            yield
+        finally:
+            self.prompt_tokens = before
+
+    def _ended(self, model: nn.Module, args: Any, output: Any) -> None:
+        """Note how a forward call ended; torch calls this after errors, too."""
+        cache = self.cache
+        if cache is not None and self._replay is None and cache.open:
+            cache.open, cache.failed = False, True
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         cache = self.cache
@@ -166,9 +206,12 @@ class Session(Governor):
                 "every layer, so no policy can govern it: use another architecture."
             )
         self._complete(cache)
+        cache.open = False
 
-    def _padding(self, mask: Tensor | None, rows: int) -> Tensor | None:
-        padding = _left_padding(mask)
+    def _padding(self, mask: Any, rows: int) -> Tensor | None:
+        if self.policy.exact:
+            return None
+        padding = left_padding(mask)
         return torch.zeros(rows, dtype=torch.int64) if padding is None and self.defers else padding
 
     def _complete(self, cache: PolicyCache) -> None:
@@ -185,20 +228,17 @@ class Session(Governor):
         """
         whole = prompt.ids.shape[1]
         count = whole if tokens is None else tokens
-        if tokens is None:
-            self.prompt_tokens = whole
-        self.cache = cache = PolicyCache(self, self._padding(prompt.mask, len(prompt.ids)))
-        cache.prompt_ids.append(prompt.ids[:, :count])
+        self.cache = cache = PolicyCache(self, whole if tokens is None else self.prompt_tokens, len(prompt.ids))
+        cache.expect(prompt.ids[:, :count], self._padding(prompt.mask, len(prompt.ids)))
         for number, layer in prompt.others.items():
             cache.layers[number] = copy.deepcopy(layer)
         for cached in cache.governed:
             part, window = prompt.layers[cached.number], self.query_window(cached.number)
-            cached.update(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
+            cached.take(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
             cached.attended += count
-            cached.given = None
             known = part.queries[:, :, : part.queries.shape[2] - (whole - count)]
             cached.prompt_queries = [known if window is None else last_queries(known, min(window, known.shape[2]))]
-            if cached.seen == cached.cache_prompt_tokens:
+            if cached.seen == self.cache.prompt_tokens:
                 cached.end_prompt(part.module, part.scaling, part.queries.shape[1])
         if self.defers:
             cache.finish_prompt()
@@ -248,7 +288,7 @@ class Session(Governor):
         args, kwargs = self._calls[module.layer_idx]
         rows = slice(None) if lane.rows is None else lane.rows
         inputs = _hidden(args, kwargs).clone()
-        inputs[rows, step] = hidden[:, 0]
+        inputs[rows, step] = hidden[:, 0].to(inputs.device)
         args = tuple(None if value is self.cache else value for value in args)
         kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
         self._projecting = True
@@ -272,8 +312,11 @@ class Session(Governor):
         if self._replay is not None:
             self._replay.observed(module.layer_idx, query)
             return self._own_attention(module)(module, query, key, value, mask, **kwargs)
-        if self.cache is None:
-            raise KVBenchError(f"Call {type(self.model).__name__} itself while a policy is attached, not a part of it.")
+        if self.cache is None or not self.cache.open:
+            raise KVBenchError(
+                f"Call {type(self.model).__name__} itself while a policy is attached to it, not a part of it, nor a "
+                "model that shares its configuration."
+            )
         cached = self.cache.layers[module.layer_idx]
         own = self._own_attention(module)
         if not isinstance(cached, PolicyCacheLayer):
@@ -291,7 +334,7 @@ class Session(Governor):
             else:
                 last = torch.cat([*cached.prompt_queries, query], dim=2)
                 cached.prompt_queries = [last[:, :, max(last.shape[2] - window, 0) :].clone()]
-            if cached.seen == cached.cache_prompt_tokens:
+            if cached.seen == self.cache.prompt_tokens:
                 cached.end_prompt(module, scaling, query.shape[1])
             return output, weights
         if self.policy.exact:
@@ -370,14 +413,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input [B, m, D] that an attention module was called with."""
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden
-
-
-def _left_padding(mask: Tensor | None) -> Tensor | None:
-    """Padding tokens at the start of each row [B], from a mask [B, n] of ones and zeros."""
-    if mask is None or mask.dim() != 2:
-        return None
-    padding = (mask == 0).sum(-1)
-    columns = torch.arange(mask.shape[1], device=mask.device)
-    if not bool(((columns >= padding[:, None]) == (mask != 0)).all()):
-        raise KVBenchError("The attention mask pads elsewhere than on the left: set tokenizer.padding_side='left'.")
-    return padding.cpu()

@@ -32,7 +32,8 @@ class Report:
             "files": [str(file) for file in self.files],
             "runs": [
                 {"folder": str(run.path), "policy": run.policy, "status": run.status, "examples": len(run.rows),
-                 "baseline": str(run.baseline.path) if run.baseline else None} for run in self.found.runs
+                 "baseline": str(run.baseline.path) if run.baseline else None,
+                 "over_budget": run.metrics.get("over_budget")} for run in self.found.runs
             ],
             "figures": [
                 {"name": chart.name, "drawn": chart.paint is not None, "missing": chart.missing or None,

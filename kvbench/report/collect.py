@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvbench.compare.comparison import SAME
+from kvbench.compare.comparison import SAME, same_task
 from kvbench.contract.errors import KVBenchError
-from kvbench.runs.results import read, read_rows, summarise
+from kvbench.runs.results import over_budget_text, read, summarise
+from kvbench.runs.rows import fault, read_rows
 from kvbench.runs.traces import Trace, read_trace
 from kvbench.statistics import PairedDifference, holm, paired_difference
 
@@ -48,6 +49,16 @@ class ReportRun:
     def partial(self) -> bool:
         """Whether examples are missing."""
         return self.status != "complete"
+
+    @property
+    def over_budget(self) -> str:
+        """How it went over its budget, in words; empty where it did not."""
+        return over_budget_text(self.metrics)
+
+    @property
+    def marks(self) -> list[str]:
+        """What a reader must know beside the run's name."""
+        return [*(["partial"] if self.partial else []), *(["over budget"] if self.over_budget else [])]
 
     @property
     def accuracy(self) -> float:
@@ -159,6 +170,12 @@ def _add_run(found: Collection, path: Path) -> None:
             raise KVBenchError(
                 f"{path} has no finished example ({content['status']}): continue it with the same command."
             )
+        for row in rows:
+            if (wrong := fault(row)) is not None:
+                raise KVBenchError(
+                    f"{path} holds example {row['id']} with a value that is no result ({wrong}): the command that made "
+                    "the run repairs it."
+                )
         run = ReportRun(path, content["config"], content["environment"], content["status"], rows, summarise(rows))
         _ = run.traces, run.total_bytes
     except KVBenchError as error:
@@ -207,7 +224,9 @@ def _pair(runs: Sequence[ReportRun]) -> None:
         partners = [
             (len(mine & {row["id"] for row in other.rows}), other.path.parent == run.path.parent, other)
             for other in runs
-            if other.policy == BASELINE and all(other.config[key] == run.config[key] for key in SAME_EXAMPLES)
+            if other.policy == BASELINE
+            and all(other.config[key] == run.config[key] for key in SAME_EXAMPLES)
+            and same_task(other.config, run.config)
         ]
         common, _, best = max(partners, key=lambda partner: partner[:2], default=(0, False, None))
         if best is None or not common:
@@ -233,7 +252,7 @@ def labels(runs: Sequence[ReportRun], apart: Sequence[str] = ()) -> dict[int, st
         differing = [key for key in mine if any(peer.get(key) != mine[key] for peer in peers)]
         parts = [mine[key] if key == "budget" else f"{key.split('.')[-1]} {mine[key]}" for key in differing]
         name = ", ".join([run.policy, *parts])
-        names[id(run)] = f"{name} (partial)" if run.partial else name
+        names[id(run)] = f"{name}{''.join(f' ({mark})' for mark in run.marks)}"
     return names
 
 
@@ -242,8 +261,12 @@ def _facts(run: ReportRun, apart: Sequence[str]) -> dict[str, str]:
     found = {} if "budget" in apart else {"budget": budget_text(config["budget"])}
     for key in ("policy_options", "task_options"):
         found |= {f"{key}.{name}": str(value) for name, value in config[key].items()}
+    code = config["plugins"].get("policy")
+    if code is not None:
+        found["policy source"] = f"{code['version'] or ''} {code['source'] or 'unreadable'}".strip()
     for key, value in config.items():
         if key not in (
+            "plugins",
             "budget", "policy_options", "task_options", "task_data", "model_fingerprint", "probes", "probe_examples",
             "policy", *apart,
         ):  # fmt: skip

@@ -111,6 +111,19 @@ def partial_text(run: ReportRun) -> str:
     return f"{len(run.rows)} of {run.config['examples']} examples, {run.status}" if run.partial else ""
 
 
+def mark_texts(run: ReportRun) -> list[str]:
+    """What marks a run wherever it is named: that it is partial, or over its budget."""
+    return [
+        *([f"partial: {partial_text(run)}"] if run.partial else []),
+        *([run.over_budget] if run.over_budget else []),
+    ]
+
+
+def _unmarked(name: str, run: ReportRun) -> str:
+    """A run's name without its marks, which stand beside it."""
+    return name.removesuffix("".join(f" ({mark})" for mark in run.marks))
+
+
 def anchor(run: ReportRun, found: Collection) -> str:
     """The run's place in the page."""
     return f"run-{found.runs.index(run) + 1}"
@@ -180,6 +193,9 @@ def _glance(found: Collection) -> list[tuple[str, str]]:
         if any(cut.values()):
             which = ", ".join(f"{examples} of {name}" for name, examples in cut.items() if examples)
             lines.append((f"{where}: examples whose text was cut to fit the context: {which}.", ""))
+        over = [f"{_unmarked(names[id(run)], run)} ({run.over_budget})" for run in runs if run.over_budget]
+        if over:
+            lines.append((f"{where}: not on the same budget as the others: {', '.join(over)}.", ""))
         if any(run.metrics.get("prefix_left_out_examples") for run in runs):
             lines.append((f"{where}: no answer prefix was given, since the chat template opens a thinking block.", ""))
         if alone:
@@ -217,7 +233,7 @@ def _board(found: Collection) -> Board:
         names |= labels(runs, apart=("seed", "budget", "examples"))
     columns = _columns(found, names)
     rows = [
-        {"cells": [column.cell(run) for column in columns], "anchor": anchor(run, found), "partial": partial_text(run),
+        {"cells": [column.cell(run) for column in columns], "anchor": anchor(run, found), "marks": mark_texts(run),
          "baseline": run.policy == BASELINE}
         for run in found.runs
     ]  # fmt: skip
@@ -252,7 +268,7 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
         return f"{value / MIB:.1f}" if value >= 10 * MIB or not value else f"{value / MIB:.3g}"
 
     columns = [Column("policy", "Policy", "Policy and what tells it from others of its name",
-                      lambda run: Cell(names[id(run)].removesuffix(" (partial)"), names[id(run)]), "text",
+                      lambda run: Cell(_unmarked(names[id(run)], run), names[id(run)]), "text",
                       "ascending")]  # fmt: skip
     columns.append(Column(
         "budget", "Budget", "Size and allocator asked for",
@@ -329,7 +345,8 @@ def board_rows(found: Collection) -> list[Row]:
             "pairs": paired.n if paired else None, "test": paired.test if paired else None,
             "p_value": paired.p_value if paired else None, "p_holm": run.p_adjusted,
         }  # fmt: skip
-        row |= dict(_flat(run.metrics, skip=("accuracy",)))
+        row |= dict(_flat(run.metrics, skip=("accuracy", "over_budget")))
+        row["over_budget"] = run.over_budget
         rows.append({**row, "run": str(run.path)})
     return rows
 
@@ -352,8 +369,8 @@ def _run(run: ReportRun, found: Collection) -> dict[str, Any]:
     if run.metrics.get("probe_overhead") is not None:
         facts["probes lengthen a step by"] = percent(run.metrics["probe_overhead"])
     return {
-        "title": f"{names[id(run)].removesuffix(' (partial)')}: {setting_text(run.setting, found)}",
-        "anchor": anchor(run, found), "partial": partial_text(run), "command": run_command(run.config, run.path.parent),
+        "title": f"{_unmarked(names[id(run)], run)}: {setting_text(run.setting, found)}",
+        "anchor": anchor(run, found), "marks": mark_texts(run), "command": run_command(run.config, run.path.parent),
         "tables": [
             {"title": "Run", "rows": list(facts.items())},
             {"title": "Configuration", "rows": [(key, _value(value)) for key, value in _flat(run.config)]},

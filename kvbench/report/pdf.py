@@ -48,8 +48,8 @@ def write_pdf(content: Content, target: Path) -> None:
         with _Text(pdf) as text:
             text.write("Runs: configuration, environment and command", size=14, weight="bold", after=0.1)
             for run in content.runs:
-                partial = f" (partial: {run['partial']})" if run["partial"] else ""
-                text.write(f"{run['title']}{partial}", size=10.5, weight="bold", before=0.18)
+                marks = "".join(f" ({mark})" for mark in run["marks"])
+                text.write(f"{run['title']}{marks}", size=10.5, weight="bold", before=0.18)
                 text.write(run["command"], mono=True)
                 for table in run["tables"]:
                     text.write(
@@ -140,13 +140,12 @@ def _save(pdf: PdfPages, page: Figure) -> None:
     pdf.savefig(page)  # type: ignore[no-untyped-call]
 
 
-def _cell(row: dict[str, object], place: int) -> str:
-    cells: Sequence[object] = row["cells"]  # type: ignore[assignment]
-    cell = cells[place]
+def _cell(row: dict[str, Any], place: int) -> str:
+    cell = row["cells"][place]
     text = getattr(cell, "text", "")
     detail = getattr(cell, "detail", "")
-    if place == 0 and row["partial"]:
-        detail = "partial"
+    if place == 0 and row["marks"]:
+        detail = ", ".join(mark.split(":")[0] for mark in row["marks"])
     return f"{textwrap.fill(text, 26)}\n{detail.replace(', n', chr(10) + 'n')}" if detail else textwrap.fill(text, 26)
 
 

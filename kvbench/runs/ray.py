@@ -10,10 +10,10 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, sentence
 from kvbench.models import LoadedModel
 from kvbench.runs.results import RunConfig
-from kvbench.runs.sweep import Model, Outcome, Planned, Progress, document, reuse, run_one, sentence
+from kvbench.runs.sweep import Model, Outcome, Planned, Progress, document, reuse, run_one
 
 ATTEMPTS = 3
 """How many workers a run may lose before it counts as failed."""

@@ -7,29 +7,40 @@ was stopped and continued; and `timings.jsonl`, the measurements that differ fro
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import filelock
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvbench.contract.budget import Budget
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, unwritable
+from kvbench.identity import Identity, differences
+from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
 from kvbench.statistics import confidence_interval, mean_interval, percentiles
 
 SCHEMA = 2
 """Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
 READABLE = (1, 2)
 
+REPLACED = ".replaced"
+"""Folder, beside the runs, that holds those which --fresh replaced; nothing reads it."""
+
 PACKAGES = ("kvbench", "torch", "transformers", "faiss-cpu", "numba", "numpy", "pluggy", "pydantic", "scipy")
+
+
+BEYOND = "tokens_beyond_budget"
+"""Name under which the density probe says how far a step went beyond what its budget and its policy allow."""
 
 
 class RunConfig(BaseModel):
@@ -58,6 +69,8 @@ class RunConfig(BaseModel):
     """Probes beyond the standard ones."""
     batch_size: int = 1
     share_prefill: bool = False
+    plugins: dict[str, Identity] = Field(default_factory=dict)
+    """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
 
     @property
     def hash(self) -> str:
@@ -69,12 +82,6 @@ class RunConfig(BaseModel):
     def folder(self) -> str:
         """Name of the run's folder."""
         return f"{self.policy}-{self.task}-{self.context_length}-{self.hash}"
-
-
-class _Line(NamedTuple):
-    row: dict[str, Any]
-    size: int
-    """In bytes."""
 
 
 class Run:
@@ -90,8 +97,16 @@ class Run:
         """What was proven of the model, and of the policy on it, before the run."""
         self.notes: list[str] = []
         with _disk(self.path):
+            new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-        self.rows = read_rows(self.path)
+        if new:
+            self._note_older(path)
+        self._take(read_rows(self.path))
+        for role, code in config.plugins.items():
+            if code.source is None:
+                self.notes.append(
+                    f"The source of {role} cannot be read, so an edit of it will not be noticed: use --fresh after one."
+                )
         if (self.path / "run.json").exists():
             found = read(self.path)
             if found["config"] != config.model_dump(mode="json"):
@@ -112,29 +127,21 @@ class Run:
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Hold the folder against a second writer, and note in `run.json` how the stretch ended."""
-        lock = filelock.FileLock(self.path / ".lock")
-        with _disk(self.path):
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                raise KVBenchError(
-                    f"Another kvbench is writing to {self.path}: wait for it, or use another --output."
-                ) from None
-        try:
-            self.rows = read_rows(self.path)
+        with ExitStack() as held:
+            with _disk(self.path):
+                held.enter_context(_locked(self.path))
+            self._take(read_rows(self.path))
             self._repair()
             self._write("running")
             try:
                 yield
+                self.metrics = summarise(self.rows)
             except BaseException as error:
                 # A disk that is full for examples is full for this too, and must not hide the first error.
                 with suppress(KVBenchError):
                     self._write("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
                 raise
-            self.metrics = summarise(self.rows)
             self._write("complete")
-        finally:
-            lock.release()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a finished example and force it to the disk, its timings first."""
@@ -142,11 +149,40 @@ class Run:
             raise KVBenchError(
                 f"Task '{self.config.task}' gave two examples the id {row['id']}: report it to the task's author."
             )
+        wrong = fault(row)
+        if wrong is not None:
+            raise KVBenchError(f"Example {row['id']} of task '{self.config.task}' was not kept: {wrong}.")
         lasting, timed = split(row)
+        lines = {"timings.jsonl": line({"id": row["id"], **timed}), "examples.jsonl": line(lasting)}
         with _disk(self.path):
-            _append(self.path / "timings.jsonl", {"id": row["id"], **timed})
-            _append(self.path / "examples.jsonl", lasting)
+            for name, content in lines.items():
+                append(self.path / name, content)
         self.rows.append(row)
+
+    def _take(self, rows: list[dict[str, Any]]) -> None:
+        """Take over finished examples, but for those that older versions wrote with values that are no results."""
+        self.rows = []
+        for row in rows:
+            wrong = fault(row)
+            if wrong is None:
+                self.rows.append(row)
+                continue
+            note = f"{self.path} holds example {row['id']} with a value that is no result ({wrong}): it runs again."
+            if note not in self.notes:
+                self.notes.append(note)
+
+    def _note_older(self, output: Path) -> None:
+        """Say where this configuration ran before with other code of its plugins."""
+        mine = self.config.model_dump(mode="json", exclude={"plugins"})
+        start = self.config.folder.removesuffix(self.config.hash)
+        for folder in sorted(output.glob(f"{glob.escape(start)}*/")):
+            try:
+                found = RunConfig.model_validate(read(folder)["config"])
+            except KVBenchError:
+                continue
+            if found.model_dump(mode="json", exclude={"plugins"}) == mine:
+                changed = ", ".join(differences(found.plugins, self.config.plugins)) or "fewer plugins"
+                self.notes.append(f"Changed since {folder}, so this run starts anew in {self.path}: {changed}.")
 
     def document(self) -> dict[str, Any]:
         """The run as one element of the `--json` document's `runs`."""
@@ -173,9 +209,9 @@ class Run:
 
     def _repair(self) -> None:
         """Cut what a killed writer left unfinished: half a line, or timings without their example."""
-        for name, lines in zip(("timings.jsonl", "examples.jsonl"), _finished_lines(self.path), strict=True):
+        for name, lines in zip(("timings.jsonl", "examples.jsonl"), finished_lines(self.path), strict=True):
             file = self.path / name
-            size, end = file.stat().st_size if file.exists() else 0, sum(line.size for line in lines)
+            size, end = file.stat().st_size if file.exists() else 0, sum(one.size for one in lines)
             if size > end:
                 with _disk(self.path), file.open("rb+") as writable:
                     writable.truncate(end)
@@ -224,93 +260,43 @@ def read(path: Path) -> dict[str, Any]:
         ) from None
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the finished examples of a run's folder, timings included; what a killed writer left unfinished is skipped.
+def replace(output: Path, config: RunConfig) -> Path | None:
+    """Move earlier results of a configuration out of the way, and say where they are; None where there are none.
 
-    Raises KVBenchError for a file that is corrupt before its end.
+    Raises KVBenchError while another kvbench writes to them.
     """
-    timings, examples = _finished_lines(path)
-    times = {line.row["id"]: line.row for line in timings}
-    return [{**line.row, **times.get(line.row["id"], {})} for line in examples]
+    folder = output / config.folder
+    if not folder.is_dir():
+        return None
+    with _disk(folder), _locked(folder):
+        place = output / REPLACED
+        place.mkdir(exist_ok=True)
+        target = next(path for path in (place / f"{folder.name}-{n}" for n in count(1)) if not path.exists())
+        folder.rename(target)
+    return target
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against a second writer."""
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise KVBenchError(f"Another kvbench is writing to {folder}: wait for it, or use another --output.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def find_runs(root: Path) -> list[Path]:
     """Folders of runs at or below `root`, sorted; raises KVBenchError where there is none."""
-    found = sorted(file.parent for file in root.rglob("run.json")) if root.is_dir() else []
+    files = root.rglob("run.json") if root.is_dir() else []
+    found = sorted(file.parent for file in files if REPLACED not in file.relative_to(root).parts)
     if not found:
         raise KVBenchError(f"There is no run in {root}: give a folder that `kvbench run --output` wrote to.")
     return found
-
-
-def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part an example's row into what its configuration determines, and what was timed.
-
-    Timed are the peak memory, the tokens whose prefill was another example's and all names that end in `_s`, those of
-    probes too.
-    """
-    timed = {key: row[key] for key in row if _is_timed(key)}
-    lasting = {key: row[key] for key in row if key not in timed}
-    probes = row.get("probes") or {}
-    if any(map(_is_timed, probes)):
-        timed["probes"] = probes
-        lasting["probes"] = {key: probes[key] for key in probes if not _is_timed(key)}
-    return lasting, timed
-
-
-def _is_timed(name: str) -> bool:
-    return name.endswith("_s") or name in ("peak_memory_bytes", "reused_tokens")
-
-
-def _finished_lines(path: Path) -> tuple[list[_Line], list[_Line]]:
-    """The complete lines of `timings.jsonl` and `examples.jsonl`, as many of the one as of the other."""
-    examples = _lines(path / "examples.jsonl", {"id", "score"})  # first, since a writer adds to it last
-    file = path / "timings.jsonl"
-    if not file.exists() and (not examples or any(map(_is_timed, examples[0].row))):
-        return [], examples  # nothing yet, or version 1
-    timings = _lines(file, {"id"})
-    for number, example in enumerate(examples, start=1):
-        if number > len(timings) or timings[number - 1].row["id"] != example.row["id"]:
-            raise KVBenchError(
-                f"{file} has no line {number} for example {example.row['id']}: move the folder away to run again from "
-                "the start."
-            )
-    return timings[: len(examples)], examples
-
-
-def _lines(file: Path, required: set[str]) -> list[_Line]:
-    parts = file.read_bytes().split(b"\n") if file.exists() else [b""]
-    seen, found = set(), []
-    for number, part in enumerate(parts[:-1], start=1):  # the last is empty, or was never finished
-        try:
-            row = json.loads(part)
-            if not isinstance(row, dict) or not required <= row.keys():
-                raise ValueError("not an example")
-        except ValueError as error:
-            if number == len(parts) - 1 and not parts[-1]:
-                break  # a power cut can leave the last line without its content
-            raise KVBenchError(
-                f"{file} line {number} is corrupt ({error}): move the folder away to run again from the start."
-            ) from None
-        if row["id"] in seen:
-            raise KVBenchError(f"{file} line {number} repeats example {row['id']}: move the folder away to run again.")
-        seen.add(row["id"])
-        found.append(_Line(row, len(part) + 1))
-    return found
-
-
-def _append(file: Path, row: dict[str, Any]) -> None:
-    """Append a line and force it to the disk; a line that did not fit is taken back."""
-    rest = memoryview((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    with file.open("ab", buffering=0) as target:
-        size = target.tell()
-        try:
-            while rest:
-                rest = rest[target.write(rest) :]
-            os.fsync(target.fileno())
-        except OSError:
-            with suppress(OSError):
-                os.truncate(file, size)
-            raise
 
 
 def _sync_folder(path: Path) -> None:
@@ -382,8 +368,25 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "probe_overhead": _probe_overhead(rows),
         "budget_tokens": _mean([row["budget_tokens"] for row in rows if row.get("budget_tokens")]),
         "attended_bytes": _product(measured.get("attended_tokens"), _mean([row.get("token_bytes", 0) for row in rows])),
+        "over_budget": _over_budget(rows),
         **measured,
     }
+
+
+def _over_budget(rows: list[dict[str, Any]]) -> dict[str, float] | None:
+    """Tokens asked for and attended to at the step that went farthest beyond what was allowed; None where none did."""
+    probed = [row for row in rows if row.get("budget_tokens") and (row.get("probes") or {}).get(BEYOND)]
+    if not probed:
+        return None
+    worst = max(probed, key=lambda row: float(row["probes"][BEYOND]))
+    attended = worst["probes"]["most_attended_tokens"]
+    return {"asked": worst["budget_tokens"], "allowed": attended - worst["probes"][BEYOND], "attended": attended}
+
+
+def over_budget_text(metrics: dict[str, Any]) -> str:
+    """How a run went over its budget, in words; empty where it did not, or nobody measured it."""
+    over = metrics.get("over_budget")
+    return f"over budget: asked {over['asked']:.0f} tokens, attended {over['attended']:.0f}" if over else ""
 
 
 def _probe_overhead(rows: list[dict[str, Any]]) -> float | None:
@@ -419,6 +422,6 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise KVBenchError(
-            f"Cannot write to {path}: {error.strerror or error}. Free some space or choose another --output; the "
-            "examples finished so far are kept, and the same command continues after them."
+            f"{unwritable(path, error)} The examples finished so far are kept, and the same command continues after "
+            "them."
         ) from None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +14,7 @@ import torch
 
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
@@ -24,8 +25,10 @@ from kvbench.engine.governor import check_head_budgets, token_bytes
 from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
+from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, method, release
 from kvbench.runs.results import Run, RunConfig, environment, processor
 from kvbench.runs.traces import write_trace
@@ -87,7 +90,9 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         check_head_budgets(policy, allocator)
         share_prefill = share_prefill and not allocator.reads_hidden
         budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
-        budget.size(request.context_length, token_bytes(loaded.model))
+        _check_size(
+            policy(options), request.context_length, budget.size(request.context_length, token_bytes(loaded.model))
+        )
     check_context(loaded, request.context_length)
     if request.batch_size > 1 and request.question == "agnostic":
         raise KVBenchError(
@@ -108,8 +113,44 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill,
+        batch_size=request.batch_size, share_prefill=share_prefill, plugins=_plugins(request, budget),
     )  # fmt: skip
+
+
+def _check_size(policy: KVCachePolicy, context: int, size: int) -> None:
+    """Refuse a budget of `size` tokens that no prompt's static set fits into; prompts fill most of the context."""
+    least = min(sum(policy.static_tokens(length)) for length in (context, context // 2))
+    if size < least:
+        raise KVBenchError(
+            f"The budget of {size} tokens per layer is smaller than the policy's static set of {least} tokens: raise "
+            "--tokens or --ratio, or lower the sinks and window options."
+        )
+
+
+def _plugins(request: Request, budget: Budget | None) -> dict[str, Identity]:
+    """The code that a run's numbers depend on."""
+    found = registry()
+    named = {"policy": ("policy", request.policy), "task": ("task", request.task)}
+    if budget is not None:
+        named["budget"] = ("budget", budget.allocator)
+    if request.probe_examples:
+        named |= {f"probe {name}": ("probe", name) for name in (*STANDARD_PROBES, *_extra_probes(request))}
+    return {role: found.identity(*chosen) for role, chosen in sorted(named.items())}
+
+
+def _check_plugins(config: RunConfig) -> None:
+    """Refuse to run a configuration that was planned with other code, on another machine or earlier."""
+    names = {"policy": config.policy, "task": config.task}
+    if config.budget is not None:
+        names["budget"] = config.budget.allocator
+    for role, planned in config.plugins.items():
+        kind, _, probe = role.partition(" ")
+        here = registry().identity(kind, probe or names[kind])
+        if here != planned:
+            raise KVBenchError(
+                f"{role.capitalize()} {probe or names[kind]} is {here} here and was {planned} when this run was "
+                "planned: install the same version wherever it runs, and plan it again."
+            )
 
 
 def _extra_probes(request: Request) -> tuple[str, ...]:
@@ -122,56 +163,147 @@ def _extra_probes(request: Request) -> tuple[str, ...]:
     return names
 
 
-def execute(configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress) -> list[Run]:
+Failed = Callable[[RunConfig, Exception], None]
+"""Is told of a run that failed, and how."""
+
+
+def execute(
+    configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress,
+    failed: Failed | None = None,
+) -> list[Run]:  # fmt: skip
     """Run configurations, or what is left of them, and return their completed folders.
 
-    One after the other; those that share a prefill go over the examples together.
+    One after the other; those that share a prefill go over the examples together. A run that fails leaves the others
+    alone and is told to `failed`; without it, the first failure is raised and ends them all.
     """
-    runs = [Run(output, config, environment_of(loaded)) for config in configs]
+    runs = []
+    for config in configs:
+        with _telling(failed, config):
+            _check_plugins(config)
+            runs.append(Run(output, config, environment_of(loaded)))
     together: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "complete":
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
             together.setdefault("" if run.config.share_prefill else run.config.hash, []).append(run)
-    proofs = _prove([run for group in together.values() for run in group], loaded, progress)
+    proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed)
     for group in together.values():
-        _execute(group, loaded, progress, proofs)
-    return runs
+        proven = [run for run in group if run.config.hash in proofs]
+        if proven:
+            _execute(proven, loaded, progress, proofs, failed)
+    return [run for run in runs if run.status == "complete"]
 
 
-def _prove(runs: Sequence[Run], loaded: LoadedModel, progress: Progress) -> dict[str, list[Report]]:
+def _prove(
+    runs: Sequence[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None
+) -> dict[str, list[Report]]:
     """Check the model and each run's policy, where this process has not yet; the findings by a run's hash."""
     checker, found = Conformance(loaded.model, loaded.name, loaded.tokenizer), {}
     for run in runs:
-        progress(run.config.policy, len(run.rows), run.config.examples, "conformance check")
-        policy = registry().make("policy", run.config.policy, run.config.policy_options)
-        found[run.config.hash] = checker.check(policy)
+        with _telling(failed, run.config):
+            progress(run.config.policy, len(run.rows), run.config.examples, "conformance check")
+            policy = registry().make("policy", run.config.policy, run.config.policy_options)
+            found[run.config.hash] = checker.check(policy)
     return found
 
 
-def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress, proofs: Mapping[str, Sequence[Report]]) -> None:
+@contextmanager
+def _telling(failed: Failed | None, config: RunConfig) -> Iterator[None]:
+    """Tell `failed`, where there is one, of an error of the block instead of raising it."""
+    try:
+        yield
+    except Exception as error:  # a plugin may raise anything
+        if failed is None:
+            raise
+        failed(config, error)
+
+
+def _execute(
+    runs: list[Run], loaded: LoadedModel, progress: Progress, proofs: Mapping[str, Sequence[Report]],
+    failed: Failed | None,
+) -> None:  # fmt: skip
     """Run configurations that differ in their policies and budgets alone, example by example."""
     shared = runs[0].config
-    task: AnyTask = registry().make("task", shared.task, shared.task_options)
     with ExitStack() as folders:
+        group = _Group(failed)
         for run in runs:
-            run.conformance = [report.document() for report in proofs[run.config.hash]]
-            folders.enter_context(run.writing())
-            for report in proofs[run.config.hash]:
-                report.require()
-            progress(run.config.policy, len(run.rows), run.config.examples, "")
-        if any(len(run.rows) < run.config.examples for run in runs):
-            for run in runs:
-                _warm_up(run.config, loaded)
-        before: Prefill | None = None
-        for batch in _batches(_examples(task, shared, loaded), shared, loaded):
-            missing = [run for run in runs if not {example.id for example in batch} <= {row["id"] for row in run.rows}]
-            if missing and shared.share_prefill:
-                before = _prefill(batch, missing, loaded, before)
-            for run in missing:
-                _extend(run, loaded, task, batch, before if shared.share_prefill else None)
+            with group.alone(run):
+                run.conformance = [report.document() for report in proofs[run.config.hash]]
+                group.open(run, folders)
+                for report in proofs[run.config.hash]:
+                    report.require()
                 progress(run.config.policy, len(run.rows), run.config.examples, "")
+        if any(len(run.rows) < run.config.examples for run in group.runs):
+            for run in group.runs:
+                with group.alone(run):
+                    _warm_up(run.config, loaded)
+        with group.together():
+            task: AnyTask = registry().make("task", shared.task, shared.task_options)
+            before: Prefill | None = None
+            for batch in _batches(_examples(task, shared, loaded), shared, loaded):
+                ids = {example.id for example in batch}
+                missing = [run for run in group.runs if not ids <= {row["id"] for row in run.rows}]
+                if missing and shared.share_prefill:
+                    before = _prefill(batch, missing, loaded, before)
+                for run in missing:
+                    with group.alone(run):
+                        _extend(run, loaded, task, batch, before if shared.share_prefill else None)
+                        progress(run.config.policy, len(run.rows), run.config.examples, "")
+                if not group.runs:
+                    break
+        for run in group.runs:
+            with group.alone(run):
+                group.close(run)
+
+
+class _Group:
+    """Runs that go over a task's examples together, each with its open folder; one that fails leaves the group."""
+
+    def __init__(self, failed: Failed | None) -> None:
+        self._failed = failed
+        self._folders: dict[str, ExitStack] = {}
+        self._runs: dict[str, Run] = {}
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those that have not failed."""
+        return list(self._runs.values())
+
+    def open(self, run: Run, folders: ExitStack) -> None:
+        """Open a run's folder for writing, until the run is closed or fails, or `folders` ends."""
+        self._runs[run.config.hash] = run
+        folder = self._folders[run.config.hash] = folders.enter_context(ExitStack())
+        folder.enter_context(run.writing())
+
+    def close(self, run: Run) -> None:
+        """Finish a run."""
+        self._folders.pop(run.config.hash).close()
+
+    @contextmanager
+    def alone(self, run: Run) -> Iterator[None]:
+        """Let an error of the block end this run only."""
+        with _telling(self._failed, run.config):
+            try:
+                yield
+            except Exception as error:
+                del self._runs[run.config.hash]
+                folder = self._folders.pop(run.config.hash, None)
+                if folder is not None:
+                    folder.__exit__(type(error), error, error.__traceback__)
+                raise
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let an error of the block, which is no single run's, end all that are left."""
+        try:
+            yield
+        except Exception as error:
+            if self._failed is None:
+                raise
+            for run in self.runs:
+                with self.alone(run):
+                    raise error from None
 
 
 def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None) -> None:
@@ -185,9 +317,8 @@ def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample
         for example, row, answer in _measure(config, loaded, task, part, own):
             if example.id in there:
                 continue
-            if len(run.rows) < config.probe_examples:
-                traces = run.path / "traces"
-                row |= _probe(config, loaded, example, answer, traces, f"{len(run.rows):06d}")  # noqa: PLW2901
+            if sum("probes" in other for other in run.rows) < config.probe_examples:
+                row |= _probe(run, loaded, task, example, answer)  # noqa: PLW2901
             run.append(row)
 
 
@@ -257,14 +388,19 @@ def _scored(
     """An example's score and references, and what a task of given tokens measured besides."""
     if isinstance(example, Example):
         assert not isinstance(task, ForcedTask)
-        return {"score": task.score(prediction, example), "references": list(example.references)}
+        with task_errors(task, f"the score of example {example.id}"):
+            score = task.score(prediction, example)
+        return {"score": checked_score(task, example.id, score), "references": list(example.references)}
     assert isinstance(task, ForcedTask) and isinstance(result, Forced)
     targets = list(example.input_ids[example.prompt_tokens + 1 :])
     exact = _exact(config, loaded, example)
-    scores = task.score(result.logits, exact, torch.tensor(targets, device=result.logits.device))
+    with task_errors(task, f"the score of example {example.id}"):
+        scores = task.score(result.logits, exact, torch.tensor(targets, device=result.logits.device))
+        values = {name: checked_score(task, example.id, value, name) for name, value in scores.values.items()}
+        main = values[task.main]
     return {
-        "score": scores.values[task.main],
-        "scores": scores.values,
+        "score": main,
+        "scores": values,
         "positions": scores.positions,
         "references": [loaded.tokenizer.decode(targets, skip_special_tokens=True)],
     }
@@ -317,11 +453,9 @@ def _measure(
         yield example, row, result.tokens
 
 
-def _probe(
-    config: RunConfig, loaded: LoadedModel, example: AnyExample, answer: list[int], folder: Path, name: str
-) -> dict[str, Any]:
+def _probe(run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int]) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
-    prompt = prompt_of(loaded, example)
+    config, prompt = run.config, prompt_of(loaded, example)
     probes: list[Probe] = [
         registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
         for name in (*STANDARD_PROBES, *config.probes)
@@ -337,13 +471,15 @@ def _probe(
             )
         step_s = step_s or again.step_s
     measured: dict[str, Any] = {
-        "probes": {key: value for probe in probes for key, value in probe.result().items()},
+        "probes": probed_values(probes, reserved=getattr(task, "metrics", ())),
         "probed_step_s": step_s,
     }
-    trace = {key: column for probe in probes for key, column in probe.trace().items() if column}
+    trace = probed_trace(probes)
     if trace:
-        write_trace(folder / f"{name}.safetensors", trace, example=example.id, prompt_tokens=len(prompt.input_ids))
-        measured["trace"] = f"{folder.name}/{name}.safetensors"
+        taken = {row.get("trace") for row in run.rows}
+        name = next(name for name in (f"traces/{number:06d}.safetensors" for number in count()) if name not in taken)
+        write_trace(run.path / name, trace, example=example.id, prompt_tokens=len(prompt.input_ids))
+        measured["trace"] = name
     return measured
 
 
@@ -383,8 +519,9 @@ def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
     part = {"tokens": None, "bytes": None, "ratio": (least + length) / 2 / length}
     budget = None if config.budget is None else config.budget.model_copy(update=part)
     ids = [3 + i % 50 for i in range(length)]
+    more = WARM_UP_TOKENS if loaded.max_context is None else min(WARM_UP_TOKENS, max(loaded.max_context - length, 0))
     with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
-        generate(session, ids, prompt_tokens=length, max_new_tokens=WARM_UP_TOKENS)
+        generate(session, ids, prompt_tokens=length, max_new_tokens=more)
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +13,13 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvbench.contract.budget import Budget
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, sentence
 from kvbench.engine.governor import token_bytes
 from kvbench.models import DEFAULT_MODEL, LoadedModel, check_device, load_model
 from kvbench.plugins import registry
 from kvbench.runs.memory import capacity
-from kvbench.runs.results import RunConfig, read, read_rows
+from kvbench.runs.results import RunConfig, read
+from kvbench.runs.rows import read_rows
 from kvbench.runs.runner import Request, execute, plan, prompt_of
 
 
@@ -353,15 +353,6 @@ def run_one(planned: Planned, loaded: LoadedModel, output: Path, progress: Progr
     for note in run.notes:
         progress.warn(note)
     return Outcome(planned, folder, run.document())
-
-
-def sentence(error: Exception) -> str:
-    """An error as one line; one that kvbench did not foresee with its type and place."""
-    if isinstance(error, KVBenchError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{where}"
 
 
 def run_local(plans: Sequence[Planned], output: Path, progress: Progress) -> list[Outcome]:

@@ -153,17 +153,17 @@ class DuoAttention(KVCachePolicy):
         spare = sum(layer.budget.tokens - streamed for layer in layers) * heads
         whole = min(spare // (tokens - streamed), len(layers) * heads)
         if self._profile is not None:
-            scores = self._profile.flatten().expand(layers[0].rows, -1).to(ids.device)
+            scores = self._profile.flatten().expand(layers[0].rows, -1)
         elif any(layer.budget.heads is not None for layer in layers):
-            alike = torch.ones(layers[0].rows, heads, dtype=torch.int64, device=ids.device)
+            alike = torch.ones(layers[0].rows, heads, dtype=torch.int64)
             budgets = [layer.budget for layer in layers]
-            given = [alike * budget.tokens if budget.heads is None else budget.heads for budget in budgets]
+            given = [alike * budget.tokens if budget.heads is None else budget.heads.cpu() for budget in budgets]
             scores = torch.cat(given, dim=1)
         else:
-            scores = torch.cat([layer.state.pop("score") for layer in layers], dim=1)
+            scores = torch.cat([layer.state.pop("score").cpu() for layer in layers], dim=1)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, scores.topk(whole, dim=1).indices, True)
         for layer, mine in zip(layers, torch.split(chosen, heads, dim=1), strict=True):
-            layer.state["heads"] = mine.clone()
+            layer.state["heads"] = mine.clone().to(layer.store.device)
             storage = partial(_SomeHeads, layer.state["heads"])
             layer.store.set_aside(sinks, tokens - recent, offload=False, storage=storage)
 

@@ -71,7 +71,9 @@ class KVzip(KVCachePolicy):
         chunk, tokens, system = self.options.chunk, ids.shape[1], self._system_tokens(ids)
         for layer in layers:
             layer.static = system, 0
-            layer.state["importance"] = torch.empty(layer.rows, layer.kv_heads, tokens - system, device=ids.device)
+            layer.state["importance"] = torch.empty(
+                layer.rows, layer.kv_heads, tokens - system, device=layer.store.device
+            )
         for start in range(system, tokens, chunk):
             stop = min(start + chunk, tokens)
             tail = ids[:, max(start - self.options.tail, system) : start]

@@ -32,10 +32,10 @@ from kvbench.plugins import registry
 
 PROMPT, PADDING, STEPS = 16, 5, 8
 """Tokens of the prompt that proves a model, tokens of padding in its second row, and decoding steps after it."""
-WHOLE, CHUNKS, AFTER = (0, 1, 2, STEPS), (-PROMPT // 2, 0, 1), (1, 2, STEPS)
+WHOLE, CHUNKS, AFTER = (0, 1, 2, STEPS), (0, 1), (1, 2, STEPS)
 """Where forward calls end, in tokens after the prompt: two steps come alone, the others in one call.
 
-A policy sees every token as a step of its own. In a call of one token a model reads all its weights, which on a CPU
+With `CHUNKS` the prompt itself comes in two calls. A policy sees every token as a step of its own. In a call of one token a model reads all its weights, which on a CPU
 takes as long as a call of ten.
 """
 CONTEXT, BESIDE = 136, 64
@@ -111,7 +111,7 @@ class Conformance:
         least = max(16 * unit, 2.0**-17)
         noise = 0.0
         if CHUNKS in plain:
-            noise = distance(_centred(plain[CHUNKS][1:]), _centred(plain[WHOLE][:2]))
+            noise = distance(_centred(plain[CHUNKS]), _centred(plain[WHOLE][:2]))
         return max(NOISE * noise, least) if noise < unit**0.5 else least
 
     def _full(self, ids: Tensor, mask: Tensor | None, ends: Ends, plain: Tensor) -> Check:
@@ -175,7 +175,7 @@ class Conformance:
         if largest <= tolerance and tolerance > 0:
             return Check(name, "passed", f"within {largest:.2g}; rounding allows {tolerance:.2g}", largest, tolerance)
         call = next(call for call, error in enumerate(errors) if not error <= tolerance)
-        place = f"step {ends[call]}" if ends[call] > 0 else f"token {PROMPT + ends[call]} of the prompt"
+        place = f"step {ends[call]}" if ends[call] else "the end of the prompt"
         allowed = f"rounding allows {tolerance:.2g}" if tolerance else "expected equality bit for bit"
         detail = f"logits differ from plain transformers' first at {place}, by {errors[call]:.2g} of them{where}"
         return Check(name, "failed", f"{detail} ({allowed})", largest, tolerance)
@@ -300,7 +300,7 @@ class Conformance:
     # -- running -----------------------------------------------------------------------------------------------------
 
     def _session(self, policy: KVCachePolicy, *probes: Probe) -> Session:
-        return Session(self.model, policy, None, probes, prompt_tokens=PROMPT)
+        return Session(self.model, policy, None, probes)
 
     def _tokens(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Token ids [2, count] and their mask, the second row padded on its left."""
@@ -342,6 +342,7 @@ class Conformance:
                 whole[:, :stop], attention_mask=kept[:, :stop], past_key_values=past, use_cache=cached,
                 max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
                 pad_token_id=int(whole[0, 0]), output_hidden_states=hidden is not None,
+                prefill_chunk_size=PROMPT // 2 if ends == CHUNKS and end == 0 else None,
             )  # fmt: skip
             found.append(made.logits[0].float())
             if hidden is not None:

@@ -1,0 +1,93 @@
+"""A model whose layers lie on several devices gives what it gives on one, whatever the policy and the budget."""
+
+import accelerate
+import pytest
+import torch
+from fake_devices import FakeDevices, spread
+from tiny import small_options, tiny_model, tokens
+
+import kvbench
+from kvbench.plugins import registry
+
+PLACES = {
+    "model.embed_tokens": "cuda:0", "model.rotary_emb": "cuda:0", "model.layers.0": "cuda:0",
+    "model.layers.1": "cuda:1", "model.layers.2": "cuda:0", "model.norm": "cuda:1", "lm_head": "cuda:1",
+}  # fmt: skip
+POLICIES = sorted(name for name, policy in registry().classes["policy"].items() if policy.cached)
+
+
+def session(model, policy, allocator="uniform"):
+    kind = registry().find("policy", policy)
+    options = {**small_options(kind), **({"residual": 32} if policy == "kivi" else {})}
+    budget = kvbench.Budget(tokens=24, allocator=allocator) if kind.takes_budget else None
+    return kvbench.attach(model, policy=policy, budget=budget, options=options)
+
+
+def padded():
+    ids, mask = tokens(3, 61), torch.ones(3, 61, dtype=torch.long)
+    ids[1, :11], mask[1, :11] = 0, 0
+    return ids, mask
+
+
+def answers(model, policy, allocator="uniform", place=None):
+    """Logits of a prompt in a padded batch and of twelve forced tokens."""
+    ids, mask = padded()
+    more, found = tokens(3, 12, seed=9), []
+    if place is not None:
+        ids, mask, more = ids.to(place), mask.to(place), more.to(place)
+    with session(model, policy, allocator), torch.no_grad():
+        out = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp_min(0))
+        for step in range(more.shape[1]):
+            found.append(out.logits[:, -1].cpu())
+            mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+            out = model(
+                more[:, step : step + 1], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                past_key_values=out.past_key_values,
+            )  # fmt: skip
+    return torch.stack([*found, out.logits[:, -1].cpu()])
+
+
+@pytest.mark.parametrize(
+    ("policy", "allocator"),
+    [(policy, "uniform") for policy in POLICIES]
+    + [(policy, kind) for policy in ("snapkv", "duo_attention", "quest") for kind in ("ada", "squeeze", "pyramid")],
+)
+def test_tensors_of_layers_on_different_devices_never_meet(policy, allocator, monkeypatch):
+    waited = set()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.add(device))
+    found = []
+    with FakeDevices():
+        for places in (dict.fromkeys(PLACES, "cuda:0"), PLACES):
+            waited.clear()
+            model = tiny_model()
+            spread(model, places)
+            found.append(answers(model, policy, allocator, place="cuda:0"))
+    assert torch.equal(*found)
+    assert waited == {torch.device("cuda:0"), torch.device("cuda:1")}, "times would leave out a device's work"
+
+
+def test_the_fake_devices_refuse_what_real_ones_refuse():
+    with FakeDevices():
+        here, there = torch.ones(3, device="cuda:0"), torch.arange(3, device="cuda:1")
+        assert (here.device, there.device) == (torch.device("cuda:0"), torch.device("cuda:1"))
+        for meet in (
+            lambda: here + there,
+            lambda: torch.cat([here, torch.ones(3)]),
+            lambda: here[there],
+            lambda: here.gather(0, torch.arange(3)),
+        ):
+            with pytest.raises(RuntimeError):
+                meet()
+        with pytest.raises(TypeError, match="numpy"):
+            here.numpy()
+        here[:2] = there[:2]
+        assert (here[torch.tensor([0, 1])] * torch.tensor(2.0) + there.to(here.device)[:2]).device == here.device
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_model_that_accelerate_spreads_over_two_gpus_gives_what_it_gives_on_one(policy):
+    expected = answers(tiny_model().to("cuda:0"), policy, place="cuda:0")
+    places = {name: int(place[-1]) for name, place in PLACES.items()}
+    model = accelerate.dispatch_model(tiny_model(), places)
+    torch.testing.assert_close(answers(model, policy, place="cuda:0"), expected)
