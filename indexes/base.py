@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import Extension
+from kvbench.contract.reading import check_regular, parse_json, plain, reading, reason
 from kvbench.indexes.storage import BEYOND, KeyStore, Vectors, as_float32, from_bits
-from kvbench.reading import check_regular, parse_json, plain, reading, reason
 
 FORMAT = "kvbench-index"
 VERSION = "1"

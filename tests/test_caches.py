@@ -56,6 +56,17 @@ def test_generate_in_chunks_gives_what_generate_in_one_call_gives(policy):
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("allocator", ["ada", "squeeze"])
+def test_allocators_see_the_whole_prompt_of_every_row_in_chunks_too(allocator):
+    model, (ids, mask) = tiny_model(), padded_batch((61, 30, 47))
+    with attach(model, "snapkv", kvbench.Budget(ratio=0.5, allocator=allocator)) as session:
+        whole = answer(model, ids, mask)
+        budgets = session.cache.budgets
+        for chunk in (1, 13):
+            assert torch.equal(whole.sequences, answer(model, ids, mask, prefill_chunk_size=chunk).sequences)
+            assert session.cache.budgets.keys() == budgets.keys()
+
+
 @pytest.mark.parametrize("policy", ["snapkv", "quest", "duo_attention"])
 def test_chunks_of_one_token_and_a_last_chunk_of_one_token_are_prompt(policy):
     model, ids = tiny_model(), tokens(1, 61)

@@ -155,6 +155,10 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_there(run, tmp_path, monk
     ("arguments", "message"),
     [
         (("--policy", "qest"), "did you mean quest?"),
+        (("--policy", ""), "--policy '' names no policy"),
+        (("--policy", " , "), "names no policy"),
+        (("--policy", "quest", "--output", __file__), "test_cli.py is a file: give --output a folder."),
+        (("--policy", "quest", "--output", f"{__file__}/deeper"), "test_cli.py is a file: give --output a folder."),
         (("--policy", "quest", "--budget", "pyramids"), "did you mean pyramid?"),
         (("--policy", "quest", "--task", "niah_singel_1"), "did you mean niah_single_1"),
         (("--policy", "quest", "-o", "page_size=large"), "page_size='large' of policy 'quest' is not valid"),
@@ -216,8 +220,67 @@ def test_all_policies_go_on_where_one_fails_on_an_example(run, monkeypatch):
     monkeypatch.setattr(registry(), "classes", {**classes, "policy": some})
     monkeypatch.setattr("kvbench.strategies.evicting.snapkv.window_attention", lambda *_: 1 / 0)
     code, out, err = run("--policy", "all", "--ratio", "0.5", "--json")
-    assert code == 0
+    assert code == 2
     assert [entry["policy"] for entry in json.loads(out)["runs"]] == ["quest", "full"]
-    assert "Left out snapkv: Policy 'snapkv' (kvbench.strategies.evicting.snapkv) failed in prefill" in " ".join(
+    assert "Failed: snapkv: Policy 'snapkv' (kvbench.strategies.evicting.snapkv) failed in prefill" in " ".join(
         err.split()
     )
+
+
+def test_one_failing_policy_of_several_is_told_at_the_end_and_in_the_exit_code(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("kvbench.strategies.evicting.snapkv.window_attention", lambda *_: 1 / 0)
+    code, out, err = run("--policy", "snapkv,streaming_llm", "--ratio", "0.5", "--json")
+    document = json.loads(out)
+    assert code == 2
+    assert [entry["policy"] for entry in document["runs"]] == ["streaming_llm", "full"]
+    (failure,) = document["failures"]
+    assert failure["policy"] == "snapkv"
+    assert "failed in prefill at layer 0: ZeroDivisionError" in failure["error"]
+    assert "Failed: snapkv: Policy 'snapkv' (kvbench.strategies.evicting.snapkv) failed in prefill" in err
+    assert "1 of 3 policies failed; the others are kept" in err
+    monkeypatch.undo()
+
+
+def test_one_policy_that_cannot_do_what_is_asked_leaves_the_others(run):
+    code, out, err = run("--policy", "snapkv,streaming_llm", "--tokens", "40", "--json")
+    assert code == 2
+    assert [entry["policy"] for entry in json.loads(out)["runs"]] == ["streaming_llm", "full"]
+    assert "Failed: snapkv: The budget of 40 tokens per layer is smaller than the policy's static set of 64" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--policy", "quest", "--tokens", "600"), "larger than the context of 512"),
+        (("--policy", "quest", "--tokens", "5"), "smaller than the policy's static set"),
+        (("--policy", "quest", "--bytes", "64MiB"), "larger than the context of 512"),
+        (("--policy", "quest", "--task", "jsonl", "--task-option", "file=/no/such/file.jsonl"), "/no/such/file.jsonl"),
+        (("--policy", "quest", "--output", "/proc/version"), "/proc/version is a file"),
+    ],
+)
+def test_what_can_be_checked_is_before_the_weights_load(run, monkeypatch, arguments, message):
+    monkeypatch.setattr("kvbench.models._with_weights", lambda *_: pytest.fail("the weights were loaded"))
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_fresh_computes_again_and_keeps_what_was_there(run, tmp_path):
+    assert run("--policy", "full")[0] == 0
+    (folder,) = (tmp_path / "out").glob("full-*")
+    before = (folder / "timings.jsonl").read_bytes()
+    code, _, err = run("--policy", "full", "--fresh")
+    assert code == 0
+    assert f"Earlier results are in {tmp_path}/out/.replaced/{folder.name}-1 now." in "".join(err.split("\n"))
+    assert (folder / "timings.jsonl").read_bytes() != before
+    assert (tmp_path / "out" / ".replaced" / f"{folder.name}-1" / "timings.jsonl").read_bytes() == before
+
+
+def test_a_hook_with_other_arguments_is_refused_before_the_weights_load(run, monkeypatch):
+    classes = registry().classes
+    odd = type("Odd", (classes["policy"]["quest"],), {"name": "odd", "select": lambda self, layer, q, budget: 0})
+    monkeypatch.setattr(registry(), "classes", {**classes, "policy": {**classes["policy"], "odd": odd}})
+    monkeypatch.setattr("kvbench.models._with_weights", lambda *_: pytest.fail("the weights were loaded"))
+    code, _, err = run("--policy", "odd")
+    assert code == 2
+    assert "Policy 'odd' (test_cli) defines select(layer, q, budget); expected these names" in " ".join(err.split())

@@ -114,3 +114,35 @@ def test_configurations_are_told_apart_by_what_differs(kvbench, runs, tmp_path):
     code, out, _ = kvbench("compare", runs["quest"], tmp_path / "out", "--json")
     names = [entry["candidate"] for entry in json.loads(out)["comparisons"]]
     assert (code, names) == (0, ["full", "quest tokens 64 pyramid", "snapkv ratio 0.1 uniform"])
+
+
+def test_unfinished_runs_can_be_left_out(kvbench, runs, tmp_path):
+    document = json.loads((runs["snapkv"] / "run.json").read_text())
+    (runs["snapkv"] / "run.json").write_text(json.dumps({**document, "status": "interrupted"}))
+    code, out, err = kvbench("compare", runs["full"], tmp_path / "out", "--skip-unfinished", "--json")
+    assert code == 0
+    assert [entry["candidate"] for entry in json.loads(out)["comparisons"]] == ["quest ratio 0.1 uniform"]
+    told = " ".join(err.split())
+    assert "is not finished (status interrupted, 12 of 12 examples) and was left out." in told
+    code, _, err = kvbench("compare", runs["snapkv"], tmp_path / "out", "--skip-unfinished")
+    assert (code, "has no finished run" in " ".join(err.split())) == (2, True)
+    code, _, err = kvbench("compare", runs["full"], runs["snapkv"], "--skip-unfinished")
+    assert (code, "was left out" in " ".join(err.split())) == (2, True)
+
+
+def test_versions_of_a_plugin_are_apart_and_told_apart(kvbench, runs, tmp_path):
+    codes = [{"policy": {"distribution": "mine", "version": "1.0", "source": mark * 16}} for mark in "ab"]
+    for code, scores in zip(codes, (QUEST, SNAPKV), strict=True):
+        store(tmp_path / "out", scores, policy="mine", plugins=code)
+    code, out, _ = kvbench("compare", runs["full"], tmp_path / "out", "--json")
+    names = [entry["candidate"] for entry in json.loads(out)["comparisons"]]
+    assert [name for name in names if name.startswith("mine")] == [
+        f"mine ratio 0.1 uniform (mine 1.0, source {mark * 16})" for mark in "ab"
+    ]
+    changed = {"task": {"distribution": "kvbench", "version": "2", "source": "c" * 16}}
+    other = store(tmp_path / "other", QUEST, policy="mine", plugins=changed)
+    code, _, err = kvbench("compare", runs["full"], other)
+    assert code == 2
+    assert "their code of the task differs (kvbench 2, source cccccccccccccccc against not recorded)" in " ".join(
+        err.split()
+    )

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import kvbench
+from kvbench.contract.attend import attend
 from kvbench.contract.attention import Attention
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.policy import KVCachePolicy
@@ -86,6 +87,22 @@ class Negative(Keeping):
         return Selection(torch.full((layer.rows, layer.heads, 1), -1))
 
 
+def late(faulty):
+    """A policy that becomes faulty at the fifth step."""
+
+    class Late(faulty):
+        def select(self, layer, queries, budget):
+            now = faulty if layer.tokens - layer.prompt_tokens > 4 else Keeping
+            return now.select(self, layer, queries, budget)
+
+        def attend(self, layer, queries, selection):
+            if faulty is NotANumber and layer.tokens - layer.prompt_tokens > 4:
+                return faulty.attend(self, layer, queries, selection)
+            return attend(layer, queries, selection)
+
+    return type(f"{faulty.__name__}Late", (Late,), {})
+
+
 class OtherHeads(Keeping):
     def select(self, layer, queries, budget):
         return Selection(super().select(layer, queries, budget).ids[:, :5])
@@ -152,17 +169,21 @@ class Raises(Keeping):
         return 1 / 0
 
 
+RepeatingLate, FromStaticSetLate, NotANumberLate = late(Repeating), late(FromStaticSet), late(NotANumber)
 FAULTS = [
     (OverBudget, "budget", "it attends to 69 tokens on average over its heads; expected at most 68; first at layer 0"),
-    (Repeating, "selection", "head 3 of row 0 attends to token 2 2 times; expected once; first at layer 1, step 1"),
+    (Repeating, "runs", r"at layer 1: head 3 of row 0 attends to token 2 2 times; expected once"),
+    (RepeatingLate, "selection", "head 3 of row 0 attends to token 2 2 times; expected once; first at layer 1, step 5"),
     (RepeatingStatic, "runs", "failed in prefill at layer 0: ValueError: a token comes twice"),
-    (FromStaticSet, "selection", "select gave token 1, of the static set or evicted; expected set-aside tokens, 2 to"),
-    (BeyondContext, "selection", "select gave token 137, of a context of 137; expected set-aside tokens, 2 to"),
-    (Negative, "selection", "select gave the id -1; expected 0 or more"),
-    (OtherHeads, "selection", r"ids of the shape \[1, 5, 62\]; expected 1 rows and 6 query or 2 key/value heads"),
-    (NoSelection, "selection", "select gave a Tensor; expected a kvbench.Selection"),
-    (Tensors, "selection", "attend gave a Tensor; expected a kvbench.Attention"),
-    (NotANumber, "selection", "attend gave an output that is NaN or infinite; first at layer 0, step 1"),
+    (FromStaticSet, "runs", "select gave token 1, of the static set or evicted; expected set-aside tokens, 2 to"),
+    (FromStaticSetLate, "selection", "select gave token 1, of the static set .* 2 to 136; first at layer 0, step 5"),
+    (BeyondContext, "runs", "select gave token 137, of a context of 137; expected set-aside tokens, 2 to"),
+    (Negative, "runs", "select gave the id -1; expected 0 or more"),
+    (OtherHeads, "runs", r"ids \[1, 5, 62\]; expected 1 rows, and 6 query or 2 key/value heads"),
+    (NoSelection, "runs", "select gave a tensor .*; expected a kvbench.Selection"),
+    (Tensors, "runs", "attend gave a tensor .*; expected a kvbench.Attention"),
+    (NotANumber, "runs", "attend gave an output that is NaN or infinite; expected finite"),
+    (NotANumberLate, "selection", "attend gave an output that is NaN or infinite; first at layer 0, step 5"),
     (RandomChoice, "two runs are equal", r"they attend to other tokens \(\d+ differ\), first at layer 0, step 1"),
     (RandomWeights, "two runs are equal", "to the same tokens and differ first in the attention of layer 0 at step 1"),
     (DropsOne, "exact when covering", "attends to 136 of 137 tokens; expected all .*; first at layer 2, step 1"),

@@ -7,6 +7,8 @@ from fake_devices import FakeDevices, spread
 from tiny import small_options, tiny_model, tokens
 
 import kvbench
+from kvbench.engine.generation import force, generate
+from kvbench.engine.prefill import prefill
 from kvbench.plugins import registry
 
 PLACES = {
@@ -82,6 +84,23 @@ def test_the_fake_devices_refuse_what_real_ones_refuse():
             here.numpy()
         here[:2] = there[:2]
         assert (here[torch.tensor([0, 1])] * torch.tensor(2.0) + there.to(here.device)[:2]).device == here.device
+
+
+@pytest.mark.parametrize("policy", ["full", "snapkv", "infllm", "duo_attention", "kvzip", "infinigen", "full_no_cache"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_weights_that_accelerate_keeps_on_disk_between_calls_change_nothing(policy, whole, tmp_path):
+    prompt, found = tokens(1, 61)[0].tolist(), []
+    for model in (tiny_model(), tiny_model()):
+        if found and whole:
+            accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        elif found:
+            places = {name: "disk" if place == "cuda:1" else "cpu" for name, place in PLACES.items()}
+            accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=tmp_path)
+        with session(model, policy) as attached:
+            mine = generate(attached, prompt, max_new_tokens=6)
+            forced = force(attached, prompt, prompt_tokens=50)
+        found.append((mine.tokens, forced.tokens, prefill(model, [prompt]).logits.argmax().item()))
+    assert found[0] == found[1]
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -11,14 +11,17 @@ from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 import kvbench
+from kvbench.cli.table import results_table
+from kvbench.compare import leaderboard
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
+from kvbench.report.build import build
 from kvbench.runs import runner
 from kvbench.runs.measured import probed_trace, probed_values
-from kvbench.runs.results import REPLACED, Run, find_runs, read, replace
+from kvbench.runs.results import REPLACED, Run, find_runs, over_budget_text, read, replace
 from kvbench.runs.rows import fault, read_rows
 
 
@@ -301,3 +304,68 @@ def test_a_run_planned_with_other_code_is_refused(run, loaded, monkeypatch):
         KVBenchError, match=r"Policy streaming_llm is kvbench .* here and was kvbench 9, source 0+ when this run"
     ):
         runner.execute([changed], loaded, "nowhere", lambda *_: None)
+
+
+def hoarder(**more):
+    """A policy that takes a budget and never evicts anything."""
+    return type("Hoarder", (kvbench.KVCachePolicy,), {"name": "hoarder", "summary": "Keeps all.", **more})
+
+
+@pytest.fixture
+def hoarding(monkeypatch, run):
+    def execute(cls, *others, **changes):
+        classes = registry().classes
+        monkeypatch.setattr(registry(), "classes", {**classes, "policy": {**classes["policy"], cls.name: cls}})
+        return run(cls.name, *others, **changes)
+
+    return execute
+
+
+@pytest.fixture
+def command(request):
+    """The `kvbench` command; the fixture's own name is the module's here."""
+    return request.getfixturevalue("kvbench")
+
+
+def test_a_run_over_its_budget_is_marked_wherever_it_is_shown(hoarding, command, tmp_path):
+    hoards, keeps, full = hoarding(hoarder(), "streaming_llm", "full")
+    over, (first, *_) = hoards.metrics["over_budget"], hoards.rows
+    assert over["asked"] == over["allowed"] == first["budget_tokens"]
+    assert over["attended"] == first["prompt_tokens"] + 2  # at the last step of 3 tokens
+    assert keeps.metrics["over_budget"] is None
+    assert full.metrics["over_budget"] is None
+    text = f"over budget: asked {over['asked']} tokens, attended {over['attended']:.0f}"
+    assert over_budget_text(hoards.metrics) == text
+    assert read(hoards.path)["metrics"]["over_budget"] == over
+
+    table = results_table([run.document() for run in (hoards, keeps)], "t", {}, None)
+    assert [str(column.header) for column in table.columns][1:] == ["hoarder (over budget)", "streaming_llm"]
+    found, _ = leaderboard.query(tmp_path, columns=["policy", "over_budget"], sort=["policy"])
+    assert found.fetchall() == [
+        ("full", None), ("hoarder", f"asked {over['asked']}, attended {over['attended']:.0f}"), ("streaming_llm", None)
+    ]  # fmt: skip
+    report = build([tmp_path], tmp_path / "report", ("html", "md"))
+    marked = {run["policy"]: run["over_budget"] for run in report.document()["runs"]}
+    assert marked == {"full": None, "hoarder": over, "streaming_llm": None}
+    assert (tmp_path / "report" / "report.html").read_text().count(f'<span class="tag">{text}</span>') == 2
+    assert f"hoarder ({text})" in (tmp_path / "report" / "report.md").read_text()
+    code, out, _ = command("compare", full.path, hoards.path, keeps.path, "--json")
+    entries = json.loads(out)["comparisons"]
+    assert (code, [entry["over_budget"] for entry in entries]) == (0, [over, None])
+
+
+def test_what_a_policy_declares_is_allowed(hoarding):
+    """Chunks, pages and growth with the answer are a policy's own to declare; what goes beyond them is not."""
+    (run,) = hoarding(hoarder(grows=True))
+    over = run.metrics["over_budget"]
+    assert over["allowed"] - over["asked"] in (1, 2)  # the tokens generated until then
+    (run,) = hoarding(hoarder(name="honest", most_attended=lambda self, layer: None))
+    assert run.metrics["over_budget"] is None
+    (run,) = hoarding(hoarder(name="paged", most_attended=lambda self, layer: layer.budget.tokens + 16))
+    assert run.metrics["over_budget"]["allowed"] == run.metrics["over_budget"]["asked"] + 16
+
+
+def test_without_probes_nothing_is_said_of_a_budget(hoarding):
+    (run,) = hoarding(hoarder(), probe_examples=0)
+    assert run.metrics["over_budget"] is None
+    assert run.metrics["density"] is None

@@ -1,21 +1,25 @@
 """Kernels of the decoding step, Triton's (interpreted where there is no GPU) and their torch twins, against float64."""
 
+import itertools
 import math
 
+import faiss
 import pytest
 import torch
 from kernel_references import DEVICE, ERROR, attention64, error, gathered, ints, randn
 
+from kvbench import kernels
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine import kernels
 from kvbench.kernels import Segment, support
+from kvbench.strategies.compressing import kivi
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
 
 
 def on_gpu(*cases):
-    return [pytest.param(*case, marks=GPU) for case in cases]
+    """Many cases for the compiled kernels; without a GPU one that is skipped stands for them."""
+    return [pytest.param(*case, marks=GPU) for case in (cases if torch.cuda.is_available() else cases[:1])]
 
 
 @pytest.fixture(params=["torch", "triton"], autouse=True)
@@ -269,6 +273,158 @@ def test_insert_into_a_ring_behind_the_sinks():
     assert torch.equal(store[1][:, :, :8], -tokens[:, :, kept])
 
 
+PQ = [(FULL, 64, 2, 3, 2, 5, 70), (BRAIN, 96, 1, 16, 4, 256, 33), (HALF, 80, 1, 1, 5, 16, 1)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share", "parts", "known", "count"),
+    PQ
+    + on_gpu(*[(dtype, dim, 2, share, parts, known, 3000) for dtype in (FULL, HALF, BRAIN) for dim in DIMS
+               for share in (1, 4, 7, 16) for parts, known in ((2, 64), (4, 256), (16, 16))]),
+)  # fmt: skip
+def test_pq_scores(dtype, dim, groups, share, parts, known, count):
+    queries = randn(2, groups * share, 1, dim, dtype=dtype)
+    centroids = randn(2, groups, parts, known, dim // parts)
+    codes = torch.randint(0, known, (2, groups, parts, count + 3), dtype=torch.uint8).to(DEVICE)[..., :count]
+    index = codes.long()[..., None].expand(-1, -1, -1, -1, dim // parts)
+    keys = centroids.double().gather(3, index).transpose(2, 3).flatten(3)
+    expected = torch.einsum("bgrd,bgnd->bgrn", queries.double().view(2, groups, share, dim), keys).flatten(1, 2) * 0.25
+    tolerance = {"atol": 1e-5 * math.sqrt(dim), "rtol": 3e-6}
+    assert torch.allclose(kernels.pq_scores(queries, centroids, codes, scaling=0.25).double(), expected, **tolerance)
+    counts = ints([[count] * groups, [count // 2] * groups])
+    output = torch.full((2, groups * share, count), torch.nan, device=DEVICE)
+    kernels.pq_scores(queries, centroids, codes, counts, scaling=0.25, output=output)
+    expected[1, :, count // 2 :] = -torch.inf
+    assert torch.allclose(output.double(), expected, **tolerance)
+
+
+def unpacked(row, scales, bits, size):
+    """The numbers of a row of P bytes in float64: code i in byte i mod P, from bit bits · ⌊i / P⌋ on."""
+    row, (steps, lows) = row.tolist(), scales.double().chunk(2)
+    numbers = [(row[i % len(row)] >> i // len(row) * bits) % 2**bits for i in range(len(row) * 8 // bits)]
+    codes = torch.tensor(numbers, dtype=torch.float64, device=DEVICE).view(-1, size)
+    return codes * steps[:, None] + lows[:, None]
+
+
+KIVI = [
+    (FULL, 64, 1, 3, 2, 32, 32, [100, 64]),
+    (BRAIN, 80, 1, 1, 2, 8, 16, [41, 0]),
+    (HALF, 96, 1, 2, 4, 32, 32, [64, 1]),
+    (FULL, 64, 1, 1, 8, 40, 8, [81, 97]),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share", "bits", "group", "value_group", "lengths"),
+    KIVI
+    + on_gpu(*[(dtype, dim, 2, share, bits, 32, size, [310, 257]) for dtype in (FULL, HALF, BRAIN)
+               for dim, size in ((64, 32), (80, 16), (96, 32), (128, 32), (256, 64)) for share in (1, 4, 16)
+               for bits in (2, 4, 8)]),
+)  # fmt: skip
+def test_kivi(dtype, dim, groups, share, bits, group, value_group, lengths):
+    tokens = -(-max(lengths) // group) * group
+    late = 2 * group
+    keys = [max((n - 5) // group * group, 0) for n in lengths]
+    values = [max(n - late + 3, 0) for n in lengths]
+    at = (2, groups)
+    store = kernels.KIVICodes(
+        torch.randint(0, 256, (*at, tokens // group, dim * group * bits // 8), dtype=torch.uint8).to(DEVICE),
+        randn(*at, tokens // group, 2 * dim, dtype=HALF, scale=0.3),
+        torch.randint(0, 256, (*at, tokens, dim * bits // 8), dtype=torch.uint8).to(DEVICE),
+        randn(*at, tokens, 2 * dim // value_group, dtype=HALF, scale=0.3),
+        randn(*at, late, dim, dtype=dtype), randn(*at, late, dim, dtype=dtype), ints(lengths), ints(keys), ints(values),
+        bits, group, value_group,
+    )  # fmt: skip
+    rows = torch.zeros(2, *at, max(lengths), dim, dtype=torch.float64, device=DEVICE)
+    for b, n in enumerate(lengths):
+        for g in range(groups):
+            for part, (old, kept) in enumerate(((keys[b], store.late_keys), (values[b], store.late_values))):
+                for t in range(old, n):
+                    rows[part, b, g, t] = kept[b, g, t % late].double()
+            for first in range(0, keys[b], group):
+                place = b, g, first // group
+                block = unpacked(store.key_codes[place], store.key_scales[place], bits, group)
+                rows[0, b, g, first : first + group] = block.T
+            for t in range(values[b]):
+                rows[1, b, g, t] = unpacked(
+                    store.value_codes[b, g, t], store.value_scales[b, g, t], bits, value_group
+                ).flatten()
+    queries = randn(2, groups * share, 1, dim, dtype=dtype, scale=0.2)
+    expected = attention64(queries, [prefix(*rows, ints(lengths))])
+    found = kernels.attend_kivi(queries, store)
+    # decoded keys are rounded to the queries' type
+    rounding = {FULL: 2e-5, HALF: 2e-2, BRAIN: 2e-1}[dtype]
+    filled = expected[1] > -torch.inf
+    assert torch.equal(found[1] > -torch.inf, filled)
+    assert (found[1][filled] - expected[1][filled]).abs().max() < rounding
+    assert error(found[0][:, :, 0], expected[0]) < 5 * ERROR[dtype]
+    expected = attention64(queries, [prefix(*rows, ints(lengths))], scaling=0.1, softcap=2.0)
+    assert (
+        error(kernels.attend_kivi(queries, store, scaling=0.1, softcap=2.0)[0][:, :, 0], expected[0]) < 5 * ERROR[dtype]
+    )
+
+
+def test_kivi_reads_what_its_policy_writes():
+    options = kivi.KIVI.Options(bits=2, group=16, residual=32)
+    keys, values = torch.randn(1, 2, 75, 64), torch.randn(1, 2, 75, 64)
+    buffer = kivi._KIVIBuffer(options, keys, values)
+    late_keys, late_values = torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 64)
+    late_keys[:, :, torch.arange(64, 75) % 32] = buffer._late_keys
+    late_values[:, :, torch.arange(43, 75) % 32] = buffer._late_values
+    groups, rows = buffer._key_groups, buffer._value_rows
+    store = kernels.KIVICodes(
+        *(part.to(DEVICE) for part in (groups.keys, groups.values, rows.keys, rows.values, late_keys, late_values)),
+        ints([75]), ints([64]), ints([43]), bits=2, group=16, value_group=16,
+    )  # fmt: skip
+    queries = randn(1, 4, 1, 64)
+    expected = attention64(queries, [prefix(buffer.keys.to(DEVICE), buffer.values.to(DEVICE), ints([75]))])
+    check(kernels.attend_kivi(queries, store), expected, FULL)
+
+
+def sq8(rows):
+    """faiss' codes of rows [B, G, n, d], what it decodes them to, and its minima and ranges."""
+    codes, back, ranges = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(rows.shape), []
+    for b, g in itertools.product(*map(range, rows.shape[:2])):
+        index = faiss.IndexScalarQuantizer(rows.shape[3], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+        index.train(rows[b, g].numpy())
+        codes[b, g] = torch.from_numpy(index.sa_encode(rows[b, g].numpy()))
+        back[b, g] = torch.from_numpy(index.sa_decode(codes[b, g].numpy()))
+        ranges.append(torch.from_numpy(faiss.vector_to_array(index.sq.trained)))
+    return codes.to(DEVICE), back.to(DEVICE), torch.stack(ranges).view(*rows.shape[:2], 2, -1).to(DEVICE)
+
+
+SQ8 = [(FULL, 64, 2, 3), (BRAIN, 80, 1, 1), (HALF, 128, 1, 16)]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share"),
+    SQ8 + on_gpu(*[(dtype, dim, 2, share) for dtype in (FULL, HALF, BRAIN) for dim in DIMS for share in (1, 4, 16)]),
+)
+def test_attention_and_scores_of_8_bit_codes(dtype, dim, groups, share):
+    queries = randn(2, groups * share, 1, dim, dtype=dtype)
+    codes, keys, key_range = sq8(torch.randn(2, groups, 70, dim) + torch.randn(dim) * 3)
+    value_codes, values, value_range = sq8(torch.randn(2, groups, 70, dim) + 1)
+    lengths = ints([70, 31])
+    segment = Segment(codes, value_codes, lengths, key_range=key_range, value_range=value_range)
+    close = FULL if dtype == FULL else BRAIN  # weights are rounded to bfloat16 beside codes
+    loose = {"atol": 1e-3, "rtol": 1e-5}  # in bfloat16 queries keep 16 bits
+    output, lse = kernels.attend(queries, segment)
+    expected = attention64(queries, [prefix(keys, values, lengths)])
+    assert error(output[:, :, 0], expected[0]) < ERROR[close]
+    assert torch.allclose(lse.double(), expected[1], **loose)
+    full = randn(2, groups, 70, dim, dtype=dtype)
+    ids = torch.stack([torch.randperm(70)[:9] for _ in range(2 * groups)]).view(2, groups, 9).to(DEVICE)
+    ids[:, :, 4] = -1
+    output, lse = kernels.attend(queries, Segment(codes, full, ids=ids, key_range=key_range))
+    expected = attention64(queries, [(*gathered(keys, full, ids, 1), None)])
+    assert error(output[:, :, 0], expected[0]) < ERROR[dtype]
+    assert torch.allclose(lse.double(), expected[1], **loose)
+    found = kernels.scores(queries, codes, lengths, scaling=0.5, row_range=key_range)
+    products = torch.einsum("bgrd,bgnd->bgrn", queries.double().view(2, groups, share, dim), keys.double()) * 0.5
+    beyond = torch.arange(70, device=DEVICE) >= lengths[:, None, None]
+    assert torch.allclose(found.double(), products.flatten(1, 2).masked_fill(beyond, -torch.inf), atol=4e-3, rtol=1e-4)
+
+
 def test_misfits_are_named():
     queries, keys, values = randn(1, 4, 1, 64), randn(1, 2, 9, 64), randn(1, 2, 9, 64)
     for call, words in (
@@ -285,6 +441,7 @@ def test_misfits_are_named():
         (lambda: kernels.gather(queries, keys, values, ints([[[1]] * 3])), r"ids \[1, 3, 1\] are not \[1, 2 or 4, k\]"),
         (lambda: kernels.insert(keys, values, keys, values, ints([0]), window=4), "do not fit a store of 9"),
         (lambda: kernels.scores(queries, keys, output=keys), "the preallocated"),
+        (lambda: kernels.decode(queries, keys.byte(), values, None), "codes need the channels' minima"),
         (lambda: kernels.attend(queries), "at least one segment"),
     ):
         with pytest.raises(KVBenchError, match=words):

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import check_regular, parse_json, plain, read_bytes, reading
 
 SCHEMA = 1
 """Version of a capture's `manifest.json`."""
@@ -124,15 +125,16 @@ class CapturedPart:
         return self._read("values")
 
     def _read(self, name: str) -> Tensor:
-        try:
+        with reading(lambda reason: str(broken(self.file, reason))):
+            check_regular(self.file)
             with safe_open(str(self.file), framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise broken(self.file, str(error)) from None
         if tuple(tensor.shape) != self.shapes[name] or tensor.dtype != self.dtype:
             raise broken(
                 self.file, f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {self.dtype} {self.shapes[name]}"
             )
+        if not bool(torch.isfinite(tensor).all()):
+            raise broken(self.file, f"{name} hold NaN or infinite values")
         return tensor
 
 
@@ -197,27 +199,22 @@ def load_capture(path: str | Path) -> Capture:
     """
     folder = Path(path)
     file = folder / "manifest.json"
-    try:
-        content = json.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise KVBenchError(
-            f"{folder} is no capture ({file.name}: {error.strerror or error}): give a folder that `kvbench capture` "
-            "wrote."
-        ) from None
-    except ValueError:
-        raise broken(file, "it is not JSON") from None
+    with reading(
+        lambda reason: f"{folder} is no capture ({file.name}: {reason}): give a folder that `kvbench capture` wrote."
+    ):
+        data = read_bytes(file)
+    with reading(lambda reason: str(broken(file, f"it is not JSON that kvbench wrote: {reason}"))):
+        content = parse_json(data)
     version = content.get("schema") if isinstance(content, dict) else None
     if version is None:
         raise KVBenchError(f"{folder} is no capture: its manifest.json has no schema version; give another folder.")
     if version != SCHEMA:
         raise KVBenchError(
-            f"{folder} has schema version {version!r}; this kvbench reads version {SCHEMA}: use a matching kvbench."
+            f"{folder} has schema version {plain(repr(version))}; this kvbench reads version {SCHEMA}: use a matching "
+            "kvbench."
         )
-    try:
+    with reading(lambda reason: str(broken(file, reason))):
         manifest = Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise broken(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     config = manifest.config
     if {entry.name for entry in manifest.files} != {
         file_name(number, part) for number in config.layers for part in PARTS

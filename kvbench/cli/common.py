@@ -22,8 +22,9 @@ app = typer.Typer(
     help="Benchmark KV-cache policies of long-context language models.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-out = Console(width=None if sys.stdout.isatty() else 140)
-err = Console(stderr=True)
+# Names of policies, models and folders are shown as they are: brackets are no markup, colons no emoji.
+out = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]

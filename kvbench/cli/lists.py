@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from kvbench.cli.common import Json, Name, app, load_catalogue, out
@@ -39,7 +40,7 @@ def _overview(rows: list[dict[str, Any]]) -> None:
 
 
 def _detail(row: dict[str, Any], doc: str) -> None:
-    out.print(f"[bold]{row['name']}[/bold]: {row['summary']}", highlight=False)
+    out.print(f"[bold]{escape(row['name'])}[/bold]: {escape(row['summary'])}", highlight=False, markup=True)
     for paragraph in doc.split("\n\n"):
         out.print(" ".join(paragraph.split()), highlight=False, markup=False)
     if row["reference"]:

@@ -148,7 +148,7 @@ class _Progress:
         from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
 
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), console=err
+            TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"), console=err
         )
         self._bar = self._bars.add_task("", total=sum(map(_work, plans)), left="")
         self._runs, self._ended = len(plans), 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,7 @@ from typing import Any
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
-from kvbench.runs.results import find_runs, read
-from kvbench.runs.rows import read_rows
+from kvbench.runs.results import find_runs, finished_rows, read
 from kvbench.statistics import PairedDifference, holm, paired_difference
 
 SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "context_length", "question")
@@ -53,12 +53,10 @@ class _Side:
     scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
     over_budget: dict[str, float] | None = None
 
-    def add(self, folder: Path) -> None:
-        run = read(folder)
-        config = run["config"]
+    def add(self, folder: Path, run: dict[str, Any], rows: list[dict[str, Any]]) -> None:
         self.over_budget = run["metrics"].get("over_budget") or self.over_budget
-        known = self.scores.setdefault(config["seed"], {})
-        for row in read_rows(folder):
+        known = self.scores.setdefault(run["config"]["seed"], {})
+        for row in rows:
             if known.setdefault(row["id"], row["score"]) != row["score"]:
                 raise KVBenchError(
                     f"{folder} scores example {row['id']} otherwise than {self.folders[0]}, which has the same "
@@ -73,14 +71,14 @@ def compare(
     """Compare every configuration in `others` with the one in `baseline`, by model, task and length, seeds pooled.
 
     Each path is a run's folder or a folder of runs; runs of the baseline's configuration in `others` serve as baselines
-    of their tasks and lengths. Also gives a sentence for each configuration that had no counterpart, and with
-    `skip_unfinished` for each run that is unfinished and left out. Raises KVBenchError where the baseline is not one
-    configuration, where a run is unfinished, and where nothing can be compared.
+    of their tasks and lengths. Also gives a sentence for each configuration that had no counterpart, for each run that
+    cannot be read, and with `skip_unfinished` for each that is unfinished: these are left out. Raises KVBenchError
+    where the baseline is not one configuration, where a run is unfinished, and where nothing can be compared.
     """
-    skipped: list[str] | None = [] if skip_unfinished else None
-    asked = {_side_key(side.config): side for side in _sides([baseline], skipped).values()}
+    skipped: list[str] = []
+    asked = {_side_key(side.config): side for side in _sides([baseline], skipped, skip_unfinished).values()}
     if not asked:
-        raise KVBenchError(f"The baseline {baseline} has no finished run: {' '.join(skipped or ())}")
+        raise KVBenchError(f"The baseline {baseline} has no finished run that can be read: {' '.join(skipped)}")
     if len(asked) > 1:
         names = sorted(describe(side.config) for side in asked.values())
         raise KVBenchError(
@@ -88,15 +86,14 @@ def compare(
             "with runs of one."
         )
     ((base_key, base),) = asked.items()
-    skipped = [] if skip_unfinished else None
-    everything = _sides([baseline, *others], skipped).values()
+    skipped.clear()  # the baseline's are among all
+    everything = _sides([baseline, *others], skipped, skip_unfinished).values()
     by_cell = {_cell_key(side.config): side for side in everything if _side_key(side.config) == base_key}
     rest = [side for side in everything if _side_key(side.config) != base_key]
     if not rest:
         left_out = f" {' '.join(skipped)}" if skipped else ""
         raise KVBenchError(f"There is nothing to compare: all runs are those of the baseline {baseline}.{left_out}")
-    pairs, skipped = [], skipped or []
-    unfinished = len(skipped)
+    pairs, unread = [], len(skipped)
     for side in rest:
         counterpart = by_cell.get(_cell_key(side.config))
         if counterpart is None:
@@ -104,7 +101,7 @@ def compare(
         else:
             pairs.append((counterpart, side, paired_difference(counterpart.scores, side.scores)))
     if not pairs:
-        raise KVBenchError(f"{skipped[unfinished]} Run both on the same model, task, length and question mode.")
+        raise KVBenchError(f"{skipped[unread]} Run both on the same model, task, length and question mode.")
     named = _names([side.config for _, side, _ in pairs])
     corrected = holm([result.p_value for _, _, result in pairs])
     return [
@@ -141,24 +138,28 @@ def _names(configs: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _sides(paths: Sequence[Path], skipped: list[str] | None = None) -> dict[str, _Side]:
-    """The finished runs by cell and side; unfinished ones are told in `skipped`, and refused where it is None."""
+def _sides(paths: Sequence[Path], skipped: list[str], skip_unfinished: bool) -> dict[str, _Side]:
+    """The finished runs by cell and side; `skipped` tells of those that cannot be read, and of unfinished ones."""
     found: dict[str, _Side] = {}
-    for folder in sorted({folder.resolve(): folder for path in paths for folder in find_runs(path)}.values()):
-        run = read(folder)
+    for folder in sorted({os.path.realpath(folder): folder for path in paths for folder in find_runs(path)}.values()):
+        try:
+            run, rows = read(folder), finished_rows(folder)
+        except KVBenchError as error:
+            skipped.append(f"Left out: {error}")
+            continue
         if run["status"] != "complete":
             unfinished = (
-                f"{folder} is not finished (status {run['status']}, {len(read_rows(folder))} of "
+                f"{folder} is not finished (status {run['status']}, {len(rows)} of "
                 f"{run['config']['examples']} examples)"
             )
-            if skipped is None:
+            if not skip_unfinished:
                 raise KVBenchError(
                     f"{unfinished}: run the same command again to complete it, or leave it out (--skip-unfinished)."
                 )
             skipped.append(f"{unfinished} and was left out.")
             continue
         key = _cell_key(run["config"]) + _side_key(run["config"])
-        found.setdefault(key, _Side(run["config"])).add(folder)
+        found.setdefault(key, _Side(run["config"])).add(folder, run, rows)
     return found
 
 

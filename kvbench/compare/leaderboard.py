@@ -1,8 +1,12 @@
-"""Queries all runs below a folder: DuckDB over their `run.json` files, no server."""
+"""Queries all runs below a folder: DuckDB over what their `run.json` files hold, no server.
+
+DuckDB opens no file: it would take a folder's name with `*`, `?` or `[` for a pattern.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +16,7 @@ import duckdb
 
 from kvbench import spreadsheet
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import shown
 from kvbench.runs.results import find_runs, read
 
 COLUMNS: dict[str, tuple[str, str]] = {
@@ -53,9 +58,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "version": ("VARCHAR", "config.plugins.policy.version"),
     "source": ("VARCHAR", "config.plugins.policy.source"),
     "status": ("VARCHAR", "status"),
-    "folder": ("VARCHAR", ""),
+    "folder": ("VARCHAR", "folder"),
 }
-"""Name -> type, and place in `run.json`."""
+"""Name -> type, and place in `run.json` or, for the folder, beside what it holds."""
 
 SHOWN = (
     "model", "policy", "allocator", "ratio", "tokens", "budget_bytes", "task", "context_length", "seed", "examples",
@@ -81,16 +86,15 @@ def query(
     descending after a minus. Column names are checked against COLUMNS, and values are bound, never part of the SQL.
     Raises KVBenchError for an unknown column, a condition without an operator and a value of another type.
     """
-    files, skipped = [], []
+    documents, skipped = [], []
     for folder in find_runs(root):
         try:
-            read(folder)
-            files.append(str(folder / "run.json"))
+            documents.append(json.dumps({**read(folder), "folder": shown(folder)}))
         except KVBenchError as error:
-            skipped.append(str(error))
-    if not files:
+            skipped.append(f"Left out: {error}")
+    if not documents:
         raise KVBenchError(f"No run below {root} can be read: {skipped[0]}")
-    parameters: list[Any] = [files]
+    parameters: list[Any] = [documents]
     conditions = []
     for text in where:
         column, operator, value = _condition(text)
@@ -164,22 +168,16 @@ def _value(text: str, value: str, kind: str) -> str | float:
 
 
 def _extract(name: str, kind: str, place: str) -> str:
-    if name == "folder":
-        return 'parse_dirpath(filename) AS "folder"'
-    if name == "status":
-        return '"status"'
-    source, _, path = place.partition(".")
     if name == "over_budget":
         asked, attended = (
-            f"round(TRY_CAST(json_extract_string({source}, '$.{path}.{part}') AS DOUBLE))::BIGINT"
+            f"round(TRY_CAST(json_extract_string(run, '$.{place}.{part}') AS DOUBLE))::BIGINT"
             for part in ("asked", "attended")
         )
         return f"'asked ' || {asked} || ', attended ' || {attended} AS \"{name}\""
-    return f"TRY_CAST(json_extract_string({source}, '$.{path}') AS {kind}) AS \"{name}\""
+    return f"TRY_CAST(json_extract_string(run, '$.{place}') AS {kind}) AS \"{name}\""
 
 
 _RUNS = (
     f"SELECT {', '.join(_extract(name, *where) for name, where in COLUMNS.items())} "  # noqa: S608  constants
-    "FROM read_json(?, filename = true, columns = {config: 'JSON', environment: 'JSON', metrics: 'JSON', "
-    "status: 'VARCHAR'})"
+    "FROM (SELECT unnest(CAST(? AS VARCHAR[])) AS run)"
 )

@@ -1,14 +1,24 @@
 """What policies, budgets, indexes, tasks and probes have in common: a name, a summary, a reference and options."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+LARGEST = 2**31 - 1
+"""Of an option's whole numbers: what compiled code takes."""
 
 
 class Options(BaseModel):
-    """Options of an extension: typed, validated, unknown names refused."""
+    """Options of an extension: typed, validated, unknown names refused; numbers are finite and have 32 bits."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_huge_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if type(value) is int and abs(value) > LARGEST:
+            raise ValueError(f"{info.field_name} is beyond {LARGEST}")
+        return value
 
 
 class Extension:

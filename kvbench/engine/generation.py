@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.prefill import check_parts, check_prompts, forward, pad
+from kvbench.engine.prefill import check_parts, check_prompts, forward, input_device, pad
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
 
@@ -87,7 +87,7 @@ def generate_batch(
     if not session.policy.cached:
         pairs = zip(prompts, max_new_tokens, strict=True)
         return [_generate_uncached(session, prompt, limit, stop) for prompt, limit in pairs]
-    ids, mask = pad(prompts, session.model.device)
+    ids, mask = pad(prompts, input_device(session.model))
     logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled)
     assert session.cache is not None
     found = logits.argmax(-1)
@@ -148,7 +148,7 @@ def _prompt(
 def _generate_uncached(
     session: Session, prompt: Sequence[int], max_new_tokens: int, stop: Collection[int]
 ) -> Generation:
-    ids = torch.tensor([list(prompt)], device=session.model.device)
+    ids = torch.tensor([list(prompt)], device=input_device(session.model))
     tokens: list[int] = []
     seconds: list[float] = []
     while len(tokens) < max_new_tokens or not seconds:
@@ -199,7 +199,7 @@ def _forced(
     if len(input_ids) < 3:
         raise KVBenchError(f"{len(input_ids)} token ids are too few: a prompt, a forced token and its successor are 3.")
     check_parts(prefill_chunk, prompt_tokens, len(input_ids) - 2)
-    ids = torch.tensor([list(input_ids)], device=model.device)
+    ids = torch.tensor([list(input_ids)], device=input_device(model))
     past, chunk, began = None, prefill_chunk or prompt_tokens, now()
     if cached:
         for start in range(0, prompt_tokens, chunk):

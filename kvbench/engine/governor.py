@@ -19,9 +19,10 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.hooks import PolicyHooks
 from kvbench.contract.layer import Layer
 from kvbench.contract.markers import PROJECT, hookimpl
-from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy
 from kvbench.contract.probe import Probe
 from kvbench.contract.selection import Selection
+from kvbench.engine.validation import Answers, check_hooks, check_instance, check_wrapped
 from kvbench.plugins import registry
 
 
@@ -49,6 +50,11 @@ class Governor:
         self, model: Any, policy: KVCachePolicy, budget: Budget | None, probes: Sequence[Probe],
         prompt_tokens: int | None,
     ) -> None:  # fmt: skip
+        check_instance(policy, KVCachePolicy)
+        check_hooks(type(policy))
+        for probe in probes:
+            check_instance(probe, Probe)
+            check_hooks(type(probe))
         self.model = model
         self.policy, self.budget, self.probes = policy, budget, list(probes)
         self.prompt_tokens = prompt_tokens
@@ -63,7 +69,7 @@ class Governor:
         """Whether the policy's `prefill` waits until the prompt has passed through the whole model."""
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(PolicyHooks)
-        for plugin in (DefaultPolicy(), policy, *probes):
+        for plugin in (DefaultPolicy(), policy, Answers(policy), *probes):
             manager.register(plugin)
         self.hook: Any = manager.hook
         if not (hasattr(model, "set_attn_implementation") and self.model._can_set_attn_implementation()):
@@ -72,7 +78,7 @@ class Governor:
                 "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
             )
         self.config: Any = self.model.config.get_text_config(decoder=True)
-        self._devices = {weight.device for weight in model.parameters() if weight.device.type == "cuda"}
+        self._devices = _working_devices(model)
 
     def now(self) -> float:
         """Seconds on a clock that waits for the work of the model's devices."""
@@ -104,12 +110,20 @@ class Governor:
             numbers=numbers,
             measured=measured,
         )
-        return request, allocate(self.allocator, request)
+        try:
+            return request, allocate(self.allocator, request)
+        except (KVBenchError, MemoryError):
+            raise
+        except Exception as error:
+            raise KVBenchError(
+                f"Budget '{self.allocator.name}' ({type(self.allocator).__module__}) failed in allocate: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a policy hook; an error in a plugin is reported with the plugin's name."""
         try:
-            return getattr(self.hook, hook)(**arguments)
+            answer = getattr(self.hook, hook)(**arguments)
         except (KVBenchError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
@@ -120,6 +134,9 @@ class Governor:
                 f"{kind} '{plugin.name}' ({type(plugin).__module__}) failed in {hook}{where}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if self.probes and "layer" in arguments:
+            check_wrapped(hook, answer, arguments["layer"], self.probes)
+        return answer
 
     def _culprit(self, error: Exception) -> KVCachePolicy | Probe:
         trace = error.__traceback__
@@ -128,7 +145,20 @@ class Governor:
             owner = trace.tb_frame.f_locals.get("self")
             culprit = next((plugin for plugin in (self.policy, *self.probes) if plugin is owner), culprit)
             trace = trace.tb_next
+        for probe in self.probes:  # of a hook that yields again only pluggy tells, by the place of its code
+            for hook in POLICY_HOOKS:
+                code = getattr(getattr(probe, hook, None), "__code__", None)
+                if code is not None and f"{code.co_filename}:{code.co_firstlineno} " in str(error):
+                    return probe
         return culprit
+
+
+def _working_devices(model: Any) -> set[torch.device]:
+    """The CUDA devices that the model works on: those of its weights; all where some lie nowhere between calls."""
+    places = {weight.device for weight in model.parameters()}
+    if any(place.type == "meta" for place in places):
+        return {torch.device("cuda", number) for number in range(torch.cuda.device_count())}
+    return {place for place in places if place.type == "cuda"}
 
 
 def governed_layers(layers: Sequence[CacheLayerMixin]) -> list[int]:

@@ -55,7 +55,7 @@ def prefill(
     """
     check_prompts(model, prompts, [0] * len(prompts))
     check_parts(chunk, None, 0)
-    ids, mask = pad(prompts, model.device)
+    ids, mask = pad(prompts, input_device(model))
     whole = ids.shape[1]
     border = whole if mask is not None or len(ids) > 1 or not context else min(context, whole)
     window = query_window if query_window is None else query_window + whole - border
@@ -144,6 +144,11 @@ def check_parts(chunk: int | None, prompt_tokens: int | None, most: int) -> None
         raise KVBenchError(f"prefill_chunk is {chunk}: give at least 1 token, or None for the whole prompt at once.")
     if prompt_tokens is not None and not 1 <= prompt_tokens <= most:
         raise KVBenchError(f"prompt_tokens is {prompt_tokens}: give a number from 1 to {most}.")
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids for the model go: the host where accelerate keeps weights elsewhere between calls."""
+    return torch.device("cpu") if model.device.type == "meta" else torch.device(model.device)
 
 
 def pad(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

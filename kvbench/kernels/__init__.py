@@ -7,13 +7,17 @@ each can be captured in a CUDA graph. B is the batch, H query heads, G key/value
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.insert import insert
+from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.merge import merge
+from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.support import compiled, using
 
 __all__ = [
+    "KIVICodes",
     "Segment",
     "attend",
+    "attend_kivi",
     "compiled",
     "decode",
     "gather",
@@ -21,6 +25,7 @@ __all__ = [
     "merge",
     "page_bounds",
     "page_scores",
+    "pq_scores",
     "ragged",
     "scores",
     "update_bounds",

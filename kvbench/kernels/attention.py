@@ -15,6 +15,7 @@ from torch import Tensor
 from kvbench.contract.errors import KVBenchError
 from kvbench.kernels.merge import launch_merge
 from kvbench.kernels.segments import one_segment, two_segments
+from kvbench.kernels.sq8 import check_codes, decoded
 from kvbench.kernels.support import (
     check_grouped,
     check_rows,
@@ -43,6 +44,9 @@ class Segment:
     - Ragged: flat `keys` [n, d] and `values` [n, d'], where head g of row b has `lengths` [B, G] rows from `offsets`,
       int32 or int64 [B, G], on.
 
+    Where `keys` or `values` are uint8 codes, `key_range` or `value_range` are their channels' minima and ranges,
+    float32 [B, G, 2, d] (see `sq8`).
+
     `bias`, any float [B, G or H, t] (selected: [B, G or H, k·u]), is added to the scaled scores; −∞ masks a token.
     """
 
@@ -53,6 +57,8 @@ class Segment:
     unit: int = 1
     offsets: Tensor | None = None
     bias: Tensor | None = None
+    key_range: Tensor | None = None
+    value_range: Tensor | None = None
 
     def groups(self) -> int:
         """Key/value heads."""
@@ -92,19 +98,23 @@ def _plan(segment: Segment, queries: Tensor, heads: int, splits: int | None) -> 
             (bias.stride(0), across, 0) if bias.shape[1] == groups else (bias.stride(0), across * share, across)
         )
     upcast = dots_in_float32(queries, keys, values)
-    row_bytes = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
-    tokens, warps, stages = tile(row_bytes, unit > 0, upcast or queries.dtype == torch.float32)
+    row_bytes = sum(rows.shape[-1] * (4 if upcast else rows.element_size()) for rows in (keys, values))
+    tokens, warps, stages = tile(row_bytes, unit > 0, upcast)
     programs = batch * sets
     if splits is None:
         splits = split_count(queries.device, programs, -(-count // tokens))
     arguments = (
         keys, values,
-        *(queries if tensor is None else tensor for tensor in (lengths, segment.offsets, ids, bias)),
+        *(
+            queries if tensor is None else tensor
+            for tensor in (segment.key_range, segment.value_range, lengths, segment.offsets, ids, bias)
+        ),
         *key_strides, *value_strides, *((0, 0) if lengths is None else lengths.stride()), *id_strides, *bias_strides,
         count, splits,
     )  # fmt: skip
     per_head = ids is not None and sets != groups
-    constants = (upcast, tokens, unit, per_head, lengths is not None, segment.offsets is not None, bias is not None)
+    given = (lengths, segment.offsets, bias, segment.key_range, segment.value_range)
+    constants = (upcast, tokens, unit, per_head, *(tensor is not None for tensor in given))
     return _Plan(programs * splits, splits, arguments, constants), warps, stages
 
 
@@ -117,6 +127,8 @@ def _check(segment: Segment, batch: int, heads: int, dim: int, value_dim: int) -
         raise KVBenchError(f"ragged keys {list(keys.shape)} and values {list(values.shape)} are not rows [n, {dim}].")
     elif segment.lengths is None or not segment.offsets.is_contiguous():
         raise KVBenchError("ragged heads need contiguous offsets [B, G] and lengths [B, G].")
+    check_codes("keys", keys, segment.key_range, (batch, groups), dim)
+    check_codes("values", values, segment.value_range, (batch, groups), value_dim)
     if keys.shape[-2] != values.shape[-2]:
         raise KVBenchError(f"{keys.shape[-2]} keys and {values.shape[-2]} values: one of each for a token is expected.")
     for what, listed, last in (("ids", segment.ids, None), ("bias", segment.bias, True)):
@@ -219,8 +231,9 @@ def _twin(
     all_logits, all_values = [], []
     for segment in segments:
         keys, values, valid = _tokens(segment, queries)
+        keys, values = decoded(keys, segment.key_range), decoded(values, segment.value_range)
         grouped = queries.float().reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
-        logits = (grouped @ keys.float().transpose(-1, -2)).flatten(1, 2) * scaling
+        logits = (grouped @ keys.transpose(-1, -2)).flatten(1, 2) * scaling
         if softcap is not None:
             logits = softcap * (logits / softcap).tanh()
         if segment.bias is not None:
@@ -235,7 +248,7 @@ def _twin(
     total, first = torch.zeros((), device=queries.device), 0
     for logits, values in zip(all_logits, all_values, strict=True):
         part = weights[..., first : first + logits.shape[2]].reshape(len(values), values.shape[1], -1, logits.shape[2])
-        total = total + (part @ values.float()).flatten(1, 2)
+        total = total + (part @ values).flatten(1, 2)
         first += logits.shape[2]
     output.copy_(total[:, :, None])
 

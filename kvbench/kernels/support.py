@@ -99,15 +99,20 @@ def split_count(device: torch.device, programs: int, blocks: int) -> int:
 def tile(row_bytes: int, gathered: bool, in_float32: bool) -> tuple[int, int, int]:
     """Tokens in a tile, warps and pipeline stages for keys and values of `row_bytes` a token, within shared memory."""
     if in_float32:  # no matrix unit: larger tiles a warp spill registers
-        return 32 if row_bytes <= 2048 else 16, 8, 2
+        return 32 if row_bytes <= 1024 else 16, 8, 2
     tokens = 32 if gathered or row_bytes > 1024 else 64
     return tokens, 4, min(4, max(2, 100_000 // (tokens * row_bytes)))
 
 
 def dots_in_float32(queries: Tensor, *others: Tensor) -> bool:
-    """Whether products are computed in float32: types differ, or the interpreter runs, whose bfloat16 dot is wrong."""
-    mixed = any(other.dtype != queries.dtype for other in others)
-    return mixed or (queries.dtype == torch.bfloat16 and not queries.is_cuda)
+    """Whether products are computed in float32: float32 queries, or rows of another type that are not uint8 codes.
+
+    On the CPU also wherever they would be computed in bfloat16, which Triton's interpreter does wrong.
+    """
+    coded = any(other.dtype == torch.uint8 for other in others)
+    mixed = any(other.dtype not in (queries.dtype, torch.uint8) for other in others)
+    brain = (queries.dtype == torch.bfloat16 or coded) and not queries.is_cuda
+    return queries.dtype == torch.float32 or mixed or brain
 
 
 def per_group(numbers: Tensor, batch: int, groups: int, what: str) -> Tensor:

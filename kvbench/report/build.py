@@ -13,6 +13,8 @@ from kvbench.report import page
 from kvbench.report.collect import Collection, collect
 
 FORMATS = ("html", "md", "pdf")
+PRINTED = "backslashreplace"
+"""How names of folders that are no text are written."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,15 @@ def build(folders: Sequence[Path], output: Path, formats: Sequence[str] = ("html
         figures.mkdir(parents=True, exist_ok=True)
         if found.runs:
             written.append(figures / "leaderboard.csv")
-            written[-1].write_text(page.table(page.board_rows(found)), encoding="utf-8")
+            written[-1].write_text(page.table(page.board_rows(found)), "utf-8", PRINTED)
         for chart in drawn:
             written += charting.write(chart, figures)
         for name in dict.fromkeys(formats):
             target = output / f"report.{name}"
             if name == "html":
-                target.write_text(page.html(content, figures), encoding="utf-8")
+                target.write_text(page.html(content, figures), "utf-8", PRINTED)
             elif name == "md":
-                target.write_text(page.markdown(content), encoding="utf-8")
+                target.write_text(page.markdown(content), "utf-8", PRINTED)
             else:
                 from kvbench.report.pdf import write_pdf  # noqa: PLC0415 - matplotlib is slow to import
 

@@ -81,7 +81,7 @@ def write(chart: Chart, folder: Path) -> list[Path]:
     else:
         with figures.drawing(folder, chart.name, chart.size) as figure:
             chart.paint(figure)
-    with (folder / f"{chart.name}.csv").open("w", encoding="utf-8", newline="") as file:
+    with (folder / f"{chart.name}.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         spreadsheet.write_table(file, chart.rows)
     return [folder / f"{chart.name}.{ending}" for ending in ("svg", "png", "csv")]
 

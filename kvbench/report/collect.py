@@ -8,16 +8,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from kvbench.compare.comparison import SAME, same_task
 from kvbench.contract.errors import KVBenchError
-from kvbench.runs.results import over_budget_text, read, summarise
-from kvbench.runs.rows import fault, read_rows
+from kvbench.contract.reading import parse_json, plain, read_bytes, reading
+from kvbench.runs.results import finished_rows, over_budget_text, read, summarise
+from kvbench.runs.stored import Number
 from kvbench.runs.traces import Trace, read_trace
 from kvbench.statistics import PairedDifference, holm, paired_difference
 
 BASELINE = "full"
+Cell = str | int | float | bool | list[Any] | None
+"""A value in a row of an analysis."""
 SAME_EXAMPLES = (*SAME, "dtype", "seed")
 """What a run and its baseline have in common, beside the examples' ids."""
 
@@ -127,14 +132,15 @@ def collect(folders: Sequence[Path]) -> Collection:
     not exist, and where nothing is left to show.
     """
     found = Collection()
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for folder in folders:
         if not folder.is_dir():
             raise KVBenchError(f"{folder} is no folder: give folders that `kvbench run` or `kvbench analyze` wrote.")
         for file in _candidates(folder):
-            if file.resolve() in seen:
+            place = os.path.realpath(file)  # Path.resolve raises on a loop of links
+            if place in seen:
                 continue
-            seen.add(file.resolve())
+            seen.add(place)
             if file.name == "run.json":
                 _add_run(found, file.parent)
             else:
@@ -165,26 +171,21 @@ def _candidates(folder: Path) -> Iterator[Path]:
 def _add_run(found: Collection, path: Path) -> None:
     try:
         content = read(path)
-        rows = read_rows(path)
+        rows = finished_rows(path)
         if not rows:
             raise KVBenchError(
                 f"{path} has no finished example ({content['status']}): continue it with the same command."
             )
-        for row in rows:
-            if (wrong := fault(row)) is not None:
-                raise KVBenchError(
-                    f"{path} holds example {row['id']} with a value that is no result ({wrong}): the command that made "
-                    "the run repairs it."
-                )
-        run = ReportRun(path, content["config"], content["environment"], content["status"], rows, summarise(rows))
-        _ = run.traces, run.total_bytes
+        with reading(
+            lambda reason: (
+                f"{path / 'examples.jsonl'} lacks what a run's examples hold ({reason}): the command that "
+                "made the run repairs it."
+            )
+        ):
+            run = ReportRun(path, content["config"], content["environment"], content["status"], rows, summarise(rows))
+            _ = run.traces, run.total_bytes
     except KVBenchError as error:
         found.problems.append(str(error))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        found.problems.append(
-            f"{path / 'examples.jsonl'} lacks what a run's examples hold ({type(error).__name__}: {error}): move the "
-            "folder away and run it again."
-        )
     else:
         found.runs.append(run)
 
@@ -192,18 +193,66 @@ def _add_run(found: Collection, path: Path) -> None:
 def _add_analysis(found: Collection, file: Path) -> None:
     """Add a file that `kvbench analyze` wrote; any other JSON file is none of ours."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(file), ours=False)
     except (OSError, ValueError):
         return
     if not isinstance(content, dict) or content.get("analysis") != file.stem or not content.get("rows"):
         return
     if content.get("schema") != 1:
-        found.problems.append(f"{file} has schema version {content.get('schema')!r}; this kvbench reads version 1.")
+        told = plain(repr(content.get("schema")))
+        found.problems.append(f"{file} has schema version {told}; this kvbench reads version 1.")
         return
-    lists = {name: content.get(name) or [] for name in ("rows", "summary", "partial")}
+    try:
+        with reading(lambda reason: f"{file} is no analysis that can be read ({reason}): run `kvbench analyze` again."):
+            stored = _StoredAnalysis.model_validate(content)
+            if file.stem == "ood":
+                for row in stored.rows:
+                    if not row.get("missing"):
+                        _OodRow.model_validate(row)
+            if (picture := file.with_suffix(".png")).is_file():
+                _check_picture(picture)
+    except KVBenchError as error:
+        found.problems.append(str(error))
+        return
     found.analyses.append(
-        Analysis(file.parent, file.stem, content.get("source") or {}, options=content.get("options") or {}, **lists)
+        Analysis(
+            file.parent,
+            file.stem,
+            stored.source or {},
+            stored.rows,
+            stored.options or {},
+            stored.summary or [],
+            stored.partial or [],
+        )
     )
+
+
+def _check_picture(file: Path) -> None:
+    """Raise for a PNG that cannot be drawn."""
+    from PIL import Image  # noqa: PLC0415 - matplotlib's, and slow to import
+
+    with Image.open(file, formats=("PNG",)) as picture:
+        picture.load()
+
+
+class _OodRow(BaseModel):
+    """What the figure of Mahalanobis distances draws of a head."""
+
+    layer: Annotated[int, Field(strict=True)]
+    dimension: Annotated[int, Field(strict=True, ge=1)]
+    keys_median: Number
+    queries_median: Number
+    decode_to_keys_median: Number
+
+
+class _StoredAnalysis(BaseModel):
+    """What `kvbench analyze` writes, as far as reports rely on it."""
+
+    source: dict[str, Any] | None = None
+    options: dict[str, Any] | None = None
+    rows: list[dict[str, Cell]]
+    summary: list[dict[str, Cell]] | None = None
+    partial: list[str] | None = None
 
 
 def _order(run: ReportRun) -> tuple[Any, ...]:

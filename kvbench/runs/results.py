@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import filelock
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError, unwritable
+from kvbench.contract.reading import parse_json, plain, read_json, reading
 from kvbench.identity import Identity, differences
 from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
+from kvbench.runs.stored import StoredRun
 from kvbench.statistics import confidence_interval, mean_interval, percentiles
 
 SCHEMA = 2
@@ -39,6 +41,8 @@ REPLACED = ".replaced"
 PACKAGES = ("kvbench", "torch", "transformers", "faiss-cpu", "numba", "numpy", "pluggy", "pydantic", "scipy")
 
 
+LARGEST = 2**31 - 1
+"""Of the numbers that a run is asked for."""
 BEYOND = "tokens_beyond_budget"
 """Name under which the density probe says how far a step went beyond what its budget and its policy allow."""
 
@@ -58,19 +62,25 @@ class RunConfig(BaseModel):
     task: str
     task_options: dict[str, Any]
     task_data: dict[str, str]
-    context_length: int
-    examples: int
-    seed: int
+    context_length: int = Field(ge=1, le=LARGEST)
+    examples: int = Field(ge=1, le=LARGEST)
+    seed: int = Field(ge=-LARGEST, le=LARGEST)
     question: Literal["aware", "agnostic"]
-    prefill_chunk: int | None
-    recall_k: int
-    probe_examples: int
+    prefill_chunk: int | None = Field(ge=1, le=LARGEST)
+    recall_k: int = Field(ge=1, le=LARGEST)
+    probe_examples: int = Field(ge=0, le=LARGEST)
     probes: tuple[str, ...] = ()
     """Probes beyond the standard ones."""
-    batch_size: int = 1
+    batch_size: int = Field(1, ge=1, le=LARGEST)
     share_prefill: bool = False
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
+
+    @model_validator(mode="after")
+    def _text_and_numbers(self) -> RunConfig:
+        # What `run.json` can hold and `read` takes: no halves of characters from names of files, no NaN in options.
+        parse_json(json.dumps(self.model_dump(mode="json"), allow_nan=False))
+        return self
 
     @property
     def hash(self) -> str:
@@ -237,27 +247,24 @@ def read(path: Path) -> dict[str, Any]:
     gets the defaults of fields that came later.
     """
     file = path / "run.json"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KVBenchError(
-            f"{file} is no readable run: {error}. Move the folder away, or use another --output."
-        ) from None
+    with reading(lambda reason: f"{file} is no readable run: {reason}. Move the folder away, or use another --output."):
+        content = read_json(file)
     if not isinstance(content, dict) or content.get("schema") not in READABLE:
-        found = content.get("schema") if isinstance(content, dict) else type(content).__name__
+        schema = plain(repr(content.get("schema") if isinstance(content, dict) else type(content).__name__))
         raise KVBenchError(
-            f"{file} has schema version {found!r}; this kvbench reads versions {', '.join(map(str, READABLE))}: "
+            f"{file} has schema version {schema}; this kvbench reads versions {', '.join(map(str, READABLE))}: "
             "use a matching kvbench."
         )
-    try:
+    with reading(
+        lambda reason: f"{file} is no complete run ({reason}): move the folder away, or use another --output."
+    ):
         config = RunConfig.model_validate(content["config"]).model_dump(mode="json")
-        conformance = content.get("conformance", [])  # absent in runs of kvbench before 0.2
         kept = {key: content[key] for key in ("environment", "status", "metrics")}
-        return {"config": config, **kept, "conformance": conformance}
-    except (KeyError, ValidationError) as error:
-        raise KVBenchError(
-            f"{file} is no complete run ({type(error).__name__}): move the folder away, or use another --output."
-        ) from None
+        kept["conformance"] = content.get("conformance", [])  # absent in older runs
+        found = StoredRun.model_validate(kept)
+        if content["schema"] == SCHEMA and found.status == "complete" and found.metrics.accuracy is None:
+            raise ValueError("metrics lacks accuracy")
+        return {"config": config, **kept}
 
 
 def replace(output: Path, config: RunConfig) -> Path | None:
@@ -288,6 +295,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def finished_rows(path: Path) -> list[dict[str, Any]]:
+    """As `read_rows`, for those who use an example's values; KVBenchError names an example whose values are not its."""
+    rows = read_rows(path)
+    for row in rows:
+        if (wrong := fault(row)) is not None:
+            raise KVBenchError(
+                f"{path} holds example {plain(row['id'])} with a value that is no result ({plain(wrong)}): the command "
+                "that made the run repairs it."
+            )
+    return rows
 
 
 def find_runs(root: Path) -> list[Path]:

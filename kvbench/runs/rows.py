@@ -9,7 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import parse_json, plain, read_bytes, reading, reason
+from kvbench.runs.stored import StoredExample
 
 
 class Line(NamedTuple):
@@ -41,6 +45,10 @@ def fault(row: dict[str, Any]) -> str | None:
             return f"{key}{wrong}"
     if set(row["bytes"]) < {"resident", "offloaded", "index"}:
         return "bytes lacks a tier"
+    try:
+        StoredExample.model_validate(row)
+    except ValidationError as error:
+        return reason(error)
     return None
 
 
@@ -116,8 +124,8 @@ def finished_lines(path: Path) -> tuple[list[Line], list[Line]]:
     for number, example in enumerate(examples, start=1):
         if number > len(timings) or timings[number - 1].row["id"] != example.row["id"]:
             raise KVBenchError(
-                f"{file} has no line {number} for example {example.row['id']}: move the folder away to run again from "
-                "the start."
+                f"{file} has no line {number} for example {plain(example.row['id'])}: move the folder away to run "
+                "again from the start."
             )
     return timings[: len(examples)], examples
 
@@ -132,24 +140,25 @@ def _refuse_repeated(file: Path, examples: list[Line], timings: list[Line]) -> N
             timed = timings[seen[name]].row if seen[name] < len(timings) else {}
             if fault({**before, **timed}) is None:
                 raise KVBenchError(
-                    f"{file} line {place + 1} repeats example {name}: move the folder away to run again."
+                    f"{file} line {place + 1} repeats example {plain(name)}: move the folder away to run again."
                 )
         seen[name] = place
 
 
 def _lines(file: Path, required: set[str]) -> list[Line]:
-    parts = file.read_bytes().split(b"\n") if file.exists() else [b""]
+    with reading(lambda reason: f"{file} cannot be read ({reason}): move the folder away to run again."):
+        parts = read_bytes(file).split(b"\n") if file.exists() or file.is_symlink() else [b""]
     found = []
     for number, part in enumerate(parts[:-1], start=1):  # the last is empty, or was never finished
         try:
-            row = json.loads(part)
+            row = parse_json(part)
             if not isinstance(row, dict) or not required <= row.keys() or not isinstance(row["id"], str):
                 raise ValueError("not an example")
         except ValueError as error:
             if number == len(parts) - 1 and not parts[-1]:
                 break  # a power cut can leave the last line without its content
             raise KVBenchError(
-                f"{file} line {number} is corrupt ({error}): move the folder away to run again from the start."
+                f"{file} line {number} is corrupt ({reason(error)}): move the folder away to run again from the start."
             ) from None
         found.append(Line(row, len(part) + 1))
     return found

@@ -16,6 +16,7 @@ from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
+from kvbench.contract.reading import validating
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
 from kvbench.engine.conformance.checks import Conformance
@@ -25,6 +26,7 @@ from kvbench.engine.governor import check_head_budgets, token_bytes
 from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+from kvbench.engine.validation import check_hooks
 from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
@@ -77,10 +79,13 @@ class Request:
     share_prefill: bool = False
 
 
+@validating(lambda reason: f"There is no such run ({reason}): change that value.")
 def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     """Validate a request before anything runs, and complete it to a run's configuration."""
     found = registry()
     policy = found.find("policy", request.policy)
+    for plugin in (policy, *(found.find("probe", name) for name in request.probes)):
+        check_hooks(plugin)
     options = found.options("policy", request.policy, request.policy_options)
     task_options = found.options("task", request.task, request.task_options)
     budget = request.budget if policy.takes_budget else None

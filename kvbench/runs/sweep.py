@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError, sentence
+from kvbench.contract.reading import DEPTH, check_regular, plain, reading
 from kvbench.engine.governor import token_bytes
 from kvbench.models import DEFAULT_MODEL, LoadedModel, check_device, load_model
 from kvbench.plugins import registry
 from kvbench.runs.memory import capacity
-from kvbench.runs.results import RunConfig, read
+from kvbench.runs.results import LARGEST, RunConfig, read
 from kvbench.runs.rows import read_rows
 from kvbench.runs.runner import Request, execute, plan, prompt_of
+
+MOST_NODES = 100_000
+"""Values in a sweep's file, each counted as often as an alias names it."""
 
 
 class _Strict(BaseModel):
@@ -48,7 +53,8 @@ class Choice(_Strict):
 
 Models = Annotated[list[Annotated[Model, BeforeValidator(_named)]], Field(min_length=1)]
 Choices = Annotated[list[Annotated[Choice, BeforeValidator(_named)]], Field(min_length=1)]
-Length = Annotated[int, Field(ge=1)]
+Length = Annotated[int, Field(ge=1, le=LARGEST)]
+Seed = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 
 
 class Sweep(_Strict):
@@ -59,13 +65,13 @@ class Sweep(_Strict):
     budgets: list[Budget] = Field(default_factory=lambda: [Budget(ratio=0.1)], min_length=1)
     tasks: Choices = Field(default_factory=lambda: [Choice(name="niah_single_1")])
     context_lengths: list[Length] = Field(default_factory=lambda: [2048], min_length=1)
-    seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
-    examples: int = Field(default=5, ge=1)
+    seeds: list[Seed] = Field(default_factory=lambda: [42], min_length=1)
+    examples: int = Field(default=5, ge=1, le=LARGEST)
     question: Literal["aware", "agnostic"] = "aware"
-    prefill_chunk: int | None = Field(default=None, ge=1)
-    recall_k: int = Field(default=100, ge=1)
-    probe_examples: int = Field(default=1, ge=0)
-    batch_size: int = Field(default=1, ge=1)
+    prefill_chunk: int | None = Field(default=None, ge=1, le=LARGEST)
+    recall_k: int = Field(default=100, ge=1, le=LARGEST)
+    probe_examples: int = Field(default=1, ge=0, le=LARGEST)
+    batch_size: int = Field(default=1, ge=1, le=LARGEST)
     probes: list[str] = Field(default_factory=list)
 
 
@@ -155,22 +161,26 @@ class _Problems:
 
 def load(file: Path) -> tuple[Sweep, _Problems]:
     """Read a sweep's file; raises KVBenchError with the line and the key of everything that is malformed."""
-    try:
-        text = file.read_text(encoding="utf-8")
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise KVBenchError(f"{file}{where} is not YAML: {getattr(error, 'problem', None) or error}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise KVBenchError(f"{file} cannot be read ({error}): give the file of a sweep.") from None
+    with reading(lambda reason: f"{file} cannot be read ({reason}): give the file of a sweep."):
+        check_regular(file)
+        text = file.read_text(encoding="utf-8-sig")
+        try:
+            tree = yaml.compose(text, Loader=_Loader)
+            _check_size(tree)
+            content = yaml.load(text, Loader=_Loader)  # noqa: S506
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" line {mark.line + 1}" if mark is not None else ""
+            told = plain(str(getattr(error, "problem", None) or error))
+            raise KVBenchError(f"{file}{where} is not YAML: {told}.") from None
     if tree is None or not isinstance(content, dict):
         raise KVBenchError(
             f"{file} is not a mapping: give it keys such as policies, budgets and tasks, each with its value."
         )
     problems = _Problems(file, tree)
     _repeated_keys(tree, problems)
+    _foreign_values(content, problems)
+    problems.stop()
     try:
         sweep = Sweep.model_validate(content)
     except ValidationError as invalid:
@@ -186,6 +196,60 @@ def load(file: Path) -> tuple[Sweep, _Problems]:
         problems.stop()
     problems.stop()
     return sweep, problems
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML whose dates are text, as an option's value may look like one."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the base class declares it so
+        first: [(tag, pattern) for tag, pattern in known if tag != "tag:yaml.org,2002:timestamp"]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+def _check_size(root: yaml.Node | None) -> None:
+    """Raise ValueError for a file that its aliases make too large, or that is nested too deeply."""
+    sizes: dict[int, int] = {}
+    within: set[int] = set()
+
+    def size(node: yaml.Node | None, depth: int) -> int:
+        if depth > DEPTH:
+            raise ValueError("it is nested too deeply")
+        if not isinstance(node, yaml.CollectionNode) or id(node) in within:
+            return 1
+        if id(node) not in sizes:
+            within.add(id(node))
+            parts = [part for pair in node.value for part in (pair if isinstance(pair, tuple) else (pair,))]
+            sizes[id(node)] = 1 + sum(size(part, depth + 1) for part in parts)
+            within.remove(id(node))
+        if sizes[id(node)] > MOST_NODES:
+            raise ValueError(f"it has more than {MOST_NODES} values once its aliases are followed")
+        return sizes[id(node)]
+
+    size(root, 0)
+
+
+def _foreign_values(content: Any, problems: _Problems) -> None:
+    """Note values and keys that JSON cannot hold: bytes, sets, dates made by a tag, numbers as keys, NaN, circles."""
+    waiting: list[tuple[tuple[str | int, ...], Any, tuple[int, ...]]] = [((), content, ())]
+    while waiting:
+        place, value, around = waiting.pop()
+        if id(value) in around:
+            problems.add(place, "this is an alias of what it stands in.")
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                if not isinstance(key, str):
+                    problems.add((*place, str(key)), f"the key {plain(str(key))} is no text: put it in quotes.")
+                else:
+                    waiting.append(((*place, key), inner, (*around, id(value))))
+        elif isinstance(value, list):
+            waiting += [((*place, index), inner, (*around, id(value))) for index, inner in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            problems.add(place, f"{value} is no finite number.")
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            problems.add(place, "this whole number has more than 64 bits.")
+        elif value is not None and not isinstance(value, str | int | float):
+            problems.add(place, f"this is a {type(value).__name__}, not text, a number, true, false or a list.")
 
 
 def _repeated_keys(root: yaml.Node, problems: _Problems) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.probe import StepTrace
+from kvbench.contract.reading import check_regular, parse_json, reading
 
 SCHEMA = "1"
 
@@ -63,10 +64,11 @@ def write_trace(target: Path, trace: StepTrace, *, example: str, prompt_tokens: 
 
 def read_trace(file: Path) -> Trace:
     """Read a trace; raises KVBenchError for a file that is missing, cut or of another schema version."""
-    try:
+    with reading(lambda reason: f"{file} is no readable trace ({reason}): run the same command again to record it."):
+        check_regular(file)
         with safe_open(str(file), framework="numpy") as content:
             metadata = content.metadata() or {}
-            metadata = json.loads(metadata["trace"]) if "trace" in metadata else metadata
+            metadata = parse_json(metadata["trace"]) if "trace" in metadata else metadata
             if metadata.get("schema") != SCHEMA:
                 raise KVBenchError(
                     f"{file} has schema version {metadata.get('schema')!r}; this kvbench reads version {SCHEMA}."
@@ -76,9 +78,23 @@ def read_trace(file: Path) -> Trace:
                 for name in sorted(content.keys())
                 if name.startswith("column.")
             }
-            return Trace(
+            trace = Trace(
                 metadata["example"], int(metadata["prompt_tokens"]), content.get_tensor("position"),
                 content.get_tensor("layer"), columns,
             )  # fmt: skip
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise KVBenchError(f"{file} is no readable trace ({error}): run the same command again to record it.") from None
+        _check(trace)
+        return trace
+
+
+def _check(trace: Trace) -> None:
+    """Raise ValueError where a trace's parts are not of their types or do not fit together."""
+    if not isinstance(trace.example, str) or trace.prompt_tokens < 0:
+        raise ValueError("example or prompt_tokens is no name and number of tokens")
+    for name, axis in (("position", trace.positions), ("layer", trace.layers)):
+        if axis.ndim != 1 or axis.dtype != np.int32 or (axis.size and axis.min() < 0):
+            raise ValueError(f"{name} is no list of numbers")
+    for name, column in trace.columns.items():
+        if column.dtype != np.float32 or column.ndim != 3:
+            raise ValueError(f"column {name} is no float32 [steps, layers, heads]")
+        if column.shape[:2] != (len(trace.positions), len(trace.layers)):
+            raise ValueError(f"column {name} has another number of steps or layers than its axes")

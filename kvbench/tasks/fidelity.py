@@ -14,6 +14,7 @@ from pydantic import Field
 
 import kvbench.contract.extension
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import reading
 from kvbench.contract.task import ForcedTask, LogitScores, TokenExample
 from kvbench.tasks.texts import Text, essays
 
@@ -103,14 +104,8 @@ class Fidelity(ForcedTask):
 
 
 def _file(file: Path) -> Text:
-    try:
+    with reading(lambda reason: f"The text {file} cannot be read ({reason}): give a UTF-8 text file."):
         content = file.read_text("utf-8")
-    except OSError as error:
-        raise KVBenchError(
-            f"The text {file} cannot be read ({error.strerror or error}): give a UTF-8 text file."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise KVBenchError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from None
     words = tuple(content.split())
     return Text(file.name, hashlib.sha256(" ".join(words).encode()).hexdigest(), words)
 

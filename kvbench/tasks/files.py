@@ -2,12 +2,11 @@
 
 import fnmatch
 import hashlib
-import json
 import os
 import random
 import zipfile
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +15,12 @@ from typing import Any, ClassVar, cast
 from pydantic import Field
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import parse_json, plain, read_bytes, reading
 from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.prompts import prompt_length
+
+LARGEST = 2**32
+"""Bytes that a member of an archive may unpack to."""
 
 
 class FileOptions(TaskOptions):
@@ -90,21 +93,29 @@ def _find(folder: Path, patterns: Sequence[str]) -> tuple[Path, str] | None:
         for file in [*sorted(folder.glob(pattern)), *sorted(folder.rglob(pattern))]:
             if file.is_file():
                 return file, ""
+    damaged: list[KVBenchError] = []
     for archive in [folder] if folder.is_file() else sorted(folder.glob("*.zip")):
-        members = _members(archive)
+        try:
+            members = _members(archive)
+        except KVBenchError as error:
+            damaged.append(error)
+            continue
         for pattern in patterns:
             for member in members:
                 if fnmatch.fnmatch(member, pattern) or fnmatch.fnmatch(member, f"*/{pattern}"):
                     return archive, member
+    if damaged:
+        raise damaged[0]
     return None
 
 
 def _members(archive: Path) -> list[str]:
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            return sorted(opened.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return []
+    with reading(_unreadable(archive)), zipfile.ZipFile(archive) as opened:
+        return sorted(opened.namelist())
+
+
+def _unreadable(file: Path) -> Callable[[str], str]:
+    return lambda reason: f"{file} cannot be read ({reason}): fetch it again."
 
 
 def _fetch(hub: str, patterns: Sequence[str]) -> Path:
@@ -125,15 +136,15 @@ def _fetch(hub: str, patterns: Sequence[str]) -> Path:
 @lru_cache(maxsize=2)  # a file may take hundreds of MB
 def _read(file: Path, member: str, _mtime: int) -> Published:
     name = member or file.name
-    try:
+    with reading(_unreadable(file)):
         if member:
             with zipfile.ZipFile(file) as archive:
+                if archive.getinfo(member).file_size > LARGEST:
+                    raise ValueError(f"{member} unpacks to more than {LARGEST >> 30} GiB")
                 data = archive.read(member)
         else:
-            data = file.read_bytes()
+            data = read_bytes(file)
         content = _parse(name, data)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise KVBenchError(f"{file} cannot be read ({' '.join(str(error).split())}): fetch it again.") from None
     return Published(Path(name).name, hashlib.sha256(data).hexdigest(), content, str(file / member))
 
 
@@ -147,12 +158,12 @@ def _parse(name: str, data: bytes) -> Any:
         return pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     text = data.decode("utf-8-sig")
     if not name.endswith(".jsonl"):
-        return json.loads(text)
+        return parse_json(text, ours=False)
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                rows.append(json.loads(line))
+                rows.append(parse_json(line, ours=False))
             except ValueError as error:
                 raise ValueError(f"line {number} is not JSON: {error}") from None
     return rows
@@ -188,11 +199,15 @@ class FileTask(Task):
                 return
             try:
                 made = self.build(found.content[number], f"{self.name}/{context_length}/{number}")
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+                for example in made:
+                    _check(example)
+            except KVBenchError:
+                raise
+            except Exception as error:  # of any kind: it comes from the row
                 raise KVBenchError(
-                    f"Row {number + 1} of {found.place} is not as published ({type(error).__name__}: {error}): "
-                    f"expected {self.published}."
-                ) from None
+                    f"Row {number + 1} of {found.place} is not as published ({type(error).__name__}: "
+                    f"{plain(str(error))}): expected {self.published}."
+                ) from error
             for example in fit(tokenizer, made[:left], context_length):
                 yield replace(example, info={"haystack": found.name, **example.info})
             left -= len(made)
@@ -203,6 +218,13 @@ class FileTask(Task):
 
     def _load(self) -> Published:
         return load(cast("FileOptions", self.options), self.patterns, self.published)
+
+
+def _check(example: Example) -> None:
+    """Raise TypeError where a row gave something else than text for what the model reads or is compared with."""
+    for text in (example.context, example.question, example.answer_prefix, *example.references):
+        if not isinstance(text, str):
+            raise TypeError(f"{plain(repr(text))} is no text")
 
 
 def fit(tokenizer: Any, examples: Sequence[Example], context_length: int) -> list[Example]:

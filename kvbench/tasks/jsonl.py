@@ -1,7 +1,6 @@
 """Examples from a user's file: a task without code."""
 
 import hashlib
-import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import parse_json, read_bytes, reading
 from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.metrics import METRICS
 from kvbench.tasks.prompts import prompt_length
@@ -60,6 +60,7 @@ class JsonLines(Task):
     def data(self) -> dict[str, str]:
         """Name the file and its hash."""
         file = self._file()
+        _read(file, file.stat().st_mtime_ns)  # what is wrong with a line is told before a model is loaded
         return {"haystack": file.name, "haystack_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
@@ -98,16 +99,19 @@ class JsonLines(Task):
 
 @cache
 def _read(file: Path, _mtime: int) -> list[tuple[int, _Line]]:
-    try:
-        texts = file.read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise KVBenchError(f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8.") from None
+    with reading(lambda reason: f"{file} cannot be read ({reason}): give the task jsonl a text file."):
+        try:
+            texts = read_bytes(file).decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise KVBenchError(
+                f"{file} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8."
+            ) from None
     lines = []
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         try:
-            lines.append((number, _Line.model_validate(json.loads(text))))
+            lines.append((number, _Line.model_validate(parse_json(text, ours=False))))
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"]) or "the line"

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import reading
 from kvbench.tasks.files import FileOptions, Published, data_folder, load
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -55,7 +56,12 @@ _ESSAYS = ("PaulGrahamEssays.json", "data/train-*.parquet", "*.parquet", "*.json
 
 @cache
 def _essay_files(files: tuple[Path, ...], _mtimes: tuple[int, ...]) -> Text:
-    return _text("paul_graham_essays", "\n".join(file.read_text("utf-8") for file in files))
+    return _text("paul_graham_essays", "\n".join(map(_read, files)))
+
+
+def _read(file: Path) -> str:
+    with reading(lambda reason: f"{file} cannot be read ({reason}): fetch it again."):
+        return file.read_text("utf-8")
 
 
 @cache
@@ -63,7 +69,7 @@ def _essay_rows(name: str, found: Published) -> Text:
     rows = [found.content] if isinstance(found.content, dict) else found.content
     try:
         joined = "\n".join(row["text"] for row in rows)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, IndexError, AttributeError):
         joined = ""
     if not joined.strip():
         raise KVBenchError(

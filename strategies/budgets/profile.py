@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from kvbench.contract.budget import BudgetAllocator, BudgetRequest, PromptLayer, fit
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import Options
+from kvbench.contract.reading import parse_json, read_bytes, reading
 
 MAKE = (
     "`kvbench capture --layers all --output CAPTURE`, then "
@@ -101,29 +101,32 @@ class Profile(BudgetAllocator):
 
 
 def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise KVBenchError(
-            f"The profile {file} cannot be read ({error.strerror or error}). These make one: {MAKE}."
-        ) from None
+    with reading(lambda reason: f"The profile {file} cannot be read ({reason}). These make one: {MAKE}."):
+        return read_bytes(file)
+
+
+def whole(value: Any) -> int:
+    """A layer's or head's number; ValueError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no number of a layer or head")
+    return value
 
 
 def _shares(file: Path) -> dict[int, list[float]]:
     """Budget shares by layer, in the order of the query heads."""
     found: dict[int, dict[int, float]] = defaultdict(dict)
-    try:
-        content = json.loads(_read(file))
+    with reading(
+        lambda reason: (
+            f"{file} is no sparsity profile ({reason}): expected rows with layer, head and budget_share of "
+            f"all heads. These make one: {MAKE}."
+        )
+    ):
+        content = parse_json(_read(file), ours=False)
         for row in content["rows"]:
             share = float(row["budget_share"])
             if not 0 <= share < math.inf:
                 raise ValueError(f"share {share}")
-            found[int(row["layer"])][int(row["head"])] = share
+            found[whole(row["layer"])][whole(row["head"])] = share
         if not found or any(sorted(heads) != list(range(len(heads))) for heads in found.values()):
             raise ValueError("heads are missing")
-    except (ValueError, KeyError, TypeError) as error:
-        raise KVBenchError(
-            f"{file} is no sparsity profile ({type(error).__name__}: {error}): expected rows with layer, head and "
-            f"budget_share of all heads. These make one: {MAKE}."
-        ) from None
     return {layer: [heads[head] for head in sorted(heads)] for layer, heads in found.items()}

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+import kvbench.contract.extension
 from kvbench.contract.budget import BudgetAllocator, BudgetRequest, fit
-from kvbench.contract.extension import Options
 
 
 class Pyramid(BudgetAllocator):
@@ -24,7 +24,7 @@ class Pyramid(BudgetAllocator):
         "Cai et al., PyramidKV: Dynamic KV Cache Compression based on Pyramidal Information Funneling, arXiv 2406.02069"
     )
 
-    class Options(Options):
+    class Options(kvbench.contract.extension.Options):
         """Options of the pyramid."""
 
         beta: float = Field(

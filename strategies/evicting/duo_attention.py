@@ -1,6 +1,5 @@
 """DuoAttention (arXiv 2410.10819): retrieval heads attend to everything, streaming heads to sinks and recent tokens."""
 
-import json
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Replay
+from kvbench.contract.reading import parse_json, read_bytes, reading
 from kvbench.contract.selection import Selection
 from kvbench.contract.storage import Storage, TokenBuffer
 from kvbench.strategies.evicting.snapkv import window_attention
@@ -117,10 +117,8 @@ class DuoAttention(KVCachePolicy):
         if path is None:
             return
         shape = f"{len(model.numbers)} lists of {model.kv_heads} numbers, one list for each governed layer"
-        try:
-            scores = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
-        except (OSError, ValueError, TypeError) as error:
-            raise KVBenchError(f"The profile {path} is not readable ({error}): expected JSON with {shape}.") from None
+        with reading(lambda reason: f"The profile {path} is not readable ({reason}): expected JSON with {shape}."):
+            scores = torch.tensor(parse_json(read_bytes(path.expanduser())), dtype=torch.float64)
         if scores.shape != (len(model.numbers), model.kv_heads):
             raise KVBenchError(f"The profile {path} has the shape {list(scores.shape)}: {model.name} needs {shape}.")
         self._profile = scores

@@ -32,7 +32,9 @@ class ExpectedAttention(KVCachePolicy):
     class Options(Options):
         """Options of Expected Attention."""
 
-        future: int = Field(512, ge=1, description="positions after the prompt over which the rotation is averaged")
+        future: int = Field(
+            512, ge=1, le=2**20, description="positions after the prompt over which the rotation is averaged"
+        )
         sinks: int = Field(4, ge=0, description="first tokens, always kept and left out of the statistics")
         normalise_sinks: bool = Field(
             True, description="normalise the expected weights over the sinks, too; false as in the authors' library"

@@ -33,7 +33,7 @@ class MagicPIG(SelectingPolicy):
         """Options of MagicPIG; sinks and window of the preset `small` are the paper's."""
 
         bits: int = Field(10, ge=1, le=16, description="K: hash bits of a table")
-        tables: int = Field(150, ge=2, description="L: number of hash tables")
+        tables: int = Field(150, ge=2, le=10_000, description="L: number of hash tables")
         seed: int = Field(0, ge=0, description="seed of the hyperplanes")
 
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:

@@ -35,7 +35,7 @@ class PQCache(SelectingPolicy):
 
         subspaces: int = Field(2, ge=1, description="m: parts that a key is cut into")
         bits: int = Field(6, ge=1, le=8, description="b: bits of a part's code")
-        rounds: int = Field(10, ge=1, description="k-means rounds")
+        rounds: int = Field(10, ge=1, le=10_000, description="k-means rounds")
 
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Learn the centroids [B·G·m, 2^b, d/m] and code the keys."""

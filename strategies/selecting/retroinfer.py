@@ -37,7 +37,9 @@ class RetroInfer(SelectingPolicy):
 
         cluster_size: int = Field(16, ge=1, description="mean number of tokens in a cluster")
         segment: int = Field(8192, ge=1, description="tokens that are clustered together")
-        rounds: int = Field(10, ge=1, description="k-means rounds, the last one over all segments' centroids")
+        rounds: int = Field(
+            10, ge=1, le=10_000, description="k-means rounds, the last one over all segments' centroids"
+        )
         estimated: float = Field(0.232, ge=0, le=1, description="share of the clusters in the estimation zone")
         update_every: int = Field(
             1024, ge=1,

@@ -103,6 +103,12 @@ class ShadowKV(KVCachePolicy):
         """The local window."""
         return 0, self.options.local
 
+    def most_attended(self, layer: Layer) -> int | None:
+        """Generated tokens stay attended: they take the place of chunks, and go beyond the budget once none is left."""
+        if layer.budget.covers_all:
+            return layer.tokens
+        return layer.budget.tokens + layer.tokens - layer.prompt_tokens
+
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Find landmarks and outliers, compress the keys and offload the values."""
         chunk = self.options.chunk_size

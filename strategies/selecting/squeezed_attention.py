@@ -42,7 +42,7 @@ class SqueezedAttention(SelectingPolicy):
         window: int | None = Field(
             None, ge=1, description="last tokens of the prompt, always attended; 100, but at most 2.5% of the prompt"
         )
-        rounds: int = Field(10, ge=1, description="k-means rounds")
+        rounds: int = Field(10, ge=1, le=10_000, description="k-means rounds")
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The prompt's last tokens."""

@@ -35,8 +35,8 @@ PROMPT, PADDING, STEPS = 16, 5, 8
 WHOLE, CHUNKS, AFTER = (0, 1, 2, STEPS), (0, 1), (1, 2, STEPS)
 """Where forward calls end, in tokens after the prompt: two steps come alone, the others in one call.
 
-With `CHUNKS` the prompt itself comes in two calls. A policy sees every token as a step of its own. In a call of one token a model reads all its weights, which on a CPU
-takes as long as a call of ten.
+With `CHUNKS` the prompt itself comes in two calls. A policy sees every token as a step of its own. In a call of one
+token a model reads all its weights, which on a CPU takes as long as a call of ten.
 """
 CONTEXT, BESIDE = 136, 64
 """Tokens of the prompt that policies are checked on, longer where their static set leaves less than the second of it.

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvbench.engine import kernels
+from kvbench import kernels
 from kvbench.kernels import Segment, attention, support
 
 CUDA = torch.cuda.is_available()
@@ -240,6 +240,108 @@ def insert_case(batch: int, tokens: int) -> Case:
     return case
 
 
+def pq_case(batch: int, tokens: int, parts: int, known: int) -> Case:
+    nbytes = batch * (1.0 * G * parts * tokens + H * tokens * 4)
+    inputs = []
+    for _ in range(copies(nbytes)):
+        codes = torch.randint(0, known, (batch, G, parts, tokens), device=DEVICE, dtype=torch.uint8)
+        inputs.append((randn(batch, H, 1, D), randn(batch, G, parts, known, D // parts, dtype=torch.float32), codes))
+
+    def expected() -> Tensor:
+        q, centroids, codes = inputs[0]
+        rows = []
+        for b in range(batch):
+            tables = torch.einsum("grmc,gmkc->gmkr", q[b].double().view(G, R, parts, -1), centroids[b].double())
+            index = codes[b].long()[..., None].expand(-1, -1, -1, R)
+            rows.append(tables.gather(2, index).sum(1).transpose(1, 2).reshape(H, tokens))
+        return torch.stack(rows)
+
+    calls = [lambda x=x: kernels.pq_scores(*x) for x in inputs]
+    return Case(f"pq_scores {parts} x {known}", batch, tokens, calls, expected, nbytes, tolerance=1e-5)
+
+
+def sq8_inputs(batch: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, their minima and ranges, and a function's worth of queries."""
+    codes = torch.randint(0, 256, (batch, G, tokens, D), device=DEVICE, dtype=torch.uint8)
+    ranges = torch.stack([torch.rand(batch, G, D) - 3, torch.rand(batch, G, D) * 2 + 3], 2).to(DEVICE)
+    return randn(batch, H, 1, D), codes, ranges.contiguous()
+
+
+def decoded(codes: Tensor, ranges: Tensor) -> Tensor:
+    """float64 rows [G, n, d] of codes [G, n, d]."""
+    return ranges[:, :1].double() + ranges[:, 1:].double() * (codes.double() + 0.5) / 255
+
+
+def sq8_case(batch: int, tokens: int, attention_too: bool) -> Case:
+    nbytes = batch * (G * tokens * D * 2.0 if attention_too else G * tokens * D + H * tokens * 4.0)
+    inputs = [(*sq8_inputs(batch, tokens), *sq8_inputs(batch, tokens)[1:]) for _ in range(copies(nbytes))]
+    lengths = torch.full((batch,), tokens, dtype=torch.int32, device=DEVICE)
+
+    def call(q: Tensor, keys: Tensor, key_range: Tensor, values: Tensor, value_range: Tensor) -> Any:
+        if not attention_too:
+            return kernels.scores(q, keys, row_range=key_range)
+        segment = Segment(keys, values, lengths, key_range=key_range, value_range=value_range)
+        return kernels.attend(q, segment)
+
+    def expected() -> Tensor:
+        q, keys, key_range, values, value_range = inputs[0]
+        rows = []
+        for b in range(batch):
+            logits = q[b].double().view(G, R, D) @ decoded(keys[b], key_range[b]).mT
+            if attention_too:
+                logits = (logits * D**-0.5).softmax(-1) @ decoded(values[b], value_range[b])
+            rows.append(logits.view(H, -1))
+        return torch.stack(rows)
+
+    name = "decode of SQ8" if attention_too else "scores of SQ8"
+    tolerance = 6e-3 if attention_too else 1e-4
+    return Case(name, batch, tokens, [lambda x=x: call(*x) for x in inputs], expected, nbytes, tolerance=tolerance)
+
+
+def kivi_case(batch: int, tokens: int, bits: int) -> Case:
+    group, at, late = 32, (batch, G), 128
+    nbytes = 2.0 * batch * G * tokens * D * (bits / 8 + 4 / group)
+
+    def half(*shape: int) -> Tensor:
+        """Scales in the first half of the last dimension, minima in the second."""
+        steps, lows = torch.rand(shape, device=DEVICE).chunk(2, -1)
+        return torch.cat([(steps + 0.5) / 2**bits, lows - 1], -1).half()
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, device=DEVICE, dtype=torch.uint8)
+
+    counts = [torch.full((batch,), n, dtype=torch.int32, device=DEVICE) for n in (tokens, tokens - 64, tokens - late)]
+    inputs = []
+    for _ in range(copies(nbytes)):
+        store = kernels.KIVICodes(
+            codes(*at, tokens // group, D * group * bits // 8), half(*at, tokens // group, 2 * D),
+            codes(*at, tokens, D * bits // 8), half(*at, tokens, 2 * D // group),
+            randn(*at, late, D), randn(*at, late, D), *counts, bits, group, group,
+        )  # fmt: skip
+        inputs.append((randn(batch, H, 1, D), store))
+
+    def numbers(packed: Tensor, scales: Tensor) -> Tensor:
+        unpacked = torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], -1)
+        steps, lows = scales.double().chunk(2, -1)
+        return unpacked.view(*steps.shape, group) * steps[..., None] + lows[..., None]
+
+    def expected() -> Tensor:
+        q, store = inputs[0]
+        rows = []
+        place = torch.arange(tokens, device=DEVICE)
+        for b in range(batch):
+            keys = numbers(store.key_codes[b], store.key_scales[b]).transpose(2, 3).flatten(1, 2)
+            values = numbers(store.value_codes[b], store.value_scales[b]).flatten(2)
+            keys[:, tokens - 64 :] = store.late_keys[b][:, place[tokens - 64 :] % late].double()
+            values[:, tokens - late :] = store.late_values[b][:, place[tokens - late :] % late].double()
+            logits = q[b].double().view(G, R, D) @ keys.mT * D**-0.5
+            rows.append((logits.softmax(-1) @ values).view(H, D))
+        return torch.stack(rows)
+
+    calls = [lambda x=x: kernels.attend_kivi(*x) for x in inputs]
+    return Case(f"kivi {bits} bits", batch, tokens, calls, expected, nbytes, tolerance=1e-2)
+
+
 def builders(batch: int, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "decode", lambda: decode_case(batch, tokens)
     yield "ragged", lambda: ragged_case(batch, tokens)
@@ -252,6 +354,12 @@ def builders(batch: int, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]
     yield "scores", lambda: score_case(batch, tokens)
     yield "page_bounds", lambda: bounds_case(batch, tokens)
     yield "insert", lambda: insert_case(batch, tokens)
+    yield "pq_scores", lambda: pq_case(batch, tokens, 2, 64)
+    yield "pq_scores", lambda: pq_case(batch, tokens, 4, 256)
+    yield "scores of SQ8", lambda: sq8_case(batch, tokens, False)
+    yield "decode of SQ8", lambda: sq8_case(batch, tokens, True)
+    yield "kivi", lambda: kivi_case(batch, tokens, 2)
+    yield "kivi", lambda: kivi_case(batch, tokens, 4)
 
 
 def microseconds(calls: list[Call], milliseconds: int = 60) -> float:

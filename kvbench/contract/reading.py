@@ -38,6 +38,15 @@ def reading(told: Callable[[str], str]) -> Iterator[None]:
         raise KVBenchError(told(reason(error))) from error
 
 
+@contextmanager
+def validating(told: Callable[[str], str]) -> Iterator[None]:
+    """As `reading`, for pydantic's errors alone: for what a user's values make, beside code that may fail otherwise."""
+    try:
+        yield
+    except ValidationError as error:
+        raise KVBenchError(told(reason(error))) from error
+
+
 def reason(error: BaseException) -> str:
     """Say in a few words, on one line, what an error found wrong with foreign data."""
     match error:
@@ -70,6 +79,11 @@ def plain(text: str) -> str:
     """A foreign text for a sentence: one line of printable characters, cut where it is long."""
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text[: 4 * LONGEST].split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}…"
+
+
+def shown(path: str | Path) -> str:
+    """A path as text that can be written and printed, whatever bytes its name has."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def read_bytes(file: Path) -> bytes:

@@ -1,0 +1,76 @@
+"""What the files of a run hold, as far as tables, comparisons and reports rely on it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=0)]
+Text = Annotated[str, Field(strict=True)]
+
+
+class _Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+class Summary(_Open):
+    """A mean with its 95% interval over n examples."""
+
+    mean: Number | None
+    ci95: tuple[Number | None, Number | None]
+    n: Count
+
+
+class Metrics(_Open):
+    """A run's metrics; those of tasks and probes are summaries or numbers."""
+
+    __pydantic_extra__: dict[str, Summary | Number | dict[str, Number | None] | None]
+
+    accuracy: Summary | None = None
+    bytes: dict[str, Number | None] = Field(default_factory=dict)
+    ttft_s: dict[str, Number | None] = Field(default_factory=dict)
+    tpot_s: dict[str, Number | None] = Field(default_factory=dict)
+
+
+class Environment(_Open):
+    """What a run was measured on."""
+
+    packages: dict[str, Text] = Field(default_factory=dict)
+    device_name: Text | None = None
+    threads: Count | None = None
+
+
+class StoredRun(_Open):
+    """The parts of `run.json` beside the configuration."""
+
+    environment: Environment
+    status: Literal["running", "interrupted", "failed", "complete"]
+    metrics: Metrics
+    conformance: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class StoredExample(_Open):
+    """A finished example, timings included."""
+
+    id: Text
+    score: Number
+    scores: dict[str, Number] = Field(default_factory=dict)
+    positions: dict[str, list[Number]] = Field(default_factory=dict)
+    prediction: Text = ""
+    references: list[Text] = Field(default_factory=list)
+    prompt_tokens: Count = 0
+    generated_tokens: Count = 0
+    budget_tokens: Count | None = None
+    token_bytes: Count = 0
+    reused_tokens: Count = 0
+    prefill_s: Number = 0
+    index_s: Number = 0
+    step_s: list[Number] = Field(default_factory=list)
+    probed_step_s: list[Number] = Field(default_factory=list)
+    bytes: dict[str, Number] = Field(default_factory=dict)
+    peak_memory_bytes: Number | None = None
+    probes: dict[str, Number | None] | None = None
+    info: dict[str, Any] = Field(default_factory=dict)
+    trace: Annotated[str, Field(strict=True, pattern=r"^[^/\\]+/[^/\\]+\.safetensors$")] | None = None
