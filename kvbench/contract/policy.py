@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -14,6 +14,7 @@ from kvbench.contract.markers import hookimpl
 
 if TYPE_CHECKING:
     from kvbench.contract.layer import Layer
+    from kvbench.contract.step import Clock, FixedStep, Part
 
 POLICY_HOOKS = ("prefill", "after_prompt", "select", "attend", "insert")
 
@@ -103,6 +104,14 @@ class KVCachePolicy(Pluggable):
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
         return 0, 0
+
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Give one layer's decoding steps in fixed shapes, for a CUDA graph, or None where it has none.
+
+        It takes over what the policy made of the prompt: `parts`, groups of rows, whose stores are not used any more. A
+        policy that defines neither `insert`, `select` nor `attend` and sets nothing aside need not define it.
+        """
+        return None
 
     def most_attended(self, layer: Layer) -> int | None:
         """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.

@@ -123,6 +123,15 @@ class TokenBuffer(Storage):
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
 
+    def take(self, spare: int) -> tuple[Tensor, Tensor]:
+        """Hand over the memory, keys and values [B, G, c, d] with room for `spare` tokens more, and hold nothing."""
+        if self._keys.shape[2] < self.length + spare:
+            self._keys = self._grown(self._keys, self.length + spare)
+            self._values = self._grown(self._values, self.length + spare)
+        keys, values = self._keys, self._values
+        self._keys, self._values, self.length = keys[:, :, :0].clone(), values[:, :, :0].clone(), 0
+        return keys, values
+
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Copy the tokens in `slots` [B, H or G, k] (for `heads` H or G heads) as two tensors [B, H or G, k, d]."""
         return pick(self._keys, slots, heads), pick(self._values, slots, heads)
@@ -198,6 +207,11 @@ class KVStore:
         if self._ragged is None:
             return self._static.length
         return self._static.length + int(self._ragged.lengths.float().mean())
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads hold different numbers of static tokens."""
+        return self._ragged is not None
 
     @property
     def static_ids(self) -> Tensor:
@@ -320,6 +334,20 @@ class KVStore:
         self.aside_stop += count
         self._drop(slots)
         return keys, values
+
+    def release_static(self, spare: int) -> tuple[Tensor, Tensor]:
+        """Hand over the static set's memory, keys and values [B, G, c, d] with room for `spare` more, and forget it.
+
+        Only where all heads hold the same tokens are these the whole static set.
+        """
+        keys, values = self._static.take(spare)
+        self._ragged = self._ragged_kept = None
+        self._static_ids = self._static_ids[..., :0]
+        return keys, values
+
+    def release_aside(self) -> None:
+        """Forget the set-aside tokens, which another structure has taken over."""
+        self._aside = None
 
     def evict(self, start: int, count: int) -> None:
         """Evict the static tokens `start` to `start + count − 1`; ValueError where a head does not hold one."""

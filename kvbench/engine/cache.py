@@ -59,6 +59,8 @@ class PolicyCache(Cache):
             layers[layer.number] = layer
         super().__init__(layers=layers)
         self.lanes = [Lane(None, 0)]
+        self.mask: Any = None
+        """The attention mask of the prompt's last forward call."""
         self.budgets: dict[int, tuple[BudgetRequest | None, list[LayerBudget]]] = {}
         self.index_s = 0.0
         self.prompt_ids: list[Tensor | None] = []

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.engine.fixed import FixedDecoder, Mode
 from kvbench.engine.prefill import check_parts, check_prompts, forward, input_device, pad
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+
+Decoding = Literal["auto", "graph", "fixed", "eager"]
+"""How steps run: captured as a CUDA graph; in fixed shapes, uncaptured; hook by hook.
+
+`auto` takes the graph on a GPU wherever policy and model allow it, and hooks everywhere else.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,13 +35,16 @@ class Generation:
     index_s: float
     step_s: list[float]
     bytes: dict[str, int]
+    mode: Mode = "eager"
+    mode_reason: str = ""
+    """Why the steps ran hook by hook where a CUDA graph was wanted."""
 
 
 @dataclass(frozen=True)
 class Forced(Generation):
     """What given tokens made the model predict: `logits` [m, V]; `tokens` are the most likely ones."""
 
-    logits: Tensor
+    logits: Tensor = field(kw_only=True)
 
 
 def generate(
@@ -46,6 +56,7 @@ def generate(
     stop: Collection[int] = (),
     prefill_chunk: int | None = None,
     prefilled: Prefill | None = None,
+    decoding: Decoding = "auto",
 ) -> Generation:
     """Generate up to `max_new_tokens` tokens greedily after `input_ids`; a token in `stop` ends it and is left out.
 
@@ -56,11 +67,11 @@ def generate(
     is done; the others pass through the policy one by one (query-agnostic mode). `prefill_chunk` tokens of the prompt
     are computed at a time; `prefilled` is the prompt where it was computed before. Time to first token is `prefill_s` +
     `index_s`; `index_s` is the time inside the policy's `prefill` and `after_prompt`. A policy without a cache computes
-    the whole context anew for every token.
+    the whole context anew for every token. `decoding` says how steps run, see `Decoding`.
     """
     (result,) = generate_batch(
         session, [input_ids], prompt_tokens=prompt_tokens, max_new_tokens=[max_new_tokens], stop=stop,
-        prefill_chunk=prefill_chunk, prefilled=prefilled,
+        prefill_chunk=prefill_chunk, prefilled=prefilled, decoding=decoding,
     )  # fmt: skip
     return result
 
@@ -75,6 +86,7 @@ def generate_batch(
     stop: Collection[int] = (),
     prefill_chunk: int | None = None,
     prefilled: Prefill | None = None,
+    decoding: Decoding = "auto",
 ) -> list[Generation]:
     """Generate after several prompts at once, each up to its own number of tokens; see `generate`.
 
@@ -95,6 +107,7 @@ def generate_batch(
     step_s: list[list[float]] = [[] for _ in prompts]
     going = {row for row, limit in enumerate(max_new_tokens) if limit}
     extra: dict[str, Any] = {}
+    decoder = _decoder(session, decoding, max(max_new_tokens) - 1)
     while going:
         for row, token in enumerate(found.tolist()):
             if row in going and token not in stop:
@@ -103,6 +116,15 @@ def generate_batch(
                 going.discard(row)
         if not going:
             break
+        if isinstance(decoder, FixedDecoder):
+            decoder.tokens.copy_(found[:, None])
+            began = session.now()
+            decoder.step()
+            found = decoder.tokens[:, 0]
+            seconds = session.now() - began
+            for row in going:
+                step_s[row].append(seconds)
+            continue
         if mask is not None:
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             extra = {"attention_mask": mask, "position_ids": mask.sum(1, keepdim=True) - 1}
@@ -114,11 +136,29 @@ def generate_batch(
         seconds = session.now() - began
         for row in going:
             step_s[row].append(seconds)
-    held = {tier: held // len(prompts) for tier, held in session.cache.bytes().items()}
+    whole = decoder.bytes() if isinstance(decoder, FixedDecoder) else session.cache.bytes()
+    held = {tier: size // len(prompts) for tier, size in whole.items()}
+    mode = decoder.mode if isinstance(decoder, FixedDecoder) else "eager"
+    reason = "" if isinstance(decoder, FixedDecoder) else decoder
     return [
-        Generation(mine, prefill_s, session.cache.index_s, steps, held)
+        Generation(mine, prefill_s, session.cache.index_s, steps, held, mode, reason)
         for mine, steps in zip(tokens, step_s, strict=True)
     ]
+
+
+def _decoder(session: Session, decoding: Decoding, new_tokens: int) -> FixedDecoder | str:
+    """The decoder for steps of fixed shapes, or why steps run hook by hook."""
+    on_gpu = session.model.device.type == "cuda"
+    if decoding == "eager" or (decoding == "auto" and not on_gpu) or new_tokens < 1:
+        return ""
+    if decoding == "graph" and not on_gpu:
+        raise KVBenchError(
+            f"A CUDA graph needs a GPU, and the model is on {session.model.device}: use another decoding."
+        )
+    found = session.fixed(new_tokens, graph=on_gpu and decoding != "fixed")
+    if isinstance(found, str) and decoding != "auto":
+        raise KVBenchError(f"Policy '{session.policy.name}' cannot decode in fixed steps here: {found}.")
+    return found
 
 
 def _prompt(
@@ -177,7 +217,7 @@ def force(
     index_s, held = 0.0, {"resident": 0, "offloaded": 0, "index": 0}
     if session.cache is not None:
         index_s, held = session.cache.index_s, session.cache.bytes()
-    return Forced(logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, logits)
+    return Forced(logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, logits=logits)
 
 
 @torch.inference_mode()

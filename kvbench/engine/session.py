@@ -25,6 +25,7 @@ from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
+from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor, governed_layers
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
@@ -63,6 +64,7 @@ class Session(Governor):
         self._calls: dict[int, tuple[tuple[Any, ...], dict[str, Any]]] = {}
         self._projecting = False
         self._replay: ReplayCache | None = None
+        self._fixed: FixedDecoder | None = None
         self._replaced: WeakKeyDictionary[Any, PolicyCache] = WeakKeyDictionary()
         """The caches that came with a prompt, and those that took their place."""
 
@@ -126,6 +128,7 @@ class Session(Governor):
             handle.remove()
         self._handles = []
         self._watched.clear()
+        self._end_fixed()
         self._calls.clear()
         _SESSIONS.pop(id(self.config), None)
         self.model.set_attn_implementation(self._before)
@@ -152,8 +155,9 @@ class Session(Governor):
         return args, {**kwargs, "use_cache": False}
 
     def _before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._replay is not None:
+        if self._replay is not None or isinstance(kwargs.get("past_key_values"), FixedCache):
             return args, kwargs
+        self._end_fixed()
         kwargs = named(model, args, kwargs)
         past, ids = kwargs.get("past_key_values"), kwargs.get("input_ids")
         given = kwargs.get("inputs_embeds") if ids is None else ids
@@ -175,7 +179,8 @@ class Session(Governor):
                 self._replaced[past] = cache
                 past.layers = cache.layers
         if not cache.complete:
-            cache.expect(ids, self._padding(kwargs.get("attention_mask"), rows or 0))
+            cache.mask = kwargs.get("attention_mask")
+            cache.expect(ids, self._padding(cache.mask, rows or 0))
         self.cache, cache.open = cache, True
         return (), {**kwargs, "past_key_values": cache, "use_cache": True}
 
@@ -196,7 +201,7 @@ class Session(Governor):
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         cache = self.cache
-        if cache is None or self._replay is not None:
+        if cache is None or self._replay is not None or self._fixed is not None:
             return
         if self.defers:
             cache.finish_prompt()
@@ -228,7 +233,9 @@ class Session(Governor):
         """
         whole = prompt.ids.shape[1]
         count = whole if tokens is None else tokens
+        self._end_fixed()
         self.cache = cache = PolicyCache(self, whole if tokens is None else self.prompt_tokens, len(prompt.ids))
+        cache.mask = prompt.mask
         cache.expect(prompt.ids[:, :count], self._padding(prompt.mask, len(prompt.ids)))
         for number, layer in prompt.others.items():
             cache.layers[number] = copy.deepcopy(layer)
@@ -303,10 +310,33 @@ class Session(Governor):
             self._projecting = False
         raise AssertionError("an attention module that came through the attention interface left it")
 
+    def _end_fixed(self) -> None:
+        if self._fixed is not None:
+            self._fixed.close()
+            self._fixed = None
+
+    def fixed(self, new_tokens: int, *, graph: bool, compiled: bool = False) -> FixedDecoder | str:
+        """Take the rest of the latest prompt's decoding in steps of fixed shapes, `new_tokens` at most, or say why not.
+
+        With `graph`, a step is captured as a CUDA graph; with `compiled`, the model's own code is compiled first, all
+        but the attention. The cache is not continued in any other way afterwards.
+        """
+        assert self.cache is not None
+        found = fixed_decoder(self, self.cache, new_tokens)
+        if isinstance(found, FixedDecoder):
+            self._fixed = found
+            if compiled:
+                found.compile()
+            if graph:
+                found.capture()
+        return found
+
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """The attention of one layer: the model's own for the prompt, the policy's afterwards."""
+        if self._fixed is not None:
+            return self._fixed.attention(module, query, key, value), None
         if self._projecting:
             raise _Projected(query)
         if self._replay is not None:
@@ -391,6 +421,7 @@ class Session(Governor):
         return function
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:

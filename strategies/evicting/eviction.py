@@ -1,16 +1,20 @@
 """What eviction policies share: keeping the best tokens of the prompt, and staying at the budget while decoding."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from kvbench.contract.attend import attend
-from kvbench.contract.attention import Attention
+from kvbench.contract.attention import Attention, weighted_sum
+from kvbench.contract.attention import scores as products
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.kernels.insert import insert
+from kvbench.kernels.steps import GrowingStep, HeldStep
 
 
 def static_keys(layer: Layer) -> Tensor:
@@ -49,8 +53,12 @@ class DecodingEviction(KVCachePolicy):
         """Scores [B, G, n] of the prompt's tokens; the best are kept."""
 
     @abstractmethod
-    def step_scores(self, layer: Layer, keys: Tensor) -> Tensor:
-        """Scores [B, G, t] of all tokens held, with the new one, `keys` [B, G, 1, d], last; the worst is evicted."""
+    def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [B, G, t] of the tokens held now, and [B, G, 1] of the new one; the worst token is evicted.
+
+        `scores` [B, G, t] are those of the step before, `held` [B, G, t, d] the keys, which `real`, bool [B, G, t],
+        tells from padding, and `keys` [B, G, 1, d] the new key.
+        """
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep the best tokens of the prompt and the protected ones."""
@@ -66,10 +74,18 @@ class DecodingEviction(KVCachePolicy):
             return
         ids = layer.store.static_ids
         spared = (ids < 0) | self._spared(layer, ids)
-        scores = self.step_scores(layer, keys)
+        real = (ids[..., :-1] >= 0).expand(layer.rows, layer.kv_heads, -1)
+        scores = torch.cat(self.step_scores(layer.state["scores"], static_keys(layer)[:, :, :-1], real, keys), dim=-1)
         worst = scores.masked_fill(spared, torch.inf).argmin(-1, keepdim=True)
         layer.store.evict_slots(worst.squeeze(-1))
         layer.state["scores"] = scores.scatter(-1, worst, scores[..., -1:])[..., :-1]
+
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Evictions in place; None where some rows of the layer evict and others don't."""
+        evicting = {self.evicts(part.layer) for part in parts}
+        if len(evicting) > 1:
+            return None
+        return EvictionStep(self, parts, clock) if evicting.pop() else GrowingStep(parts, clock)
 
 
 class AttentionEviction(DecodingEviction):
@@ -83,9 +99,9 @@ class AttentionEviction(DecodingEviction):
     def updated(self, layer: Layer, scores: Tensor, weights: Tensor) -> Tensor:
         """New scores [B, G, t] from the old ones and a step's softmax weights [B, G, H/G, t]."""
 
-    def step_scores(self, layer: Layer, keys: Tensor) -> Tensor:
+    def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The scores so far; the newest token, whose weights are to come, has 0."""
-        return functional.pad(layer.state["scores"], (0, 1))
+        return scores, scores.new_zeros(*scores.shape[:2], 1)
 
     def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Attention:
         """Attend, and update the scores by the step's weights."""
@@ -96,3 +112,46 @@ class AttentionEviction(DecodingEviction):
         weights = result.weights.view(layer.rows, layer.kv_heads, -1, result.weights.shape[-1])
         layer.state["scores"] = self.updated(layer, layer.state["scores"], weights)
         return result
+
+
+class EvictionStep(HeldStep):
+    """A step of `DecodingEviction` in fixed shapes: the new token takes the place of the worst one of its head."""
+
+    def __init__(self, policy: DecodingEviction, parts: Sequence[Part], clock: Clock) -> None:
+        self._policy, self._layer, self._positions = policy, parts[0].layer, clock.positions
+        shape = (clock.batch, self._layer.kv_heads)
+        self._protected = torch.zeros(shape, dtype=torch.int32, device=clock.positions.device)
+        for part in parts:
+            rows = slice(None) if part.rows is None else part.rows.to(self._protected.device)
+            self._protected[rows] = torch.as_tensor(policy.protected(part.layer), dtype=torch.int32).to(
+                self._protected.device
+            )
+        super().__init__(parts, clock, 0, ("scores",))
+        self._scores = self.held.also["scores"].contiguous()
+        self._real = self.held.ids >= 0
+        # beyond a head's tokens stands what is never the worst and never attended to
+        self._mask = torch.zeros_like(self._scores).masked_fill_(~self._real, -torch.inf)
+        self.held.ids = self.held.ids.masked_fill(~self._real, torch.iinfo(torch.int32).max)
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Evict the worst token, put the new one in its place and attend."""
+        held, policy = self.held, self._policy
+        scores, new = policy.step_scores(self._scores, held.keys, self._real, keys)
+        first = (self._positions + 1)[:, None, None] - self._protected[..., None]
+        worst = scores.masked_fill(held.ids >= first, torch.inf).argmin(-1, keepdim=True)
+        insert(held.keys, held.values, keys, values, worst.squeeze(-1))
+        held.ids.scatter_(-1, worst, self._positions[:, None, None].expand_as(worst))
+        self._scores.copy_(scores.scatter(-1, worst, new))
+        if not isinstance(policy, AttentionEviction):
+            return self.attend(queries)
+        logits = products(queries, held.keys, self.scaling) + self._mask.repeat_interleave(
+            queries.shape[1] // held.keys.shape[1], dim=1
+        )
+        weights = logits.softmax(-1)
+        grouped = weights.view(*held.keys.shape[:2], -1, weights.shape[-1])
+        self._scores.copy_(policy.updated(self._layer, self._scores, grouped))
+        return weighted_sum(weights, held.values).to(queries.dtype)
+
+    def changed(self) -> Sequence[Tensor]:
+        """Tokens, ids and scores."""
+        return [self.held.keys, self.held.values, self.held.ids, self._scores]

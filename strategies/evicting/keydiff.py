@@ -6,17 +6,12 @@ from torch.nn import functional
 
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
-from kvbench.strategies.evicting.eviction import DecodingEviction, static_keys
+from kvbench.strategies.evicting.eviction import DecodingEviction
 
 
-def dissimilarity(keys: Tensor, held: Tensor | None = None) -> Tensor:
-    """Minus the cosine [B, G, t] of each key [B, G, t, d] with the mean of the normalised keys (the anchor).
-
-    `held` [B, G, t] tells real keys from padding.
-    """
+def dissimilarity(keys: Tensor) -> Tensor:
+    """Minus the cosine [B, G, t] of each key [B, G, t, d] with the mean of the normalised keys (the anchor)."""
     directions = functional.normalize(keys.float(), dim=-1)
-    if held is not None:
-        directions = directions * held[..., None]
     return -functional.cosine_similarity(directions, directions.sum(2, keepdim=True), dim=-1)
 
 
@@ -49,6 +44,12 @@ class KeyDiff(DecodingEviction):
         """Minus the cosine with the anchor of the whole prompt."""
         return dissimilarity(keys)
 
-    def step_scores(self, layer: Layer, keys: Tensor) -> Tensor:
-        """Minus the cosine with the anchor of the keys held."""
-        return dissimilarity(static_keys(layer), layer.store.static_ids.expand(layer.rows, layer.kv_heads, -1) >= 0)
+    def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Minus the cosine with the anchor of the keys held and the new one."""
+        old = functional.normalize(held.float(), dim=-1) * real[..., None]
+        new = functional.normalize(keys.float(), dim=-1)
+        anchor = old.sum(2, keepdim=True) + new
+        return (
+            -functional.cosine_similarity(old, anchor, dim=-1),
+            -functional.cosine_similarity(new, anchor, dim=-1),
+        )

@@ -1,6 +1,5 @@
 """Key norms (arXiv 2406.11430): keep the keys of smallest L2 norm, which tend to draw most attention."""
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -48,6 +47,6 @@ class KNorm(DecodingEviction):
         norms: Tensor = keys.float().norm(dim=-1)
         return -norms
 
-    def step_scores(self, layer: Layer, keys: Tensor) -> Tensor:
+    def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the keys held, and minus the new key's norm."""
-        return torch.cat([layer.state["scores"], -keys.float().norm(dim=-1)], dim=-1)
+        return scores, -keys.float().norm(dim=-1)

@@ -1,5 +1,7 @@
 """StreamingLLM (arXiv 2309.17453): attention sinks and a sliding window."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch import Tensor
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.kernels.steps import GrowingStep, RingStep
 
 
 class StreamingLLM(KVCachePolicy):
@@ -40,6 +44,13 @@ class StreamingLLM(KVCachePolicy):
         kept = torch.cat([torch.arange(sinks), torch.arange(oldest, layer.tokens)])
         layer.store.keep(kept.to(keys.device))
         layer.state["oldest"] = oldest
+
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """A ring behind the sinks; None where only some rows of the layer evict."""
+        evicting = {not part.layer.budget.covers_all for part in parts}
+        if len(evicting) > 1:
+            return None
+        return RingStep(parts, clock, self.options.sinks) if evicting.pop() else GrowingStep(parts, clock)
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Slide the window: each new token drives the oldest one out."""

@@ -91,7 +91,7 @@ def retrieval_policy(
             "__doc__": f"Attends to the keys that index '{index.name}' finds for each head's query.",
             "__module__": index.__module__,
             "name": name or index.name,
-            "summary": summary or f"Top-k over offloaded keys by index '{index.name}': {index.summary}",
+            "summary": summary or f"Top-k over offloaded keys by index '{index.name}': {index.summary.rstrip('.')}.",
             "reference": index.reference if reference is None else reference,
             "index": index,
             "Options": options,

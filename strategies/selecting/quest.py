@@ -1,5 +1,7 @@
 """Quest (arXiv 2406.10774): select pages of keys by an upper bound of their scores."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -9,6 +11,13 @@ from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.kernels.attention import Segment, attend
+from kvbench.kernels.bounds import page_bounds, update_bounds
+from kvbench.kernels.insert import insert
+from kvbench.kernels.score import page_scores
+from kvbench.kernels.select import select_top
+from kvbench.kernels.steps import GrowingStep
 
 
 class Quest(KVCachePolicy):
@@ -59,6 +68,13 @@ class Quest(KVCachePolicy):
         if "low" in layer.state and layer.store.static_tokens > self.options.page_size:
             self._note_pages(layer, layer.store.advance(self.options.page_size)[0])
 
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Pages in place; None where only some rows of the layer have any."""
+        paged = {"low" in part.layer.state for part in parts}
+        if len(paged) > 1:
+            return None
+        return QuestStep(parts, clock, self.options.page_size) if paged.pop() else GrowingStep(parts, clock)
+
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
         """Take the best pages of each query head by Σ_c max(q_c·min_c, q_c·max_c)."""
         if "low" not in layer.state:
@@ -71,3 +87,71 @@ class Quest(KVCachePolicy):
         ids = best[..., None] * size + torch.arange(size, device=best.device)
         ids = ids.masked_fill(best[..., None] < 0, -1).flatten(-2)
         return Selection(ids, padded=budget.heads is not None, evaluations=float(pages))
+
+
+class QuestStep(FixedStep):
+    """Quest's step in fixed shapes: tokens and bounds of all pages lie in one place, the page being filled included."""
+
+    def __init__(self, parts: Sequence[Part], clock: Clock, page_size: int) -> None:
+        layer = parts[0].layer
+        self._size, self._positions, self._scaling = page_size, clock.positions, layer.scaling
+        longest = max(part.layer.tokens for part in parts)
+        pages = -(-(longest + clock.new_tokens) // page_size)
+        sample_keys, sample_values = layer.store.aside_keys, layer.store.aside_values
+        shape = (clock.batch, layer.kv_heads)
+        self._keys = sample_keys.new_zeros(*shape, pages * page_size, sample_keys.shape[3])
+        self._values = sample_values.new_zeros(*shape, pages * page_size, sample_values.shape[3])
+        budget = torch.zeros(shape, dtype=torch.int32, device=clock.positions.device)
+        for part in parts:
+            store = part.layer.store
+            rows = slice(None) if part.rows is None else part.rows.to(budget.device)
+            current_keys, current_values, _ = store.static_parts()[0]
+            for target, aside, current in (
+                (self._keys, store.aside_keys, current_keys),
+                (self._values, store.aside_values, current_values),
+            ):
+                target[rows, :, : store.aside_stop] = aside
+                target[rows, :, store.aside_stop : store.tokens] = current
+            own = part.layer.budget
+            tokens = pages * page_size if own.covers_all else own.tokens if own.heads is None else own.heads
+            budget[rows] = torch.as_tensor(tokens).to(budget)
+            store.release_static(0)
+            store.release_aside()
+            part.layer.state.clear()
+        self._budget = budget.repeat_interleave(layer.heads // layer.kv_heads, dim=1)
+        self._low, self._high = (sample_keys.new_zeros(*shape, pages, sample_keys.shape[3]) for _ in range(2))
+        page_bounds(self._keys, clock.positions, page_size, self._low, self._high)
+        self._most = max(min((int(budget.max()) - 1) // page_size, pages), 1)
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Append, widen the page's bounds, choose the best full pages and attend to them and the current one."""
+        size, positions = self._size, self._positions
+        insert(self._keys, self._values, keys, values, positions)
+        update_bounds(keys, positions, size, self._low, self._high)
+        full = positions // size
+        filled = (positions - full * size + 1)[:, None]
+        best = select_top(
+            page_scores(queries, self._low, self._high, full), (self._budget - filled) // size, self._most
+        )
+        ids = torch.cat([best, full[:, None, None].expand(-1, best.shape[1], 1)], dim=-1)
+        chosen = Segment(self._keys, self._values, positions + 1, ids, size)
+        return attend(queries, chosen, scaling=self._scaling, dtype=queries.dtype)[0]
+
+    def bytes(self) -> dict[str, int]:
+        """Tokens on the device; the bounds are the index."""
+        return {
+            "resident": self._keys.nbytes + self._values.nbytes,
+            "offloaded": 0,
+            "index": self._low.nbytes + self._high.nbytes,
+        }
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """All bounds of full pages, once for each key/value head, and the chosen tokens of each query head's group."""
+        share = min(tokens / (self._low.shape[2] * self._size), 1.0)
+        token = (self._keys.nbytes + self._values.nbytes) // (self._keys.shape[1] * self._keys.shape[2])
+        chosen = int(self._budget.clamp_max(tokens).float().mean()) * token * self._keys.shape[1]
+        return {"device": int((self._low.nbytes + self._high.nbytes) * share) + chosen, "host": 0}
+
+    def changed(self) -> Sequence[Tensor]:
+        """Nothing: a step writes the same token, and the same bounds, to the same place again."""
+        return []

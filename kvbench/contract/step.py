@@ -1,0 +1,127 @@
+"""A decoding step of fixed shapes and addresses, which a CUDA graph can hold.
+
+What a policy does at each step is written once more, for all rows of a batch together, in tensors that stay where they
+are: lengths and positions lie on the device, capacity is fixed, nothing asks the device for a number. The same code
+runs uncaptured on the CPU.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvbench.contract.layer import Layer
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group of equally long rows of one layer, as the policy left it after the prompt; no `rows` are all rows."""
+
+    layer: Layer
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What the steps of all layers share.
+
+    `positions`, int32 [B] on the model's device: each row's tokens before the step's own, so its token's id; the engine
+    counts on after every step. `new_tokens`: how many steps there will be at most.
+    """
+
+    positions: Tensor
+    new_tokens: int
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.positions.shape[0]
+
+
+class FixedStep(ABC):
+    """One layer's decoding step. Calls must not wait for the device and must use the same tensors each time."""
+
+    @abstractmethod
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Take in the step's `keys` and `values` [B, G, 1, d] and attend: output [B, H, 1, d] in the queries' dtype."""
+
+    @abstractmethod
+    def bytes(self) -> dict[str, int]:
+        """Bytes held: `resident`, `offloaded` and `index`."""
+
+    @abstractmethod
+    def reads(self, tokens: int) -> dict[str, int]:
+        """Fewest bytes that a step reads of what is held, at `tokens` tokens of context a row.
+
+        `device` from the device's memory, `host` from the host's.
+        """
+
+    @abstractmethod
+    def changed(self) -> Sequence[Tensor]:
+        """The tensors that a step changes otherwise than by writing the same token to the same place again."""
+
+
+@dataclass
+class Held:
+    """Static sets of all rows in one place: `keys`, `values` [B, G, t, d], of which `lengths` int32 [B, G] count.
+
+    `ids`, int32 [B, G, t], are the tokens' ids, −1 beyond the length; `also` what was asked for beside them.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    ids: Tensor
+    also: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return self.keys.nbytes + self.values.nbytes
+
+
+def hold_static(parts: Sequence[Part], batch: int, spare: int, also: Sequence[str] = ()) -> Held:
+    """Bring the static sets of a layer's parts together, with room for `spare` more tokens, and empty their stores.
+
+    `also` names tensors [B, G, t] of `layer.state` in the store's slot order, which go along (0 beyond the length).
+    Where one part holds all rows and its memory has the room already, nothing is copied.
+    """
+    first = parts[0].layer
+    longest = max(int(part.layer.store.static_ids.shape[-1]) for part in parts)
+    slot_ids = first.store.static_ids
+    if len(parts) == 1 and not first.store.ragged:
+        keys, values = first.store.release_static(spare)
+        device = keys.device
+        lengths = torch.full((batch, first.kv_heads), longest, dtype=torch.int32, device=device)
+        ids = torch.full((batch, first.kv_heads, keys.shape[2]), -1, dtype=torch.int32, device=device)
+        ids[:, :, :longest] = slot_ids.int()
+        spread = {name: functional.pad(first.state[name], (0, keys.shape[2] - longest)) for name in also}
+        return Held(keys, values, lengths, ids, spread)
+    sample, sample_values, _ = first.store.static_parts()[0]
+    shape, capacity = (batch, first.kv_heads), longest + spare
+    keys, values = (sample.new_zeros(*shape, capacity, like.shape[-1]) for like in (sample, sample_values))
+    lengths = torch.zeros(shape, dtype=torch.int32, device=sample.device)
+    ids = torch.full((*shape, capacity), -1, dtype=torch.int32, device=sample.device)
+    more = {name: first.state[name].new_zeros(*shape, capacity) for name in also}
+    for part in parts:
+        store = part.layer.store
+        rows = slice(None) if part.rows is None else part.rows.to(sample.device)
+        own = store.static_ids.expand(part.layer.rows, first.kv_heads, -1)
+        # padding goes to the end
+        order = (own < 0).to(torch.uint8).argsort(dim=-1, stable=True)
+        pieces = store.static_parts()
+        whole = torch.cat([piece[0] for piece in pieces], dim=2), torch.cat([piece[1] for piece in pieces], dim=2)
+        for target, joined in zip((keys, values), whole, strict=True):
+            places = order[..., None].expand(-1, -1, -1, joined.shape[3])
+            target[rows, :, : own.shape[2]] = joined.gather(2, places)
+        ids[rows, :, : own.shape[2]] = own.gather(-1, order).int()
+        for name, tensor in more.items():
+            tensor[rows, :, : own.shape[2]] = part.layer.state[name].expand_as(own).gather(-1, order)
+        lengths[rows] = (own >= 0).sum(-1).int()
+        store.release_static(0)
+    return Held(keys, values, lengths, ids, more)

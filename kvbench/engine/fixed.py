@@ -1,0 +1,211 @@
+"""Decoding in steps of fixed shapes: on a GPU one CUDA graph holds a whole step; on the CPU the code runs as it is.
+
+After the prompt each governed layer's stores are handed to the policy's `fixed_step`. A step then is the model's own
+forward with a cache that gives the new keys and values alone, positions on the device, and the choice of the next
+token; on a GPU it is captured once and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
+from kvbench.engine.calls import left_padding
+from kvbench.engine.governor import Governor
+from kvbench.kernels.steps import GrowingStep
+
+Mode = Literal["graph", "fixed", "eager"]
+"""How a step ran: a replayed CUDA graph; the same code uncaptured; or hook by hook."""
+
+WARM_UPS = 2
+_HOOKS = ("insert", "select", "attend")
+_BY_LENGTH = ("dynamic", "longrope")
+"""Rotary kinds that ask the device for the longest position at every step."""
+
+
+class FixedCache(Cache):
+    """A cache that holds nothing: its layers give a step's own keys and values, and the steps hold the rest."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__(layers=[_FixedLayer() for _ in range(count)])
+
+
+class _FixedLayer(CacheLayerMixin):
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to prepare."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class FixedDecoder:
+    """The steps of a batch after its prompt, up to `new_tokens` of them; see `fixed_decoder`.
+
+    `tokens` [B, 1] is what the next step reads and `logits` [B, V] what the last one gave, both always in one place.
+    """
+
+    def __init__(self, governor: Governor, steps: dict[int, FixedStep], clock: Clock, others: int) -> None:
+        self._governor, self._steps, self._clock = governor, steps, clock
+        self.cache = FixedCache(others)
+        device = clock.positions.device
+        self.tokens = torch.zeros(clock.batch, 1, dtype=torch.int64, device=device)
+        self._position_ids = clock.positions.long()[:, None].clone()
+        vocabulary = governor.model.get_output_embeddings().weight.shape[0]
+        self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._taken = 0
+        self._compiled: Any = None
+        self.mode: Mode = "fixed"
+
+    def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One layer's part of the step: output [B, 1, H, d]."""
+        output = self._steps[module.layer_idx](query, key, value)  # type: ignore[index]
+        return output.transpose(1, 2)
+
+    def compile(self) -> None:
+        """Compile the model's decoder at its next call, until `close`."""
+        self._compiled = self._governor.model.get_decoder()
+        self._compiled.compile(dynamic=False)
+
+    def close(self) -> None:
+        """Give the graph's memory back and the model its own code."""
+        self._graph = None
+        if self._compiled is not None:
+            self._compiled._compiled_call_impl = None
+
+    def capture(self) -> None:
+        """Run the first step for its compilations, set everything back, and capture it as a CUDA graph."""
+        changed = [tensor for step in self._steps.values() for tensor in step.changed()]
+        changed += [self._clock.positions, self._position_ids, self.tokens]
+        kept = [tensor.clone() for tensor in changed]
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._forward()
+                for tensor, old in zip(changed, kept, strict=True):
+                    tensor.copy_(old)
+        torch.cuda.current_stream().wait_stream(stream)
+        del kept
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._forward()
+        self.mode = "graph"
+
+    def step(self) -> None:
+        """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
+        assert self._taken < self._clock.new_tokens, "more steps than there is room for"
+        self._taken += 1
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._forward()
+
+    def _forward(self) -> None:
+        out = self._governor.model(
+            self.tokens, past_key_values=self.cache, use_cache=True, position_ids=self._position_ids, logits_to_keep=1
+        )
+        self.logits.copy_(out.logits[:, -1])
+        self.tokens.copy_(self.logits.argmax(-1, keepdim=True))
+        self._clock.positions.add_(1)
+        self._position_ids.add_(1)
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes held now, as `PolicyCache.bytes` states them."""
+        held = [step.bytes() for step in self._steps.values()]
+        return {tier: sum(each[tier] for each in held) for tier in ("resident", "offloaded", "index")}
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """Fewest bytes that a step reads at `tokens` tokens of context a row: the weights and what the policy needs."""
+        found = [step.reads(tokens) for step in self._steps.values()]
+        return {
+            "weights": weight_bytes(self._governor.model),
+            "device": sum(each["device"] for each in found),
+            "host": sum(each["host"] for each in found),
+        }
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a decoding step reads: all but the rows of the input embedding that are looked up."""
+    seen: dict[int, int] = {weight.data_ptr(): weight.nbytes for weight in model.parameters()}
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    if embedding.data_ptr() != head.data_ptr():
+        seen.pop(embedding.data_ptr(), None)
+    return sum(seen.values())
+
+
+def fixed_decoder(governor: Governor, cache: PolicyCache, new_tokens: int) -> FixedDecoder | str:
+    """Make the decoder that takes over a batch's cache after its prompt, or say in words why there is none.
+
+    The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
+    """
+    reason = _unfit(governor, cache)
+    if reason:
+        return reason
+    device = cache.governed[0].groups[0].store.static_ids.device
+    positions = torch.zeros(sum(layer.rows for layer in cache.governed[0].groups), dtype=torch.int32, device=device)
+    for lane, layer in zip(cache.lanes, cache.governed[0].groups, strict=True):
+        positions[slice(None) if lane.rows is None else lane.rows.to(device)] = layer.tokens
+    padding = left_padding(cache.mask) if governor.policy.exact else None
+    if padding is not None:  # the one lane of a policy that keeps everything holds the padding, too
+        positions -= padding.to(positions)
+    clock = Clock(positions, new_tokens)
+    steps: dict[int, FixedStep] = {}
+    for cached in cache.governed:
+        parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
+        step = _step(governor, parts, clock, padding)
+        if step is None:
+            assert not steps, "a policy has fixed steps in some layers only"
+            return f"policy '{governor.policy.name}' has no step of fixed shapes"
+        steps[cached.number] = step
+    return FixedDecoder(governor, steps, clock, len(cache.layers))
+
+
+def _unfit(governor: Governor, cache: PolicyCache) -> str:
+    rope = getattr(governor.config, "rope_parameters", None)
+    kinds = [str(rope.get("rope_type", ""))] if isinstance(rope, dict) else []
+    if governor.probes:
+        return "probes look at every step"
+    if not cache.governed or any(not isinstance(layer, PolicyCacheLayer) for layer in cache.layers):
+        return "some layers keep a cache of their own"
+    if any(kind in _BY_LENGTH for kind in kinds):
+        return f"the rotary embedding '{kinds[0]}' changes with the length"
+    if len({layer.groups[0].store.static_ids.device for layer in cache.governed}) > 1:
+        return "the model lies on several devices"
+    modules = [layer.groups[0].module for layer in cache.governed]
+    if getattr(governor.config, "attn_logit_softcapping", None) or any(hasattr(module, "sinks") for module in modules):
+        return "the model's attention has terms of its own"
+    return ""
+
+
+def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | None:
+    found = governor.policy.fixed_step(parts, clock)
+    if found is not None:
+        return found
+    if governor.policy.exact:
+        return GrowingStep(parts, clock, padding)
+    plain = not any(hasattr(governor.policy, hook) for hook in _HOOKS)
+    aside = any(part.layer.store.aside_stop > part.layer.store.aside_start for part in parts)
+    return GrowingStep(parts, clock) if plain and not aside else None

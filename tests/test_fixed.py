@@ -1,0 +1,147 @@
+"""Steps of fixed shapes give what the hooks give, step by step: the same policy, written for a CUDA graph."""
+
+import itertools
+
+import pytest
+import torch
+from tiny import small_options, tiny_model, tokens
+
+import kvbench
+from kvbench.contract.budget import Budget
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine.generation import generate, generate_batch
+from kvbench.kernels.select import select_top
+from kvbench.plugins import registry
+
+FIXED = ("full", "streaming_llm", "snapkv", "h2o", "tova", "keydiff", "knorm", "expected_attention", "quest")
+PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
+
+
+def attach(model, policy, budget=24, allocator="uniform"):
+    found = registry().find("policy", policy)
+    size = {"ratio": budget} if isinstance(budget, float) else {"tokens": budget}
+    given = Budget(**size, allocator=allocator) if found.takes_budget else None
+    return kvbench.attach(model, policy=policy, budget=given, options=small_options(found))
+
+
+def logits(session, prompt, steps, decoding, batch=None):
+    """What each step gives along one path of tokens."""
+    seen = []
+    original = session.model.lm_head.forward
+
+    def note(hidden):
+        out = original(hidden)
+        seen.append(out[:, -1].detach().clone())
+        return out
+
+    session.model.lm_head.forward = note
+    try:
+        results = generate_batch(
+            session, batch or [prompt], max_new_tokens=[steps] * len(batch or [prompt]), decoding=decoding
+        )
+    finally:
+        session.model.lm_head.forward = original
+    return results, seen
+
+
+@pytest.mark.parametrize(
+    ("policy", "allocator"),
+    [
+        *((policy, "uniform") for policy in FIXED),
+        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest"), ("ada",)),
+    ],
+)
+@pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
+@torch.inference_mode()
+def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
+    model = tiny_model(pad_token_id=None)  # a token of zeros would make all scores equal
+    with attach(model, policy, allocator=allocator) as session:
+        hooks, expected = logits(session, None, 20, "eager", batch)
+        fixed, found = logits(session, None, 20, "fixed", batch)
+    assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
+    assert {one.mode for one in fixed} == {"fixed"} and {one.mode for one in hooks} == {"eager"}
+    assert len(found) == len(expected) == 20
+    for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
+
+
+@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv"])
+def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
+    model = tiny_model(pad_token_id=None)
+    with attach(model, policy, 0.4) as session:
+        hooks = generate_batch(session, PROMPTS, max_new_tokens=[12] * 4, decoding="eager")
+        fixed = generate_batch(session, PROMPTS, max_new_tokens=[12] * 4, decoding="fixed")
+    assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
+
+
+@pytest.mark.parametrize("policy", FIXED)
+def test_a_covering_budget_is_exact_in_fixed_steps(policy):
+    model = tiny_model(pad_token_id=None)
+    ids = torch.tensor([PROMPTS[1]])
+    exact = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    with attach(model, policy, 1.0) as session:
+        found = generate(session, PROMPTS[1], max_new_tokens=12, decoding="fixed")
+    assert found.tokens == exact[0, len(PROMPTS[1]) :].tolist()
+
+
+def test_a_second_generation_begins_anew_and_the_model_is_restored():
+    model = tiny_model(pad_token_id=None)
+    with attach(model, "quest") as session:
+        first = generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
+        again = generate(session, PROMPTS[0], max_new_tokens=8, decoding="eager")
+    assert first.tokens == again.tokens
+    ids = torch.tensor([PROMPTS[0]])
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+
+
+def test_what_has_no_fixed_step_says_why():
+    model = tiny_model(pad_token_id=None)
+    with (
+        attach(model, "retrieval") as session,
+        pytest.raises(KVBenchError, match="'retrieval' cannot decode in fixed steps here: policy 'retrieval' has no"),
+    ):
+        generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
+    with attach(tiny_model("mistral"), "snapkv") as session, pytest.raises(KVBenchError, match="no full-attention"):
+        generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
+    with attach(model, "quest") as session, pytest.raises(KVBenchError, match=r"CUDA graph needs a GPU, and .* cpu"):
+        generate(session, PROMPTS[0], max_new_tokens=8, decoding="graph")
+
+
+def test_fixed_steps_state_what_they_hold_and_must_read():
+    model = tiny_model(pad_token_id=None)
+    for policy in FIXED:
+        with attach(model, policy) as session:
+            session.prompt_tokens = None
+            ids = torch.tensor([PROMPTS[1]])
+            with torch.inference_mode():
+                model(ids)
+                decoder = session.fixed(8, graph=False)
+        assert not isinstance(decoder, str)
+        token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
+        weights = sum(weight.nbytes for weight in model.parameters()) - model.model.embed_tokens.weight.nbytes
+        reads = decoder.reads(len(PROMPTS[1]))
+        held = decoder.bytes()
+        assert reads["weights"] == weights and reads["host"] == 0
+        if policy == "full":
+            assert reads["device"] == 61 * token and held["resident"] == 69 * token
+        elif policy == "quest":
+            pages = 18  # for 61 tokens and 8 more
+            assert held == {"resident": pages * 4 * token, "offloaded": 0, "index": pages * token}
+            assert reads["device"] == pytest.approx(pages * token * 61 / 72 + 24 * token, abs=3)
+        else:
+            assert reads["device"] == 24 * token
+
+
+@pytest.mark.parametrize("n", [1, 5, 33, 200])
+def test_select_top_takes_the_best_as_many_as_the_device_says(n):
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.randn(2, 3, n, generator=generator).round(decimals=1)
+    scores[0, 0, n // 2 :] = -torch.inf
+    counts = torch.tensor([[0, 4, 7], [2, n, 9]], dtype=torch.int32)
+    k = 9
+    found = select_top(scores, counts, k)
+    for b, h in itertools.product(range(2), range(3)):
+        row = scores[b, h].tolist()
+        order = sorted((i for i in range(n) if row[i] > -torch.inf), key=lambda i, row=row: (-row[i], i))
+        expected = sorted(order[: min(int(counts[b, h]), k)])
+        assert found[b, h].tolist() == expected + [-1] * (k - len(expected))
