@@ -348,7 +348,8 @@ def test_a_damaged_run_is_named_and_the_others_are_shown(copied):
         (("empty",), "There is no run in"),
         (("damaged",), "no readable run"),
         (("empty", "--format", "docx"), "choose from html, md, pdf"),
-        (("good", "--output", "file"), "Cannot write to"),
+        (("good", "--format", ","), "--format names no format: choose from html, md, pdf"),
+        (("good", "--output", "file"), "file is a file: give --output a folder"),
     ],
 )
 def test_bad_input_is_one_sentence(runs, tmp_path, monkeypatch, arguments, message):
