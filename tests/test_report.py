@@ -260,7 +260,7 @@ def test_a_partial_run_is_marked_wherever_it_is_shown(copied, tmp_path):
     shown = Composed(copied)
     row = shown.rows["quest", "512"]
     assert (row["status"], row["examples"], row["pairs"]) == ("interrupted", 4, 4)
-    assert shown.content.board.rows[0]["partial"] == "4 of 6 examples, interrupted"
+    assert shown.content.board.rows[0]["marks"] == ["partial: 4 of 6 examples, interrupted"]
     assert shown.markdown.count("(partial: 4 of 6 examples, interrupted)") == 2
     for chart in shown.charts.values():
         if chart.name not in ("ood", "analysis-1"):
