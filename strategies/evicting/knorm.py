@@ -3,7 +3,7 @@
 from pydantic import Field
 from torch import Tensor
 
-from kvbench.contract.extension import Options
+from kvbench.contract import extension
 from kvbench.contract.layer import Layer
 from kvbench.strategies.evicting.eviction import DecodingEviction
 
@@ -22,7 +22,7 @@ class KNorm(DecodingEviction):
     )
     query_window = 0
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of key norms."""
 
         window: int = Field(
