@@ -33,7 +33,9 @@ def attach(model, policy, budget=24, allocator="uniform"):
     found = registry().find("policy", policy)
     size = {"ratio": budget} if isinstance(budget, float) else {"tokens": budget}
     given = Budget(**size, allocator=allocator) if found.takes_budget else None
-    return kvbench.attach(model, policy=policy, budget=given, options=small_options(found))
+    # with fewer sub-spaces keys have equal codes, and which of them are taken is open
+    options = small_options(found) | ({"subspaces": 4} if policy == "pqcache" else {})
+    return kvbench.attach(model, policy=policy, budget=given, options=options)
 
 
 def logits(session, prompt, steps, decoding, batch=None):
@@ -161,7 +163,7 @@ def check_tiers(policy, held, reads, token):
         assert (reads["device"], reads["host"]) == (10 * token, 14 * token + 51 * token // 2)
     elif policy == "pqcache":
         centroids = 3 * 2 * 51 * 8 * 4  # layers, heads, no more centroids than tokens, dimensions, bytes
-        codes = 3 * 2 * 2 * 67
+        codes = 3 * 2 * 4 * 67
         assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": codes + centroids}
         assert (reads["device"], reads["host"]) == (10 * token + codes * 51 // 67 + centroids, 14 * token)
     else:
