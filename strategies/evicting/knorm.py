@@ -34,6 +34,10 @@ class KNorm(DecodingEviction):
         """The recent window."""
         return 0, self.options.window
 
+    def most_attended(self, layer: Layer) -> int | None:
+        """No limit in dense layers."""
+        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
+
     def evicts(self, layer: Layer) -> bool:
         """All layers but the dense ones."""
         return super().evicts(layer) and layer.index >= int(self.options.dense_layers)
