@@ -15,7 +15,7 @@ from tiny import budgeted_policies, small_options, tiny_model, tokens
 import kvbench
 from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate, fit
 from kvbench.contract.errors import KVBenchError
-from kvbench.engine.governor import token_bytes
+from kvbench.engine.survey import token_bytes
 from kvbench.plugins import registry
 from kvbench.strategies.budgets.ada import Ada
 from kvbench.strategies.budgets.pyramid import Pyramid

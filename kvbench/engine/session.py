@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,6 +28,9 @@ from kvbench.engine.prompt import Attends, Prefill
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
 
+if TYPE_CHECKING:
+    from kvbench.engine.conformance.report import Report
+
 
 class Session(Governor):
     """A model with a policy attached; see `attach`. `cache` is the latest sequence batch's cache."""
@@ -43,6 +46,8 @@ class Session(Governor):
     ) -> None:
         super().__init__(model, policy, budget, probes, prompt_tokens)
         self.tokenizer = tokenizer
+        self.conformance: tuple[Report, ...] = ()
+        """What was proven of the model and the policy (`attach(..., check=True)`)."""
         self.cache: PolicyCache | None = None
         self.implementation = str(self.config._attn_implementation)
         self._calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -302,6 +307,8 @@ class Session(Governor):
         if cached is None:
             return own()
         first, cached.pending = cached.pending, False
+        if first and cached.expand is None:
+            cached.check_given(key, value)
         attends = Attends.of(module, query, kwargs)
         if cached.in_prompt:
             output = own()
