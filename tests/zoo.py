@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 from tiny import small_options
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 import kvbench
@@ -175,6 +175,8 @@ def logits(model: Any, *, padded: bool, chunks: int) -> torch.Tensor:
     takes = inspect.signature(model.forward).parameters
     borders = [0, *([] if chunks == 1 else [PROMPT // 2 + 3]), *range(PROMPT, PROMPT + STEPS + 1)]
     past: dict[str, Any] = {}
+    if model.config.model_type == "recurrent_gemma":  # the only one that fills a cache and does not return it
+        past = {"past_key_values": DynamicCache(config=model.config)}
     found = []
     with torch.no_grad():
         for start, stop in pairwise(borders):
@@ -182,7 +184,8 @@ def logits(model: Any, *, padded: bool, chunks: int) -> torch.Tensor:
                 {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, start:stop]} if "position_ids" in takes else {}
             )
             out = model(ids[:, start:stop], attention_mask=mask[:, :stop], **past, **extra)
-            past = {"past_key_values": out.past_key_values} if out.get("past_key_values") is not None else {}
+            if out.get("past_key_values") is not None:
+                past = {"past_key_values": out.past_key_values}
             found.append(out.logits[:, -1].float())
     return torch.stack(found[-STEPS - 1 :])
 
