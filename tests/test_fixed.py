@@ -13,6 +13,8 @@ from kvbench.engine.generation import generate, generate_batch
 from kvbench.kernels.select import select_top
 from kvbench.plugins import registry
 
+pytestmark = pytest.mark.transformers
+
 SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache")
 FIXED = (
     "full",
