@@ -76,6 +76,7 @@ class FixedDecoder:
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
+        self._between = [step for step in steps.values() if type(step).between is not FixedStep.between]
         self._compiled: Any = None
         self.mode: Mode = "fixed"
 
@@ -118,6 +119,8 @@ class FixedDecoder:
         """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
         assert self._taken < self._clock.new_tokens, "more steps than there is room for"
         self._taken += 1
+        for step in self._between:
+            step.between(self._taken)
         if self._graph is not None:
             self._graph.replay()
         else:
