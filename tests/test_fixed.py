@@ -10,7 +10,6 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import generate, generate_batch
-from kvbench.kernels.select import select_top
 from kvbench.plugins import registry
 
 FIXED = ("full", "streaming_llm", "snapkv", "h2o", "tova", "keydiff", "knorm", "expected_attention", "quest")
@@ -130,18 +129,3 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == pytest.approx(pages * token * 61 / 72 + 24 * token, abs=3)
         else:
             assert reads["device"] == 24 * token
-
-
-@pytest.mark.parametrize("n", [1, 5, 33, 200])
-def test_select_top_takes_the_best_as_many_as_the_device_says(n):
-    generator = torch.Generator().manual_seed(n)
-    scores = torch.randn(2, 3, n, generator=generator).round(decimals=1)
-    scores[0, 0, n // 2 :] = -torch.inf
-    counts = torch.tensor([[0, 4, 7], [2, n, 9]], dtype=torch.int32)
-    k = 9
-    found = select_top(scores, counts, k)
-    for b, h in itertools.product(range(2), range(3)):
-        row = scores[b, h].tolist()
-        order = sorted((i for i in range(n) if row[i] > -torch.inf), key=lambda i, row=row: (-row[i], i))
-        expected = sorted(order[: min(int(counts[b, h]), k)])
-        assert found[b, h].tolist() == expected + [-1] * (k - len(expected))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,8 @@ class Clock:
 
     positions: Tensor
     new_tokens: int
+    shared: dict[Any, Any] = field(default_factory=dict)
+    """What steps of several layers compute once: the first layer's step, which runs first, writes it."""
 
     @property
     def batch(self) -> int:

@@ -14,7 +14,9 @@ except ImportError:
     tl = None
 
 IN_REGISTERS = 16384
-"""Most scores of a row that one program holds in registers; longer rows are read again for every bit."""
+"""Most scores of a row that one program holds in registers; longer rows are read again for every two bits."""
+LONGEST = 2**21 - 1
+"""Most scores of a row."""
 
 
 @jit
@@ -25,10 +27,17 @@ def _ordered(x: tl.tensor) -> tl.tensor:
 
 
 @jit
+def _packed(key: tl.tensor, one: tl.tensor, two: tl.tensor, three: tl.tensor) -> tl.tensor:
+    """Whether each key reaches three thresholds, 21 bits for each count."""
+    reaches = (key >= one).to(tl.int64) + ((key >= two).to(tl.int64) << 21)
+    return reaches + ((key >= three).to(tl.int64) << 42)
+
+
+@jit
 def _select(
-    scores: tl.tensor, counts: tl.tensor, ids: tl.tensor, n: int, k: int,
+    scores: tl.tensor, counts: tl.tensor, also: tl.tensor, ids: tl.tensor, n: int, k: int, columns: int,
     sb: int, sh: int, cb: int, ch: int, heads: int,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, ALSO: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0)
     b, h = row // heads, row % heads
@@ -44,14 +53,17 @@ def _select(
     want = tl.maximum(tl.minimum(count, there), 0)
     key = _ordered(first)
     threshold = tl.zeros((), tl.uint32)
-    for step in range(32):
-        candidate = threshold | (tl.full((), 0x80000000, tl.uint32) >> step)
-        found = tl.sum((key >= candidate).to(tl.int32), 0)
+    for step in tl.static_range(16):  # two bits at a time, three counts packed in one sum
+        one = threshold | tl.full((), 1 << (30 - 2 * step), tl.uint32)
+        two = threshold | tl.full((), 2 << (30 - 2 * step), tl.uint32)
+        three = one | two
+        packed = tl.sum(_packed(key, one, two, three), 0)
         for chunk in range(1, CHUNKS):
             at = chunk * BLOCK + place
             x = tl.load(source + at, mask=at < n, other=float("-inf"))
-            found += tl.sum((_ordered(x) >= candidate).to(tl.int32), 0)
-        threshold = tl.where(found >= want, candidate, threshold)
+            packed += tl.sum(_packed(_ordered(x), one, two, three), 0)
+        ones, twos, threes = packed & 0x1FFFFF, (packed >> 21) & 0x1FFFFF, packed >> 42
+        threshold = tl.where(threes >= want, three, tl.where(twos >= want, two, tl.where(ones >= want, one, threshold)))
     above = tl.sum((key > threshold).to(tl.int32), 0)
     for chunk in range(1, CHUNKS):
         at = chunk * BLOCK + place
@@ -67,36 +79,49 @@ def _select(
         rank = tl.cumsum(tie.to(tl.int32), 0)
         chosen = (x > float("-inf")) & ((own > threshold) | (tie & (rank <= ties_left))) & (want > 0)
         slot = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(ids + row.to(tl.int64) * k + slot, at.to(tl.int32), mask=chosen & (slot < k))
+        stored = tl.where(chosen, slot, k) < k
+        tl.store(ids + row.to(tl.int64) * columns + slot, at.to(tl.int32), mask=stored)
         written += tl.sum(chosen.to(tl.int32), 0)
         ties_left -= tl.sum(tie.to(tl.int32), 0)
     rest = tl.arange(0, K)
-    tl.store(ids + row.to(tl.int64) * k + rest, tl.full((K,), -1, tl.int32), mask=(rest >= want) & (rest < k))
+    free = tl.where(rest >= want, rest, k) < k
+    tl.store(ids + row.to(tl.int64) * columns + rest, tl.full((K,), -1, tl.int32), mask=free)
+    if ALSO:
+        tl.store(ids + row.to(tl.int64) * columns + k, tl.load(also + b).to(tl.int32))
 
 
-def select_top(scores: Tensor, counts: Tensor, k: int, *, output: Tensor | None = None) -> Tensor:
+def select_top(
+    scores: Tensor, counts: Tensor, k: int, *, also: Tensor | None = None, output: Tensor | None = None
+) -> Tensor:
     """Ids of the best `counts` of each row of `scores` [B, H, n], int32 [B, H, k], ascending, −1 behind them.
 
     `counts`, int32 [B] or [B, H] on the device, are at most `k`; scores of −∞ are never chosen; of equal scores the
-    lower ids are. Written to `output` where given. Raises KVBenchError for other shapes or types.
+    lower ids are. `also`, int32 [B], is an id for all of a row's heads that is put behind: [B, H, k + 1]. Written to
+    `output` where given. Raises KVBenchError for other shapes or types.
     """
-    if scores.dim() != 3 or scores.dtype != torch.float32 or scores.stride(2) != 1:
-        raise KVBenchError(f"scores {list(scores.shape)} of {scores.dtype} are not contiguous float32 [B, H, n].")
-    batch, heads, n = scores.shape
-    if k < 1 or tuple(counts.shape) not in ((batch,), (batch, heads)):
+    if scores.dim() != 3 or scores.dtype != torch.float32 or scores.stride(2) != 1 or scores.shape[2] > LONGEST:
         raise KVBenchError(
-            f"k is {k} and counts are {list(counts.shape)}: at least 1, [{batch}] or [{batch}, {heads}]."
+            f"scores {list(scores.shape)} of {scores.dtype} are not contiguous float32 [B, H, n], n up to {LONGEST}."
+        )
+    batch, heads, n = scores.shape
+    if k < 1 or tuple(counts.shape) not in ((batch,), (batch, heads)) or (also is not None and also.shape != (batch,)):
+        raise KVBenchError(
+            f"k is {k} and counts are {list(counts.shape)}: at least 1, [{batch}] or [{batch}, {heads}] are expected."
         )
     counts = (counts if counts.dim() == 2 else counts[:, None]).expand(batch, heads)
-    ids = empty_or(output, (batch, heads, k), torch.int32, scores.device)
+    columns = k + (also is not None)
+    ids = empty_or(output, (batch, heads, columns), torch.int32, scores.device)
     if not compiled(scores):
-        ids.copy_(_twin(scores, counts, k))
+        ids[..., :k] = _twin(scores, counts, k)
+        if also is not None:
+            ids[..., k] = also[:, None]
         return ids
     block = max(min(next_power_of_2(n), IN_REGISTERS), 16)
     with device_of(scores):
         _select[(batch * heads,)](
-            scores, counts, ids, n, k, scores.stride(0), scores.stride(1), *counts.stride(), heads,
-            block, -(-n // block), next_power_of_2(k), num_warps=8 if block >= 4096 else 4,
+            scores, counts, counts if also is None else also, ids, n, k, columns,
+            scores.stride(0), scores.stride(1), *counts.stride(), heads,
+            block, -(-n // block), next_power_of_2(k), also is not None, num_warps=8 if block >= 4096 else 4,
         )  # fmt: skip
     return ids
 
