@@ -129,3 +129,16 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == pytest.approx(pages * token * 61 / 72 + 24 * token, abs=3)
         else:
             assert reads["device"] == 24 * token
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
+def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
+    model = tiny_model(pad_token_id=None).cuda()
+    with attach(model, policy) as session:
+        hooks = generate_batch(session, batch, max_new_tokens=[20] * len(batch), decoding="eager")
+        graph = generate_batch(session, batch, max_new_tokens=[20] * len(batch))
+    assert [one.tokens for one in graph] == [one.tokens for one in hooks]
+    assert {one.mode for one in graph} == {"graph"}
