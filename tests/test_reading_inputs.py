@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -18,7 +19,7 @@ from test_reading import damaged
 from kvbench import KVBenchError
 from kvbench.capture.files import load_capture
 from kvbench.plugins import registry
-from kvbench.runs.sweep import load as load_sweep
+from kvbench.runs.sweep_file import load as load_sweep
 from kvbench.strategies.evicting.duo_attention import DuoAttention
 from kvbench.tasks import files
 from kvbench.tasks.files import FileOptions, load
@@ -290,3 +291,19 @@ def test_vectors_that_are_not_finite_are_refused(captured, tmp_path):
     save_file(tensors, file)
     with pytest.raises(KVBenchError, match="keys hold NaN or infinite values"):
         _ = load_capture(folder).layer(0).prompt.keys
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [2**31, -(2**31), 2**63, 10**30, float("inf"), float("-inf"), float("nan")])
+def test_no_option_takes_numbers_that_compiled_code_cannot(value):
+    for kind, classes in registry().classes.items():
+        for name, cls in classes.items():
+            for option in cls.Options.model_fields:
+                try:
+                    taken = getattr(registry().options(kind, name, {option: value}), option)
+                except KVBenchError as error:
+                    assert option in str(error) and "\n" not in str(error)
+                else:
+                    assert not isinstance(taken, int | float) or (isinstance(taken, float) and math.isfinite(taken))

@@ -49,7 +49,8 @@ def sweep(
     check_output(output)
     load_registry()
     from kvbench.runs.results import replace  # noqa: PLC0415
-    from kvbench.runs.sweep import load, plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
+    from kvbench.runs.sweep import plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
+    from kvbench.runs.sweep_file import load  # noqa: PLC0415
 
     load(file)  # a malformed file is told before a cluster starts
     if engine == "ray":

@@ -13,7 +13,8 @@ from typing import Any
 from kvbench.contract.errors import KVBenchError, sentence
 from kvbench.models import LoadedModel
 from kvbench.runs.results import RunConfig
-from kvbench.runs.sweep import Model, Outcome, Planned, Progress, document, reuse, run_one
+from kvbench.runs.sweep import Outcome, Planned, Progress, document, reuse, run_one
+from kvbench.runs.sweep_file import Model
 
 ATTEMPTS = 3
 """How many workers a run may lose before it counts as failed."""
