@@ -114,7 +114,7 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             ids = torch.tensor([PROMPTS[1]])
             with torch.inference_mode():
                 model(ids)
-                decoder = session.fixed(8, graph=False)
+                decoder = session.fixed(torch.tensor([5]), 8, graph=False)
         assert not isinstance(decoder, str)
         token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
         weights = sum(weight.nbytes for weight in model.parameters()) - model.model.embed_tokens.weight.nbytes

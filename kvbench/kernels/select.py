@@ -1,4 +1,4 @@
-"""The best scores of each row, as many as the device says, by a search for the threshold bit by bit."""
+"""The best scores of each row, as many as the device says, by a search for the threshold eight bits at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:
     tl = None
 
 IN_REGISTERS = 16384
-"""Most scores of a row that one program holds in registers; longer rows are read again for every two bits."""
+"""Most scores of a row that one program holds in registers; longer rows are read again five times."""
 LONGEST = 2**21 - 1
 """Most scores of a row."""
 
@@ -27,10 +27,14 @@ def _ordered(x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _packed(key: tl.tensor, one: tl.tensor, two: tl.tensor, three: tl.tensor) -> tl.tensor:
-    """Whether each key reaches three thresholds, 21 bits for each count."""
-    reaches = (key >= one).to(tl.int64) + ((key >= two).to(tl.int64) << 21)
-    return reaches + ((key >= three).to(tl.int64) << 42)
+def _counts(x: tl.tensor, prefix: tl.tensor, shift: tl.constexpr, first: tl.constexpr) -> tl.tensor:
+    """How often each value of the eight bits at `shift` occurs among the scores whose higher bits are `prefix`."""
+    key = _ordered(x)
+    digit = ((key >> shift) & 255).to(tl.int32)
+    counted = x > float("-inf")
+    if not first:
+        counted = counted & ((key >> (shift + 8)) == prefix)
+    return tl.histogram(tl.where(counted, digit, 256), 512)
 
 
 @jit
@@ -52,18 +56,22 @@ def _select(
         there += tl.sum((x > float("-inf")).to(tl.int32), 0)
     want = tl.maximum(tl.minimum(count, there), 0)
     key = _ordered(first)
+    bins = tl.arange(0, 512)
     threshold = tl.zeros((), tl.uint32)
-    for step in tl.static_range(16):  # two bits at a time, three counts packed in one sum
-        one = threshold | tl.full((), 1 << (30 - 2 * step), tl.uint32)
-        two = threshold | tl.full((), 2 << (30 - 2 * step), tl.uint32)
-        three = one | two
-        packed = tl.sum(_packed(key, one, two, three), 0)
+    left = want
+    for step in tl.static_range(4):  # eight bits at a time, the highest first
+        shift: tl.constexpr = 24 - 8 * step
+        counts_of = _counts(first, threshold, shift, step == 0)
         for chunk in range(1, CHUNKS):
             at = chunk * BLOCK + place
             x = tl.load(source + at, mask=at < n, other=float("-inf"))
-            packed += tl.sum(_packed(_ordered(x), one, two, three), 0)
-        ones, twos, threes = packed & 0x1FFFFF, (packed >> 21) & 0x1FFFFF, packed >> 42
-        threshold = tl.where(threes >= want, three, tl.where(twos >= want, two, tl.where(ones >= want, one, threshold)))
+            counts_of += _counts(x, threshold, shift, step == 0)
+        counts_of = tl.where(bins < 256, counts_of, 0)
+        below = tl.cumsum(counts_of, 0)
+        at_least = tl.sum(counts_of, 0) - below + counts_of
+        digit = tl.max(tl.where((at_least >= left) & (bins < 256), bins, 0), 0)
+        left -= tl.sum(tl.where(bins == digit, at_least - counts_of, 0), 0)
+        threshold = (threshold << 8) | digit.to(tl.uint32)
     above = tl.sum((key > threshold).to(tl.int32), 0)
     for chunk in range(1, CHUNKS):
         at = chunk * BLOCK + place

@@ -123,7 +123,7 @@ def measure(model: Any, prompt: Prefill, name: str, budget: int, steps: int, arg
             row["eager_s"] = eager(session, model, batch, 12)
             session.resume(prompt)
         began = time.perf_counter()
-        decoder = session.fixed(steps + 8, graph=True, compiled=arguments.compile)
+        decoder = session.fixed(torch.zeros(batch), steps + 8, graph=True, compiled=arguments.compile)
         if isinstance(decoder, str):
             return {**row, "mode": "eager", "reason": decoder}
         row |= {"mode": decoder.mode, "capture_s": time.perf_counter() - began}
