@@ -10,7 +10,6 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import generate, generate_batch
-from kvbench.kernels.select import select_top
 from kvbench.plugins import registry
 
 SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention")
@@ -132,7 +131,7 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             ids = torch.tensor([PROMPTS[1]])
             with torch.inference_mode():
                 model(ids)
-                decoder = session.fixed(8, graph=False)
+                decoder = session.fixed(torch.tensor([5]), 8, graph=False)
         assert not isinstance(decoder, str)
         token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
         weights = sum(weight.nbytes for weight in model.parameters()) - model.model.embed_tokens.weight.nbytes
@@ -151,6 +150,19 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == pytest.approx(pages * token * 61 / 72 + 24 * token, abs=3)
         else:
             assert reads["device"] == 24 * token
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
+def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
+    model = tiny_model(pad_token_id=None).cuda()
+    with attach(model, policy) as session:
+        hooks = generate_batch(session, batch, max_new_tokens=[20] * len(batch), decoding="eager")
+        graph = generate_batch(session, batch, max_new_tokens=[20] * len(batch))
+    assert [one.tokens for one in graph] == [one.tokens for one in hooks]
+    assert {one.mode for one in graph} == {"graph"}
 
 
 def check_tiers(policy, held, reads, token):
@@ -182,18 +194,3 @@ def check_tiers(policy, held, reads, token):
         assert (reads["device"], reads["host"]) == (24 * token + clusters * (8 * 4 + 4), 0)
     else:
         raise AssertionError(policy)
-
-
-@pytest.mark.parametrize("n", [1, 5, 33, 200])
-def test_select_top_takes_the_best_as_many_as_the_device_says(n):
-    generator = torch.Generator().manual_seed(n)
-    scores = torch.randn(2, 3, n, generator=generator).round(decimals=1)
-    scores[0, 0, n // 2 :] = -torch.inf
-    counts = torch.tensor([[0, 4, 7], [2, n, 9]], dtype=torch.int32)
-    k = 9
-    found = select_top(scores, counts, k)
-    for b, h in itertools.product(range(2), range(3)):
-        row = scores[b, h].tolist()
-        order = sorted((i for i in range(n) if row[i] > -torch.inf), key=lambda i, row=row: (-row[i], i))
-        expected = sorted(order[: min(int(counts[b, h]), k)])
-        assert found[b, h].tolist() == expected + [-1] * (k - len(expected))
