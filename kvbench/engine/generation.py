@@ -114,7 +114,7 @@ def generate_batch(
     step_s: list[list[float]] = [[] for _ in prompts]
     going = {row for row, limit in enumerate(max_new_tokens) if limit}
     context = ids
-    decoder = _decoder(session, decoding, max(max_new_tokens) - 1)
+    decoder = _decoder(session, decoding, found, max(max_new_tokens) - 1)
     while going:
         for row, token in enumerate(found.tolist()):
             if row in going and token not in stop:
@@ -169,7 +169,7 @@ def step_inputs(model: Any, ids: Tensor, mask: Tensor | None, past: Any) -> dict
     return prepared
 
 
-def _decoder(session: Session, decoding: Decoding, new_tokens: int) -> FixedDecoder | str:
+def _decoder(session: Session, decoding: Decoding, tokens: Tensor, new_tokens: int) -> FixedDecoder | str:
     """The decoder for steps of fixed shapes, or why steps run hook by hook."""
     on_gpu = session.model.device.type == "cuda"
     if decoding == "eager" or (decoding == "auto" and not on_gpu) or new_tokens < 1:
@@ -178,7 +178,7 @@ def _decoder(session: Session, decoding: Decoding, new_tokens: int) -> FixedDeco
         raise KVBenchError(
             f"A CUDA graph needs a GPU, and the model is on {session.model.device}: use another decoding."
         )
-    found = session.fixed(new_tokens, graph=on_gpu and decoding != "fixed")
+    found = session.fixed(tokens, new_tokens, graph=on_gpu and decoding != "fixed")
     if isinstance(found, str) and decoding != "auto":
         raise KVBenchError(f"Policy '{session.policy.name}' cannot decode in fixed steps here: {found}.")
     return found
