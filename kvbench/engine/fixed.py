@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
@@ -76,6 +77,7 @@ class FixedDecoder:
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._compiled: Any = None
         self.mode: Mode = "fixed"
 
@@ -118,10 +120,23 @@ class FixedDecoder:
         """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
         assert self._taken < self._clock.new_tokens, "more steps than there is room for"
         self._taken += 1
+        if not self.tokens.is_cuda:
+            self._forward()
+            return
+        start, end = timer(), timer()
+        start.record()
         if self._graph is not None:
             self._graph.replay()
         else:
             self._forward()
+        end.record()
+        self._events.append((start, end))
+
+    def device_s(self) -> list[float]:
+        """Each step's seconds by events on the GPU, after waiting for the last; empty on a CPU."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        return [elapsed_s(start, end) for start, end in self._events]
 
     def _forward(self) -> None:
         out = self._governor.model(

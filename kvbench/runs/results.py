@@ -29,6 +29,7 @@ from kvbench.contract.reading import parse_json, plain, read_json, reading
 from kvbench.identity import Identity, differences
 from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
 from kvbench.runs.stored import StoredRun
+from kvbench.runs.timing import step_metrics
 from kvbench.statistics import confidence_interval, mean_interval, percentiles
 
 SCHEMA = 2
@@ -73,6 +74,7 @@ class RunConfig(BaseModel):
     """Probes beyond the standard ones."""
     batch_size: int = Field(1, ge=1, le=LARGEST)
     share_prefill: bool = False
+    decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
 
@@ -84,8 +86,12 @@ class RunConfig(BaseModel):
 
     @property
     def hash(self) -> str:
-        """The first 12 hexadecimal digits of the SHA-256 of the configuration and the schema version."""
-        canonical = json.dumps({"schema": SCHEMA, **self.model_dump(mode="json")}, sort_keys=True)
+        """The first 12 hexadecimal digits of the SHA-256 of the configuration and the schema version.
+
+        Fields that came later count only where they differ from what earlier versions did.
+        """
+        fields = self.model_dump(mode="json", exclude={"decoding"} if self.decoding == "auto" else None)
+        canonical = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     @property
@@ -373,6 +379,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "total": None if prefill is None or index is None else prefill + index,
         },
         "tpot_s": {"p50": _number(p50), "p95": _number(p95)},
+        **step_metrics(rows),
         "peak_memory_bytes": max(peaks, default=None),
         "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),

@@ -19,7 +19,7 @@ from kvbench.contract.probe import Probe
 from kvbench.contract.reading import validating
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
-from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
+from kvbench.engine.generation import Decoding, Forced, Generation, exact_logits, force, generate, generate_batch
 from kvbench.engine.governor import check_head_budgets, token_bytes
 from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import Prefill
@@ -31,6 +31,7 @@ from kvbench.plugins import registry
 from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, method, release
 from kvbench.runs.results import Run, RunConfig, environment, processor
+from kvbench.runs.timing import bandwidths, can_be_fixed, check_decoding, step_row
 from kvbench.runs.traces import write_trace
 from kvbench.tasks.prompts import encode, prompt_length
 
@@ -75,6 +76,7 @@ class Request:
     probes: tuple[str, ...] = ()
     batch_size: int = 1
     share_prefill: bool = False
+    decoding: Decoding = "auto"
 
 
 @validating(lambda reason: f"There is no such run ({reason}): change that value.")
@@ -108,6 +110,7 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
             f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
             "and prompts unshared."
         )
+    check_decoding(request.decoding, loaded.device, policy, forced=isinstance(task, ForcedTask))
     return RunConfig(
         model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."), policy=request.policy,
@@ -116,7 +119,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill, plugins=_plugins(request, budget),
+        batch_size=request.batch_size, share_prefill=share_prefill, decoding=request.decoding,
+        plugins=_plugins(request, budget),
     )  # fmt: skip
 
 
@@ -183,7 +187,7 @@ def execute(
     for config in configs:
         with _telling(failed, config):
             _check_plugins(config)
-            runs.append(Run(output, config, environment_of(loaded)))
+            runs.append(Run(output, config, environment_of(loaded) | bandwidths(loaded.device, config.decoding)))
     together: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "complete":
@@ -424,7 +428,7 @@ def _measure(
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
             "index_s": result.index_s,
-            "step_s": result.step_s,
+            **step_row(result, loaded.device),
             "bytes": result.bytes,
             "peak_memory_bytes": peak.bytes if prefilled is None else None,
             "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
@@ -436,7 +440,8 @@ def _measure(
 
 def _probe(run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int]) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
-    config, prompt = run.config, prompt_of(loaded, example)
+    # Probes wrap hooks, and what a captured step answers may differ from them by rounding.
+    config, prompt = run.config.model_copy(update={"decoding": "eager"}), prompt_of(loaded, example)
     probes: list[Probe] = [
         registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
         for name in (*STANDARD_PROBES, *config.probes)
@@ -445,6 +450,9 @@ def _probe(run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, an
     step_s: list[float] = []
     for group in passes:
         (again,) = _generate(config, loaded, [example], group)
+        if again.tokens != answer and can_be_fixed(loaded.device, run.config.decoding):
+            (undisturbed,) = _generate(config, loaded, [example], [])
+            answer = undisturbed.tokens
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -481,6 +489,7 @@ def _generate(
             prompt_tokens=None if config.question == "aware" else prompts[0].context_tokens,
             max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
             stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
+            decoding=config.decoding,
         )  # fmt: skip
 
 
@@ -502,7 +511,7 @@ def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
     ids = [3 + i % 50 for i in range(length)]
     more = WARM_UP_TOKENS if loaded.max_context is None else min(WARM_UP_TOKENS, max(loaded.max_context - length, 0))
     with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
-        generate(session, ids, prompt_tokens=length, max_new_tokens=more)
+        generate(session, ids, prompt_tokens=length, max_new_tokens=more, decoding=config.decoding)
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:

@@ -66,6 +66,7 @@ class Sweep(_Strict):
     recall_k: int = Field(default=100, ge=1, le=LARGEST)
     probe_examples: int = Field(default=1, ge=0, le=LARGEST)
     batch_size: int = Field(default=1, ge=1, le=LARGEST)
+    decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
     probes: list[str] = Field(default_factory=list)
 
 
