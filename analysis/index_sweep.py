@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from kvbench import figures, spreadsheet
 from kvbench.capture.files import Capture, CapturedLayer
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, unwritable
 from kvbench.plugins import registry
 
 SCHEMA = 1
@@ -475,9 +475,7 @@ def write(content: Mapping[str, Any], folder: Path) -> None:
         draw(content, folder)
         (folder / "index.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", "utf-8")
     except OSError as error:
-        raise KVBenchError(
-            f"Cannot write to {folder} ({error.strerror or error}): free some space or choose another --output."
-        ) from None
+        raise KVBenchError(unwritable(folder, error)) from None
 
 
 def draw(content: Mapping[str, Any], folder: Path) -> None:

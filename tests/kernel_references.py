@@ -1,5 +1,7 @@
 """float64 references of the kernels, and random inputs for them."""
 
+import itertools
+
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -43,15 +45,15 @@ def gathered(keys, values, ids, unit, lengths=None):
     """Selected keys, values and which are valid, token by token."""
     batch, sets, k = ids.shape
     share = sets // keys.shape[1]
+    stored = keys.double().cpu(), values.double().cpu()
     rows = torch.zeros(2, batch, sets, k * unit, keys.shape[3], dtype=torch.float64)
     valid = torch.zeros(batch, sets, k * unit, dtype=torch.bool)
-    for b in range(batch):
-        for s in range(sets):
-            for j, block in enumerate(ids[b, s].tolist()):
-                for u in range(unit if block >= 0 else 0):
-                    token = block * unit + u
-                    if lengths is None or token < int(lengths.reshape(batch, -1)[b, (s // share) % lengths[b].numel()]):
-                        rows[0, b, s, j * unit + u] = keys[b, s // share, token].double().cpu()
-                        rows[1, b, s, j * unit + u] = values[b, s // share, token].double().cpu()
-                        valid[b, s, j * unit + u] = True
+    limits = [keys.shape[2]] * batch if lengths is None else lengths.tolist()
+    chosen = ids.tolist()
+    for b, s, j, u in itertools.product(range(batch), range(sets), range(k), range(unit)):
+        token = chosen[b][s][j] * unit + u
+        if chosen[b][s][j] >= 0 and token < limits[b]:
+            for part in range(2):
+                rows[part, b, s, j * unit + u] = stored[part][b, s // share, token]
+            valid[b, s, j * unit + u] = True
     return rows[0].to(DEVICE), rows[1].to(DEVICE), valid.to(DEVICE)

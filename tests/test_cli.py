@@ -284,3 +284,26 @@ def test_a_hook_with_other_arguments_is_refused_before_the_weights_load(run, mon
     code, _, err = run("--policy", "odd")
     assert code == 2
     assert "Policy 'odd' (test_cli) defines select(layer, q, budget); expected these names" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("index", "--indexes", "flat"), ("analyze", "ood"), ("capture",), ("report", "."), ("sweep", "none.yaml"),
+        ("run", "--policy", "full"),
+    ],
+)  # fmt: skip
+def test_a_file_in_place_of_a_folder_is_told_before_any_work(kvbench, tmp_path, arguments):
+    (tmp_path / "file").write_text("in the way")
+    for output in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        code, out, err = kvbench(*arguments, "--output", output)
+        assert (code, out) == (2, "")
+        assert f"{tmp_path}/file is a file: give --output a folder." in "".join(err.split("\n"))
+    (tmp_path / "loose").symlink_to(tmp_path / "nothing")
+    code, _, err = kvbench(*arguments, "--output", tmp_path / "loose")
+    assert (code, "is a broken link" in " ".join(err.split())) == (2, True)
+
+
+def test_no_index_is_named(kvbench):
+    code, _, err = kvbench("index", "--indexes", "")
+    assert (code, "--indexes '' names no index" in err) == (2, True)

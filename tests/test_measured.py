@@ -266,7 +266,8 @@ def test_a_policy_that_fails_leaves_the_others_alone(run, monkeypatch, tmp_path,
     calls = []
 
     def breaks(self, layer, keys, values):
-        calls.append(layer.number)
+        if layer.prompt_tokens <= 128:  # longer ones are the conformance check's
+            calls.append(layer.number)
         if len(calls) > 70:
             raise RuntimeError("broken on purpose")
 

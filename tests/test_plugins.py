@@ -57,6 +57,40 @@ def test_the_policy_of_another_package_is_listed_and_runs(environment, tmp_path)
     assert 0 < ours["metrics"]["density"] < 0.4
 
 
+def test_an_edited_plugin_runs_anew_and_says_so(environment, tmp_path):
+    python, packages = environment
+    tokenizer = make_tokenizer()
+    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+
+    def run():
+        done = kvbench(
+            python, "run", "--policy", "keynorm", "--tokens", 60, "--model", tmp_path / "model", "--no-baseline",
+            "--context-length", 512, "--examples", 1, "--output", tmp_path / "out", "--json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)["runs"][0], " ".join(done.stderr.split())
+
+    first, told = run()
+    code = first["config"]["plugins"]["policy"]
+    assert (code["distribution"], code["version"]) == ("kvbench-keynorm", "0.1.0")
+    assert "Changed since" not in told
+    again, told = run()
+    assert (again["folder"], again["metrics"], "Changed since" in told) == (first["folder"], first["metrics"], False)
+    module = packages / "kvbench_keynorm.py"
+    before = module.read_text()
+    module.write_text(before.replace("largest=False", "largest=True"))
+    try:
+        changed, told = run()
+    finally:
+        module.write_text(before)
+    assert changed["folder"] != first["folder"]
+    after = changed["config"]["plugins"]["policy"]["source"]
+    assert f"policy (kvbench-keynorm 0.1.0, source {code['source']} -> kvbench-keynorm 0.1.0, source {after})" in told
+    assert f"Changed since {first['folder']}, so this run starts anew in {changed['folder']}: policy" in told
+    assert Path(first["folder"], "run.json").exists()
+
+
 def test_a_plugin_that_fails_to_import_is_named_and_leaves_the_others(environment):
     python, packages = environment
     broken = packages / "broken-1.0.dist-info"

@@ -260,7 +260,7 @@ def test_a_partial_run_is_marked_wherever_it_is_shown(copied, tmp_path):
     shown = Composed(copied)
     row = shown.rows["quest", "512"]
     assert (row["status"], row["examples"], row["pairs"]) == ("interrupted", 4, 4)
-    assert shown.content.board.rows[0]["partial"] == "4 of 6 examples, interrupted"
+    assert shown.content.board.rows[0]["marks"] == ["partial: 4 of 6 examples, interrupted"]
     assert shown.markdown.count("(partial: 4 of 6 examples, interrupted)") == 2
     for chart in shown.charts.values():
         if chart.name not in ("ood", "analysis-1"):
@@ -348,7 +348,8 @@ def test_a_damaged_run_is_named_and_the_others_are_shown(copied):
         (("empty",), "There is no run in"),
         (("damaged",), "no readable run"),
         (("empty", "--format", "docx"), "choose from html, md, pdf"),
-        (("good", "--output", "file"), "Cannot write to"),
+        (("good", "--format", ","), "--format names no format: choose from html, md, pdf"),
+        (("good", "--output", "file"), "file is a file: give --output a folder"),
     ],
 )
 def test_bad_input_is_one_sentence(runs, tmp_path, monkeypatch, arguments, message):

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, unwritable
 from kvbench.contract.reading import check_regular, parse_json, plain, read_bytes, reading
 
 SCHEMA = 1
@@ -255,5 +255,4 @@ def writing_to(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise KVBenchError(f"Cannot write to {path} ({reason}): free some space or choose another --output.") from None
+        raise KVBenchError(unwritable(path, error if isinstance(error, OSError) else str(error))) from None

@@ -9,6 +9,7 @@ import sys
 from kvbench.cli import (  # noqa: F401  importing them registers the commands
     analyze,
     capture,
+    check,
     compare,
     index,
     leaderboard,

@@ -32,7 +32,7 @@ from kvbench.cli.common import (
     out,
     pairs,
 )  # fmt: skip
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, check_output
 
 
 @app.command()
@@ -67,6 +67,7 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """Analyse a model over a text, a capture, or runs: a table, its CSV and its figure."""
+    check_output(output)
     found = load_registry()
     given = grouped(pairs(option), "index_options")
     found.options("analysis", name, given)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvbench.cli.common import Device, Dtype, Json, Model, app, err, mib, out
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, check_output
 
 if TYPE_CHECKING:
     from kvbench.capture.files import Capture
@@ -68,6 +68,7 @@ def capture_command(
     as_json: Json = False,
 ) -> None:
     """Store a model's queries, keys and values over a text, prompt and decoding apart."""
+    check_output(output)
     done = captured(
         model, text, context_length, layers, output, decode_tokens=decode_tokens, decoding=decoding,
         rope_scaling=rope_scaling, prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device,

@@ -19,7 +19,7 @@ from kvbench.cli.capture import (
     captured,
 )  # fmt: skip
 from kvbench.cli.common import Device, Dtype, Json, Model, app, err, load_registry, mib, numbers, out, pairs, share
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, check_output
 
 
 @app.command()
@@ -55,6 +55,9 @@ def index(
     """Compare vector indexes on real queries and keys: recall, scanned keys, time, build and insertion time, bytes."""
     found = load_registry()
     chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not chosen:
+        raise KVBenchError(f"--indexes '{names}' names no index: `kvbench indexes` lists them.")
+    check_output(output)
     for name in chosen:
         found.find("index", name)
     from kvbench.analysis import index_sweep  # noqa: PLC0415

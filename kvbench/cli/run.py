@@ -109,7 +109,7 @@ def run(
     found.find("budget", budget)
     for extra in probe or ():
         found.find("probe", extra)
-    options = {name: _policy_options(found, name, names, pairs(option)) for name in names}
+    options = {name: policy_options(found, name, names, pairs(option)) for name in names}
     baseline_added = baseline and "full" not in names
     if baseline_added:
         names.append("full")
@@ -195,7 +195,7 @@ def _print_runs(documents: list[dict[str, Any]], task: type[Any], setting: str) 
         out.print(f"{document['policy']}: {document['folder']}", style="dim", highlight=False, soft_wrap=True)
 
 
-def _policy_options(found: Registry, name: str, names: list[str], pairs: dict[str, str]) -> dict[str, str]:
+def policy_options(found: Registry, name: str, names: list[str], pairs: dict[str, str]) -> dict[str, str]:
     """The options given with -o that are this policy's; with several policies each takes those it knows."""
     known = set(found.find("policy", name).Options.model_fields)
     mine = pairs if len(names) == 1 else {key: value for key, value in pairs.items() if key in known}

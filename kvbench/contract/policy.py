@@ -95,6 +95,8 @@ class KVCachePolicy(Pluggable):
     """True for a policy made from an index alone; a policy of the same name that a plugin registers replaces it."""
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
+    never_exact: str = ""
+    """Why not even a budget that covers everything gives exact attention, in one line; empty where it does."""
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()

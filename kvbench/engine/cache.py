@@ -140,6 +140,9 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.hidden: list[Tensor] = []
         """What the allocator keeps of the prompt's hidden states, call by call."""
 
+        self.given: tuple[Tensor, Tensor] | None = None
+        """Keys and values that the model got from the latest `update` and has not attended to yet."""
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to prepare before the first tokens come."""
         self.is_initialized = True
@@ -151,7 +154,27 @@ class PolicyCacheLayer(CacheLayerMixin):
                 "This cache belongs to a policy: pass it to the attached model itself, inside the `with` block of "
                 "kvbench.attach that filled it, or start from the prompt."
             )
-        return self.take(key_states, value_states)
+        self.given = self.take(key_states, value_states)
+        return self.given
+
+    def check_given(self, keys: Tensor, values: Tensor) -> None:
+        """Raise where the model's attention is given other `keys` and `values` than `update` returned, or none came.
+
+        A policy attends to what is in the cache: a model that repeats, shares or changes it afterwards would silently
+        get another attention than its own. Copies are compared number by number; the same tensors cost nothing.
+        """
+        given, self.given = self.given, None
+        if self.session.policy.exact and not self.session.probes:
+            return
+        for name, mine, theirs in zip(("keys", "values"), given or (None, None), (keys, values), strict=True):
+            if theirs is mine or (mine is not None and theirs.shape == mine.shape and torch.equal(theirs, mine)):
+                continue
+            came = "none came from the cache" if mine is None else f"{list(mine.shape)} came from the cache"
+            raise KVBenchError(
+                f"{type(self.session.model).__name__} attends in layer {self.number} to other {name} than its cache "
+                f"gave ({came}, {list(theirs.shape)} reached the attention), so no policy can govern it: choose "
+                "another model, or policy 'full' without probes."
+            )
 
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Do `update`'s work, whoever asks."""

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,6 +31,9 @@ from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
 
+if TYPE_CHECKING:
+    from kvbench.engine.conformance.report import Report
+
 _SESSIONS: dict[int, Session] = {}
 """The attached sessions, by the identity of the text configuration that their attention modules share."""
 
@@ -52,6 +55,8 @@ class Session(Governor):
     ) -> None:
         super().__init__(model, policy, budget, probes, prompt_tokens)
         self.tokenizer = tokenizer
+        self.conformance: tuple[Report, ...] = ()
+        """What was proven of the model and the policy (`attach(..., check=True)`)."""
         self.cache: PolicyCache | None = None
         self.implementation: str = self.config._attn_implementation
         self._handles: list[Any] = []
@@ -347,6 +352,7 @@ class Session(Governor):
         if not isinstance(cached, PolicyCacheLayer):
             return own(module, query, key, value, mask, **kwargs)
         cached.attended += query.shape[2]
+        cached.check_given(key, value)
         scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         if not cached.groups:
             if cached.waiting is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, check_output, unwritable
 from kvbench.report import charts as charting
 from kvbench.report import page
 from kvbench.report.collect import Collection, collect
@@ -51,9 +51,12 @@ def build(folders: Sequence[Path], output: Path, formats: Sequence[str] = ("html
     `report.html`, `report.md` or `report.pdf` as asked, and `figures/` with each figure as SVG and PNG and its data as
     CSV. Raises KVBenchError where the folders hold nothing to show, or `output` cannot be written.
     """
+    if not formats:
+        raise KVBenchError(f"--format names no format: choose from {', '.join(FORMATS)}.")
     for name in formats:
         if name not in FORMATS:
             raise KVBenchError(f"--format {name} is not known: choose from {', '.join(FORMATS)}.")
+    check_output(output)
     found = collect(folders)
     drawn = charting.charts(found)
     content = page.compose(found, drawn, command)
@@ -78,7 +81,5 @@ def build(folders: Sequence[Path], output: Path, formats: Sequence[str] = ("html
                 write_pdf(content, target)
             written.insert(0, target)
     except OSError as error:
-        raise KVBenchError(
-            f"Cannot write to {output} ({error.strerror or error}): free some space or choose another --output."
-        ) from None
+        raise KVBenchError(unwritable(output, error)) from None
     return Report(output, written, drawn, found)

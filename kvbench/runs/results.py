@@ -109,6 +109,8 @@ class Run:
         self.path = path / config.folder
         self.status = "running"
         self.metrics: dict[str, Any] = {}
+        self.conformance: list[dict[str, Any]] = []
+        """What was proven of the model, and of the policy on it, before the run."""
         self.notes: list[str] = []
         with _disk(self.path):
             new = not self.path.exists()
@@ -128,6 +130,7 @@ class Run:
                     f"{self.path} holds another configuration's results: move it away, or use another --output."
                 )
             self.status, self.metrics = found["status"], found["metrics"]
+            self.conformance = found["conformance"]
             if self.status == "complete" and len(self.rows) != self.metrics["accuracy"]["n"]:
                 self.status = "interrupted"
                 self.notes.append(
@@ -202,7 +205,7 @@ class Run:
         config = self.config.model_dump(mode="json")
         return {
             "policy": config["policy"], "budget": config["budget"], "config": config, "environment": self.environment,
-            "status": self.status, "metrics": self.metrics, "folder": str(self.path),
+            "status": self.status, "metrics": self.metrics, "conformance": self.conformance, "folder": str(self.path),
         }  # fmt: skip
 
     def _write(self, status: str) -> None:
@@ -244,7 +247,7 @@ class Run:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a `run.json`: config, environment, status and metrics.
+    """Read a `run.json`: config, environment, status, metrics and conformance.
 
     Refuses what is no run, or a schema version that this kvbench does not know; a configuration of an older version
     gets the defaults of fields that came later.
@@ -262,10 +265,12 @@ def read(path: Path) -> dict[str, Any]:
         lambda reason: f"{file} is no complete run ({reason}): move the folder away, or use another --output."
     ):
         config = RunConfig.model_validate(content["config"]).model_dump(mode="json")
-        found = StoredRun.model_validate({key: content[key] for key in ("environment", "status", "metrics")})
+        kept = {key: content[key] for key in ("environment", "status", "metrics")}
+        kept["conformance"] = content.get("conformance", [])  # absent in older runs
+        found = StoredRun.model_validate(kept)
         if content["schema"] == SCHEMA and found.status == "complete" and found.metrics.accuracy is None:
             raise ValueError("metrics lacks accuracy")
-        return {"config": config, **{key: content[key] for key in ("environment", "status", "metrics")}}
+        return {"config": config, **kept}
 
 
 def replace(output: Path, config: RunConfig) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count, islice
@@ -19,6 +19,8 @@ from kvbench.contract.probe import Probe
 from kvbench.contract.reading import validating
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
+from kvbench.engine.conformance.checks import Conformance
+from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import Decoding, Forced, Generation, exact_logits, force, generate, generate_batch
 from kvbench.engine.governor import check_head_budgets, token_bytes
 from kvbench.engine.prefill import prefill
@@ -194,9 +196,25 @@ def execute(
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
             together.setdefault("" if run.config.share_prefill else run.config.hash, []).append(run)
+    proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed)
     for group in together.values():
-        _execute(group, loaded, progress, failed)
+        proven = [run for run in group if run.config.hash in proofs]
+        if proven:
+            _execute(proven, loaded, progress, proofs, failed)
     return [run for run in runs if run.status == "complete"]
+
+
+def _prove(
+    runs: Sequence[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None
+) -> dict[str, list[Report]]:
+    """Check the model and each run's policy, where this process has not yet; the findings by a run's hash."""
+    checker, found = Conformance(loaded.model, loaded.name, loaded.tokenizer), {}
+    for run in runs:
+        with _telling(failed, run.config):
+            progress(run.config.policy, len(run.rows), run.config.examples, "conformance check")
+            policy = registry().make("policy", run.config.policy, run.config.policy_options)
+            found[run.config.hash] = checker.check(policy)
+    return found
 
 
 @contextmanager
@@ -210,14 +228,20 @@ def _telling(failed: Failed | None, config: RunConfig) -> Iterator[None]:
         failed(config, error)
 
 
-def _execute(runs: list[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None) -> None:
+def _execute(
+    runs: list[Run], loaded: LoadedModel, progress: Progress, proofs: Mapping[str, Sequence[Report]],
+    failed: Failed | None,
+) -> None:  # fmt: skip
     """Run configurations that differ in their policies and budgets alone, example by example."""
     shared = runs[0].config
     with ExitStack() as folders:
         group = _Group(failed)
         for run in runs:
             with group.alone(run):
+                run.conformance = [report.document() for report in proofs[run.config.hash]]
                 group.open(run, folders)
+                for report in proofs[run.config.hash]:
+                    report.require()
                 progress(run.config.policy, len(run.rows), run.config.examples, "")
         if any(len(run.rows) < run.config.examples for run in group.runs):
             for run in group.runs:

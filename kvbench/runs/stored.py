@@ -52,6 +52,7 @@ class StoredRun(_Open):
     environment: Environment
     status: Literal["running", "interrupted", "failed", "complete"]
     metrics: Metrics
+    conformance: list[dict[str, Any]] = Field(default_factory=list)
 
 
 class StoredExample(_Open):

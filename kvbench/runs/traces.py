@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, unwritable
 from kvbench.contract.probe import StepTrace
 from kvbench.contract.reading import check_regular, parse_json, reading
 
@@ -56,10 +56,7 @@ def write_trace(target: Path, trace: StepTrace, *, example: str, prompt_tokens: 
         save_file(tensors, temporary, {"trace": json.dumps(about)})  # safetensors writes several members in any order
         temporary.replace(target)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise KVBenchError(
-            f"Cannot write to {target} ({reason}): free some space or choose another --output."
-        ) from None
+        raise KVBenchError(unwritable(target, error if isinstance(error, OSError) else str(error))) from None
 
 
 def read_trace(file: Path) -> Trace:

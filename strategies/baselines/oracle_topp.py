@@ -1,7 +1,7 @@
 """A yardstick: the fewest tokens whose exact attention weights reach a share p of the mass."""
 
 import torch
-from pydantic import Field
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from kvbench.contract.attention import scores
@@ -34,9 +34,18 @@ class OracleTopP(SelectingPolicy):
         p: float = Field(0.95, gt=0, le=1, description="share of the attention mass to reach")
         capped: bool = Field(True, description="take no more tokens than the budget")
 
+    def __init__(self, options: BaseModel | None = None) -> None:
+        super().__init__(options)
+        if not self.options.capped:
+            self.never_exact = f"tokens beyond {self.options.p:.0%} of the mass are left out whatever the budget"
+
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The newest token."""
         return 0, 1
+
+    def most_attended(self, layer: Layer) -> int | None:
+        """No limit where `p` alone decides."""
+        return super().most_attended(layer) if self.options.capped else None
 
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
         """Choose within the budget, or by `p` alone."""

@@ -147,6 +147,7 @@ class KIVI(KVCachePolicy):
     summary = "Keeps every token, old ones in 2 bits: keys quantised per channel, values per token."
     reference = "Liu et al., KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache, arXiv 2402.02750"
     takes_budget = False
+    never_exact = "keys and values are held in few bits"
     query_window = 0
 
     class Options(Options):

@@ -73,6 +73,8 @@ class ThinK(KVCachePolicy):
     def __init__(self, options: BaseModel | None = None) -> None:
         super().__init__(options)
         self.query_window = self.options.window
+        if self.options.pruned > 0:
+            self.never_exact = f"{self.options.pruned:.0%} of the key channels are dropped"
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Judge the channels and drop the weakest of all tokens before the window."""

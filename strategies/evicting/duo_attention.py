@@ -105,6 +105,12 @@ class DuoAttention(KVCachePolicy):
             max(1, min(256, context // 32)) if recent is None else recent,
         )
 
+    def most_attended(self, layer: Layer) -> int | None:
+        """Retrieval heads attend to all generated tokens, beyond the budget."""
+        if layer.budget.covers_all:
+            return layer.tokens
+        return layer.budget.tokens + layer.tokens - layer.prompt_tokens
+
     def begin(self, model: ModelView) -> None:
         """Read the profile and check that it fits the model."""
         path = self.options.profile

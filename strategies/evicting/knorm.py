@@ -3,7 +3,7 @@
 from pydantic import Field
 from torch import Tensor
 
-from kvbench.contract.extension import Options
+from kvbench.contract import extension
 from kvbench.contract.layer import Layer
 from kvbench.strategies.evicting.eviction import DecodingEviction
 
@@ -22,7 +22,7 @@ class KNorm(DecodingEviction):
     )
     query_window = 0
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of key norms."""
 
         window: int = Field(
@@ -33,6 +33,10 @@ class KNorm(DecodingEviction):
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The recent window."""
         return 0, self.options.window
+
+    def most_attended(self, layer: Layer) -> int | None:
+        """No limit in dense layers."""
+        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
 
     def evicts(self, layer: Layer) -> bool:
         """All layers but the dense ones."""

@@ -45,6 +45,10 @@ class InfiniGen(KVCachePolicy):
         """The newest token."""
         return 0, 1
 
+    def most_attended(self, layer: Layer) -> int | None:
+        """No limit in dense layers."""
+        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
+
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Offload all but the newest token; keep its keys' most telling dimensions after skewing."""
         if layer.index < self.options.dense_layers or layer.tokens == 1:

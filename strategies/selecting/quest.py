@@ -43,6 +43,10 @@ class Quest(KVCachePolicy):
         """The page that is being filled."""
         return 0, self.options.page_size
 
+    def most_attended(self, layer: Layer) -> int | None:
+        """No limit in dense layers."""
+        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
+
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Set the full pages aside, on the device, and note the bounds of their keys."""
         size = self.options.page_size

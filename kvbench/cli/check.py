@@ -1,0 +1,75 @@
+"""`kvbench check`: what kvbench and its policies promise, proven on a model."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from kvbench.cli.common import Device, Dtype, Json, Model, app, interruptible, load_registry, out, pairs
+from kvbench.cli.run import policy_options
+from kvbench.contract.errors import KVBenchError
+
+if TYPE_CHECKING:
+    from kvbench.engine.conformance.report import Report
+
+COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
+
+
+@app.command()
+@interruptible
+def check(
+    model: Model = "smollm2-135m",
+    policy: Annotated[
+        list[str] | None, typer.Option(help="Policy to check too, again for more, or `all`; none by default.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", "-o", help="Option of the policy, name=value.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: Json = False,
+) -> None:
+    """Prove that a model runs as in transformers, and that policies keep what they promise on it."""
+    found = load_registry()
+    names = list(dict.fromkeys(name.strip() for part in policy or () for name in part.split(",") if name.strip()))
+    if names == ["all"]:
+        names = list(found.classes["policy"])
+    options = pairs(option)
+    if options and not names:
+        raise KVBenchError("--option belongs to a policy: give --policy too.")
+    made = [found.make("policy", name, policy_options(found, name, names, options)) for name in names]
+
+    from kvbench.engine.conformance.checks import Conformance  # noqa: PLC0415  torch takes seconds to import
+    from kvbench.models import load_model  # noqa: PLC0415
+
+    loaded = load_model(model, device=device, dtype=dtype)
+    checker = Conformance(loaded.model, loaded.name, loaded.tokenizer)
+    reports = [checker.check_model()]
+    if reports[0].failure is None:
+        reports += [checker.check_policy(each) for each in made]
+    if as_json:
+        documents = [report.document() for report in reports]
+        settings = {"model": loaded.name, "device": str(loaded.device), "dtype": str(loaded.dtype)[6:]}
+        print(json.dumps({"schema": 1, **settings, "reports": documents}, indent=2))
+    else:
+        out.print(_table(reports, f"{loaded.name}, {str(loaded.dtype)[6:]} on {loaded.device}"))
+    failures = [report.failure for report in reports if report.failure is not None]
+    if failures:
+        more = f" ({len(failures)} of {len(reports)} failed.)" if len(failures) > 1 else ""
+        raise KVBenchError(failures[0] + more)
+
+
+def _table(reports: list[Report], title: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for column in ("of", "check", "result", "found"):
+        table.add_column(column, no_wrap=column == "of")
+    for report in reports:
+        name = "the model" if report.policy is None else report.policy
+        for number, each in enumerate(report.checks):
+            first = f"{name} ({report.seconds:.1f} s)" if number == 0 else ""
+            result = f"[{COLOURS[each.status]}]{each.status}[/]"
+            table.add_row(first, each.name, result, each.detail, end_section=number == len(report.checks) - 1)
+    return table

@@ -1,0 +1,1 @@
+"""Proof, on a run's own model, that a model runs as in transformers and a policy keeps its promises."""
