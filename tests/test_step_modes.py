@@ -16,7 +16,7 @@ from kvbench.runs.timing import step_row
 
 @pytest.mark.real
 def test_a_run_states_mode_floor_and_ratio(kvbench, tmp_path):
-    command = ("run", "--policy", "quest,snapkv", "--context-length", 256, "--examples", 1, "--probe-examples", 1,
+    command = ("run", "--policy", "quest,snapkv", "--context-length", 320, "--examples", 1, "--probe-examples", 1,
                "--ratio", 0.6, "--output", tmp_path)  # fmt: skip
     code, out, err = kvbench(*command, "--decoding", "fixed")
     assert code == 0, err
