@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.kernels.support import compiled, device_of, empty_or, jit, next_power_of_2
+from kvbench.kernels.support import compiled, device_of, empty_or, jit, kernel, next_power_of_2
 
 try:
     import triton.language as tl
@@ -74,6 +74,7 @@ def _select(
     tl.store(ids + row.to(tl.int64) * k + rest, tl.full((K,), -1, tl.int32), mask=(rest >= want) & (rest < k))
 
 
+@kernel
 def select_top(scores: Tensor, counts: Tensor, k: int, *, output: Tensor | None = None) -> Tensor:
     """Ids of the best `counts` of each row of `scores` [B, H, n], int32 [B, H, k], ascending, −1 behind them.
 
