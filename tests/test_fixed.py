@@ -13,7 +13,19 @@ from kvbench.engine.generation import generate, generate_batch
 from kvbench.kernels.select import select_top
 from kvbench.plugins import registry
 
-FIXED = ("full", "streaming_llm", "snapkv", "h2o", "tova", "keydiff", "knorm", "expected_attention", "quest")
+SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache")
+FIXED = (
+    "full",
+    "streaming_llm",
+    "snapkv",
+    "h2o",
+    "tova",
+    "keydiff",
+    "knorm",
+    "expected_attention",
+    "quest",
+    *SET_ASIDE,
+)
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
 
 
@@ -21,7 +33,9 @@ def attach(model, policy, budget=24, allocator="uniform"):
     found = registry().find("policy", policy)
     size = {"ratio": budget} if isinstance(budget, float) else {"tokens": budget}
     given = Budget(**size, allocator=allocator) if found.takes_budget else None
-    return kvbench.attach(model, policy=policy, budget=given, options=small_options(found))
+    # with fewer sub-spaces keys have equal codes, and which of them are taken is open
+    options = small_options(found) | ({"subspaces": 4} if policy == "pqcache" else {})
+    return kvbench.attach(model, policy=policy, budget=given, options=options)
 
 
 def logits(session, prompt, steps, decoding, batch=None):
@@ -48,7 +62,7 @@ def logits(session, prompt, steps, decoding, batch=None):
     ("policy", "allocator"),
     [
         *((policy, "uniform") for policy in FIXED),
-        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest"), ("ada",)),
+        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest", *SET_ASIDE), ("ada",)),
     ],
 )
 @pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
@@ -65,7 +79,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
 
 
-@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv"])
+@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "pqcache"])
 def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     model = tiny_model(pad_token_id=None)
     with attach(model, policy, 0.4) as session:
@@ -121,7 +135,11 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
         weights = sum(weight.nbytes for weight in model.parameters()) - model.model.embed_tokens.weight.nbytes
         reads = decoder.reads(len(PROMPTS[1]))
         held = decoder.bytes()
-        assert reads["weights"] == weights and reads["host"] == 0
+        assert reads["weights"] == weights
+        if policy in SET_ASIDE:
+            check_tiers(policy, held, reads, token)
+            continue
+        assert reads["host"] == 0
         if policy == "full":
             assert reads["device"] == 61 * token and held["resident"] == 69 * token
         elif policy == "quest":
@@ -130,6 +148,26 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == pytest.approx(pages * token * 61 / 72 + 24 * token, abs=3)
         else:
             assert reads["device"] == 24 * token
+
+
+def check_tiers(policy, held, reads, token):
+    """61 tokens and 8 more; a budget of 24, with 2 sinks and a window of 8, or 1 for the oracle."""
+    if policy == "oracle_topk":
+        assert held == {"resident": 69 * token, "offloaded": 0, "index": 0}
+        assert (reads["device"], reads["host"]) == (24 * token + 60 * token // 2, 0)
+    elif policy == "random":
+        assert held == {"resident": 69 * token, "offloaded": 0, "index": 0}
+        assert (reads["device"], reads["host"]) == (24 * token, 0)
+    elif policy == "flat":
+        assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": 0}
+        assert (reads["device"], reads["host"]) == (10 * token, 14 * token + 51 * token // 2)
+    elif policy == "pqcache":
+        centroids = 3 * 2 * 51 * 8 * 4  # layers, heads, no more centroids than tokens, dimensions, bytes
+        codes = 3 * 2 * 4 * 67
+        assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": codes + centroids}
+        assert (reads["device"], reads["host"]) == (10 * token + codes * 51 // 67 + centroids, 14 * token)
+    else:
+        raise AssertionError(policy)
 
 
 @pytest.mark.parametrize("n", [1, 5, 33, 200])
