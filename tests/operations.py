@@ -65,12 +65,9 @@ class Counter(TorchDispatchMode):
         if not self._hidden:
             self.operations += 1
             name = func.overloadpacket.__name__
-            if (
-                name in _WAITS
-                or (name in _INDEXING and _by_truth(args[1]))
-                or (name == "repeat_interleave" and (kwargs or {}).get("output_size") is None)
-            ):
-                self.synchronisations += 1
+            sized = (kwargs or {}).get("output_size") is not None
+            waits = name in _WAITS or (name in _INDEXING and _by_truth(args[1]))
+            self.synchronisations += waits or (name == "repeat_interleave" and not sized)
         return func(*args, **(kwargs or {}))
 
 
@@ -105,7 +102,7 @@ def counting() -> Iterator[Counter]:
 
 @torch.inference_mode()
 def plain() -> tuple[float, float]:
-    """Operations and synchronisations per layer and step of plain transformers, the choice of the next token included."""
+    """Operations and synchronisations per layer and step of plain transformers, the next token's choice included."""
     model = tiny_model()
     out = model(tokens(1, PROMPT), use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)

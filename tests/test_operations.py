@@ -67,15 +67,15 @@ def test_what_is_counted():
     assert (counter.operations, counter.synchronisations) == (2, 0)
     for action in (
         lambda: numbers.sum().item(), numbers.tolist, numbers.cpu, numbers.numpy, lambda: numbers[mask],
-        lambda: mask.nonzero(), lambda: bool(mask.any()), lambda: int(numbers[0]), lambda: torch.equal(mask, mask),
+        mask.nonzero, lambda: bool(mask.any()), lambda: int(numbers[0]), lambda: torch.equal(mask, mask),
         lambda: numbers.index_put((mask,), numbers[0]),
     ):  # fmt: skip
         with counting() as counter:
             action()
         assert counter.synchronisations == 1
-    store, new = torch.zeros(1, 2, 8, 4), torch.ones(1, 2, 1, 4)
+    store, new, place = torch.zeros(1, 2, 8, 4), torch.ones(1, 2, 1, 4), torch.zeros(1, dtype=torch.int32)
     with counting() as counter:
-        insert(store, store.clone(), new, new, torch.zeros(1, dtype=torch.int32))
+        insert(store, store.clone(), new, new, place)
     assert (counter.operations, counter.synchronisations) == (2, 0)  # the clone and the kernel
     assert store[0, 0, 0].tolist() == [1.0] * 4
 
