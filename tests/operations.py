@@ -121,9 +121,8 @@ def measured(name: str) -> tuple[str, float, float]:
     with kvbench.attach(model, policy=name, budget=budget, options=small_options(policy)) as session:
         out = model(tokens(1, PROMPT), use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        decoder = session.fixed(STEPS, graph=False)
+        decoder = session.fixed(token[:, 0], STEPS, graph=False)
         if isinstance(decoder, FixedDecoder):
-            decoder.tokens.copy_(token)
             with counting() as counter:
                 for _ in range(STEPS):
                     decoder.step()

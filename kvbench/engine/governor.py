@@ -71,6 +71,7 @@ class Governor:
         manager.add_hookspecs(PolicyHooks)
         for plugin in (DefaultPolicy(), policy, Answers(policy), *probes):
             manager.register(plugin)
+        self._manager = manager
         self.hook: Any = manager.hook
         if not (hasattr(model, "set_attn_implementation") and self.model._can_set_attn_implementation()):
             raise KVBenchError(
@@ -85,6 +86,11 @@ class Governor:
         for device in self._devices:
             torch.cuda.synchronize(device)
         return time.perf_counter()
+
+    def drop(self, probe: Probe) -> None:
+        """Take a probe off, so that what follows is undisturbed."""
+        self.probes.remove(probe)
+        self._manager.unregister(probe)
 
     def query_window(self, number: int, *, policy: bool = True) -> int | None:
         """How many of the prompt's last queries the policy and the probes need in layer `number`; None for all."""
