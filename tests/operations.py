@@ -65,7 +65,7 @@ class Counter(TorchDispatchMode):
         if not self._hidden:
             self.operations += 1
             name = func.overloadpacket.__name__
-            sized = (kwargs or {}).get("output_size") is not None
+            sized = "Tensor" not in func._overloadname or (kwargs or {}).get("output_size") is not None
             waits = name in _WAITS or (name in _INDEXING and _by_truth(args[1]))
             self.synchronisations += waits or (name == "repeat_interleave" and not sized)
         return func(*args, **(kwargs or {}))
