@@ -22,7 +22,7 @@ from kvbench.engine.attach import attach
 from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
-from kvbench.engine.governor import check_head_budgets, token_bytes
+from kvbench.engine.governor import check_head_budgets, chosen_layers, token_bytes
 from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
@@ -77,6 +77,7 @@ class Request:
     probes: tuple[str, ...] = ()
     batch_size: int = 1
     share_prefill: bool = False
+    dense_layers: int = 0
 
 
 @validating(lambda reason: f"There is no such run ({reason}): change that value.")
@@ -95,9 +96,12 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         check_head_budgets(policy, allocator)
         share_prefill = share_prefill and not allocator.reads_hidden
         budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
-        _check_size(
-            policy(options), request.context_length, budget.size(request.context_length, token_bytes(loaded.model))
-        )
+    own = policy(options)
+    dense_layers = 0 if policy.exact or not policy.cached else request.dense_layers
+    layers = len(chosen_layers(loaded.model, own, dense_layers)) if policy.cached else 0
+    if budget is not None:
+        size = budget.size(request.context_length, token_bytes(loaded.model, layers))
+        _check_size(own, request.context_length, size)
     check_context(loaded, request.context_length)
     if request.batch_size > 1 and request.question == "agnostic":
         raise KVBenchError(
@@ -118,7 +122,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill, plugins=_plugins(request, budget),
+        batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+        plugins=_plugins(request, budget),
     )  # fmt: skip
 
 
@@ -432,7 +437,9 @@ def _measure(
     prompts = [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
-    token = token_bytes(loaded.model)
+    policy = registry().make("policy", config.policy, config.policy_options)
+    layers = len(chosen_layers(loaded.model, policy, config.dense_layers)) if policy.cached else 0
+    governed = token_bytes(loaded.model, layers)
     release()
     with PeakMemory(loaded.device) as peak:
         results = _generate(config, loaded, batch, [], prefilled)
@@ -443,8 +450,8 @@ def _measure(
             **_scored(config, loaded, task, example, prediction, result),
             "prediction": prediction,
             "prompt_tokens": len(prompt.input_ids),
-            "budget_tokens": config.budget and config.budget.size(_prompt_tokens(config, prompt), token),
-            "token_bytes": token,
+            "budget_tokens": config.budget and config.budget.size(_prompt_tokens(config, prompt), governed),
+            "token_bytes": token_bytes(loaded.model),
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
             "index_s": result.index_s,
@@ -511,7 +518,7 @@ def _generate(
 def _session(config: RunConfig, loaded: LoadedModel, probes: Sequence[Probe] = ()) -> Session:
     return attach(
         loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes,
-        tokenizer=loaded.tokenizer,
+        tokenizer=loaded.tokenizer, dense_layers=config.dense_layers,
     )  # fmt: skip
 
 
@@ -525,7 +532,9 @@ def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
     budget = None if config.budget is None else config.budget.model_copy(update=part)
     ids = [3 + i % 50 for i in range(length)]
     more = WARM_UP_TOKENS if loaded.max_context is None else min(WARM_UP_TOKENS, max(loaded.max_context - length, 0))
-    with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
+    with attach(
+        loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer, dense_layers=config.dense_layers
+    ) as session:
         generate(session, ids, prompt_tokens=length, max_new_tokens=more)
 
 
