@@ -21,6 +21,8 @@ from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.fixed import FixedDecoder
 from kvbench.plugins import registry
 
+pytestmark = pytest.mark.transformers
+
 OPTIONS = {
     "kvzip": {"instruction": "", "continuation": ""}, "kivi": {"group": 8, "residual": 16}, "ivfpq": {"subspaces": 4},
     "vamana": {"degree": 8}, "robust_vamana": {"degree": 8},

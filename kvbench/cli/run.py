@@ -50,11 +50,9 @@ def run(
         int, typer.Option(min=1, help="Generate so many examples at once; the probed ones run alone.")
     ] = 1,
     share_prefill: Annotated[
-        bool,
-        typer.Option(
-            "--share-prefill", help="Compute each prompt once for all policies; their peak memory is then not measured."
-        ),
-    ] = False,
+        bool | None,
+        typer.Option(help="Compute each prompt once for all policies and probes. [default: yes, but not in batches]"),
+    ] = None,
     dense_layers: Annotated[
         int, typer.Option(min=0, help="First layers that attend to everything, beyond the budget, in every policy.")
     ] = 0,

@@ -14,7 +14,7 @@ from kvbench.contract.budget import BudgetRequest, LayerBudget, PromptLayer, all
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.storage import KVStore, TokenBuffer
-from kvbench.engine.governor import Governor, governed_layers
+from kvbench.engine.governor import Governor
 from kvbench.engine.rotary import Rotary
 
 _NO_COPY = (
@@ -56,8 +56,8 @@ class PolicyCache(Cache):
         self.session = session
         self.prompt_tokens, self.rows = prompt_tokens, rows
         layers = DynamicCache(config=session.config).layers
-        full, governed = governed_layers(layers), session.numbers
-        if not full and not session.policy.exact:
+        governed = session.numbers
+        if not governed and not session.policy.exact:
             raise KVBenchError(
                 f"{type(session.model).__name__} has no full-attention layer for policy '{session.policy.name}' to "
                 "govern (its layers are sliding-window or linear): choose another model, or policy 'full'."
@@ -66,7 +66,7 @@ class PolicyCache(Cache):
         for layer in self.governed:
             layers[layer.number] = layer
         super().__init__(layers=layers)
-        self.dense: dict[int, Attended | None] = {number: None for number in full if number not in governed}
+        self.dense: dict[int, Attended | None] = dict.fromkeys(session.dense)
         """What the full-attention layers that the policy leaves exact were called with, by number, once known."""
         self.lanes = [Lane(None, 0)]
         self.mask: Any = None

@@ -69,16 +69,20 @@ class FixedDecoder:
     `tokens` [B, 1] is what the next step reads and `logits` [B, V] what the last one gave, both always in one place.
     """
 
-    def __init__(self, governor: Governor, steps: dict[int, FixedStep], clock: Clock, others: int) -> None:
+    def __init__(
+        self, governor: Governor, steps: dict[int, FixedStep], clock: Clock, tokens: Tensor, others: int
+    ) -> None:
         self._governor, self._steps, self._clock = governor, steps, clock
         self.cache = FixedCache(others)
         device = clock.positions.device
-        self.tokens = torch.zeros(clock.batch, 1, dtype=torch.int64, device=device)
+        # the warm-up before a capture must take the true first step, which is then repeated
+        self.tokens = tokens.to(device, torch.int64)[:, None].clone()
         self._position_ids = clock.positions.long()[:, None].clone()
         vocabulary = governor.model.get_output_embeddings().weight.shape[0]
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
+        self._between = [step for step in steps.values() if type(step).between is not FixedStep.between]
         self._compiled: Any = None
         self.mode: Mode = "fixed"
 
@@ -121,6 +125,8 @@ class FixedDecoder:
         """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
         assert self._taken < self._clock.new_tokens, "more steps than there is room for"
         self._taken += 1
+        for step in self._between:
+            step.between(self._taken)
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -159,8 +165,8 @@ def weight_bytes(model: Any) -> int:
     return sum(seen.values())
 
 
-def fixed_decoder(governor: Governor, cache: PolicyCache, new_tokens: int) -> FixedDecoder | str:
-    """Make the decoder that takes over a batch's cache after its prompt, or say in words why there is none.
+def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int) -> FixedDecoder | str:
+    """Make the decoder that takes over a batch's cache after its prompt and reads `tokens` [B], or say why not.
 
     The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
     """
@@ -185,7 +191,7 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, new_tokens: int) -> Fi
         steps[cached.number] = step
     for number in cache.dense:
         steps[number] = GrowingStep([_dense_part(cache, number)], clock, left_padding(cache.mask))
-    return FixedDecoder(governor, steps, clock, len(cache.layers))
+    return FixedDecoder(governor, steps, clock, tokens, len(cache.layers))
 
 
 def _dense_part(cache: PolicyCache, number: int) -> Part:

@@ -71,6 +71,7 @@ class Governor:
         manager.add_hookspecs(PolicyHooks)
         for plugin in (DefaultPolicy(), policy, Answers(policy), *probes):
             manager.register(plugin)
+        self._manager = manager
         self.hook: Any = manager.hook
         if not (hasattr(model, "set_attn_implementation") and self.model._can_set_attn_implementation()):
             raise KVBenchError(
@@ -80,6 +81,9 @@ class Governor:
         self.config: Any = self.model.config.get_text_config(decoder=True)
         self.numbers = chosen_layers(model, policy, dense_layers)
         """The places in the model of the layers that the policy governs."""
+        full = governed_layers(DynamicCache(config=self.config).layers)
+        self.dense = [number for number in full if number not in self.numbers]
+        """Those of the full-attention layers that it leaves exact."""
         self._devices = _working_devices(model)
 
     def now(self) -> float:
@@ -87,6 +91,11 @@ class Governor:
         for device in self._devices:
             torch.cuda.synchronize(device)
         return time.perf_counter()
+
+    def drop(self, probe: Probe) -> None:
+        """Take a probe off, so that what follows is undisturbed."""
+        self.probes.remove(probe)
+        self._manager.unregister(probe)
 
     def query_window(self, number: int, *, policy: bool = True) -> int | None:
         """How many of the prompt's last queries the policy and the probes need in layer `number`; None for all."""

@@ -321,14 +321,16 @@ class Session(Governor):
             self._fixed.close()
             self._fixed = None
 
-    def fixed(self, new_tokens: int, *, graph: bool, compiled: bool = False) -> FixedDecoder | str:
+    def fixed(self, tokens: Tensor, new_tokens: int, *, graph: bool, compiled: bool = False) -> FixedDecoder | str:
         """Take the rest of the latest prompt's decoding in steps of fixed shapes, `new_tokens` at most, or say why not.
+
+        `tokens` [B] are those that the first step reads.
 
         With `graph`, a step is captured as a CUDA graph; with `compiled`, the model's own code is compiled first, all
         but the attention. The cache is not continued in any other way afterwards.
         """
         assert self.cache is not None
-        found = fixed_decoder(self, self.cache, new_tokens)
+        found = fixed_decoder(self, self.cache, tokens, new_tokens)
         if isinstance(found, FixedDecoder):
             self._fixed = found
             if compiled:

@@ -14,7 +14,8 @@ from kvbench.plugins import registry
 from kvbench.runs.memory import capacity
 from kvbench.runs.results import RunConfig, read
 from kvbench.runs.rows import read_rows
-from kvbench.runs.runner import Request, execute, plan, prompt_of
+from kvbench.runs.runner import Request, execute, plan
+from kvbench.runs.sharing import prompt_of
 from kvbench.runs.sweep_file import Choice, Model, Problems, Sweep, load
 
 
