@@ -12,7 +12,9 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.plugins import registry
 
-SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache")
+pytestmark = pytest.mark.transformers
+
+SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention")
 FIXED = (
     "full",
     "streaming_llm",
@@ -25,6 +27,11 @@ FIXED = (
     "quest",
     *SET_ASIDE,
 )
+OPTIONS = {
+    "pqcache": {"subspaces": 4},  # with fewer of them keys have equal codes, and which of them are taken is open
+    "retroinfer": {"cluster_size": 4, "estimated": 0.4},
+    "squeezed_attention": {"clusters": 0.3},
+}
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
 
 
@@ -32,9 +39,7 @@ def attach(model, policy, budget=24, allocator="uniform"):
     found = registry().find("policy", policy)
     size = {"ratio": budget} if isinstance(budget, float) else {"tokens": budget}
     given = Budget(**size, allocator=allocator) if found.takes_budget else None
-    # with fewer sub-spaces keys have equal codes, and which of them are taken is open
-    options = small_options(found) | ({"subspaces": 4} if policy == "pqcache" else {})
-    return kvbench.attach(model, policy=policy, budget=given, options=options)
+    return kvbench.attach(model, policy=policy, budget=given, options=small_options(found) | OPTIONS.get(policy, {}))
 
 
 def logits(session, prompt, steps, decoding, batch=None):
@@ -78,7 +83,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
 
 
-@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "pqcache"])
+@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "pqcache", "retroinfer"])
 def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     model = tiny_model(pad_token_id=None)
     with attach(model, policy, 0.4) as session:
@@ -178,5 +183,16 @@ def check_tiers(policy, held, reads, token):
         codes = 3 * 2 * 4 * 67
         assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": codes + centroids}
         assert (reads["device"], reads["host"]) == (10 * token + codes * 51 // 67 + centroids, 14 * token)
+    elif policy == "retroinfer":
+        clusters, rows = 3 * 2 * 13, 8 * 4  # of 51 tokens in all layers and heads, and the bytes of a mean
+        assert held["resident"] == 13 * token and held["offloaded"] == 67 * token  # 4 tokens leave at a time
+        assert held["index"] == 3 * 2 * 15 * (2 * rows + 2 * 4) + 3 * 2 * 67 * 4
+        assert reads["host"] == 14 * token
+        assert reads["device"] == pytest.approx(10 * token + clusters * (rows + 4 + 0.4 * rows), abs=3)
+    elif policy == "squeezed_attention":
+        clusters = 3 * 2 * 16  # of 53 tokens
+        assert held["resident"] == 69 * token and held["offloaded"] == 0
+        assert held["index"] == clusters * (8 * 4 + 2 * 4) + 3 * 2 * 69 * 4 + 3 * 6 * 16 * 2 * 4
+        assert (reads["device"], reads["host"]) == (24 * token + clusters * (8 * 4 + 4), 0)
     else:
         raise AssertionError(policy)

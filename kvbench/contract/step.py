@@ -53,6 +53,12 @@ class FixedStep(ABC):
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Take in the step's `keys` and `values` [B, G, 1, d] and attend: output [B, H, 1, d] in the queries' dtype."""
 
+    def between(self, taken: int) -> None:  # noqa: B027 - most steps leave nothing to do
+        """Do what can't be part of a captured step, before the step that is the `taken`-th, counted from 1.
+
+        Called uncaptured, after the steps before; the step's tensors keep their places.
+        """
+
     @abstractmethod
     def bytes(self) -> dict[str, int]:
         """Bytes held: `resident`, `offloaded` and `index`."""

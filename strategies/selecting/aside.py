@@ -48,11 +48,13 @@ class Start:
 class Window:
     """Which tokens are static and how many may be chosen beside them: the same for all layers of one budget.
 
-    After `update`: `aside` int32 [B], tokens set aside; `left` int32 [B, G or H], tokens that each head may choose;
+    After `update`: `aside` and `static` int32 [B], tokens set aside and static; `left` int32 [B, G or H], tokens that
+    each head may choose;
     `slots` int32 [B, 1, s], where the static tokens lie, −1 for none.
     """
 
     aside: Tensor
+    static: Tensor
     left: Tensor
     slots: Tensor
 
@@ -67,7 +69,8 @@ class Window:
         start, now = self._start, self._positions + 1
         gone = now - start.tokens
         self.aside = start.aside + gone - gone % start.period
-        self.left = (self._budget - (now - self.aside)[:, None]).clamp_min(0)
+        self.static = now - self.aside
+        self.left = (self._budget - self.static[:, None]).clamp_min(0)
         places = self._order + self.aside[:, None]
         there = (places < now[:, None]) | (self._order < self._sinks)
         if self._ring is not None:

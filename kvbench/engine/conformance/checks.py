@@ -309,7 +309,7 @@ class Conformance:
                 found.append(decoder.logits.float().clone())
             taken = torch.stack([found[end - 1] for end in AFTER])
         error = distance(_centred(taken), _centred(logits))
-        tolerance = self._known.tolerance
+        tolerance = 2 * self._known.tolerance  # both sides round
         if error <= tolerance:
             detail = f"{decoder.mode}, within {error:.2g}; rounding allows {tolerance:.2g}"
             return Check(name, "passed", detail, error, tolerance)
