@@ -62,6 +62,9 @@ def run(
             "uncaptured) and eager (hook by hook) insist."
         ),
     ] = "auto",
+    dense_layers: Annotated[
+        int, typer.Option(min=0, help="First layers that attend to everything, beyond the budget, in every policy.")
+    ] = 0,
     recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
     probe_examples: Annotated[
         int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
@@ -127,7 +130,8 @@ def run(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
             prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probe or ()),
-            batch_size=batch_size, share_prefill=share_prefill, decoding=decoding,  # type: ignore[arg-type]
+            batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+            decoding=decoding,  # type: ignore[arg-type]
         )
         for name in names
     ]  # fmt: skip

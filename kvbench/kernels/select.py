@@ -60,12 +60,11 @@ def _select(
     threshold = tl.zeros((), tl.uint32)
     left = want
     for step in tl.static_range(4):  # eight bits at a time, the highest first
-        shift: tl.constexpr = 24 - 8 * step
-        counts_of = _counts(first, threshold, shift, step == 0)
+        counts_of = _counts(first, threshold, 24 - 8 * step, step == 0)
         for chunk in range(1, CHUNKS):
             at = chunk * BLOCK + place
             x = tl.load(source + at, mask=at < n, other=float("-inf"))
-            counts_of += _counts(x, threshold, shift, step == 0)
+            counts_of += _counts(x, threshold, 24 - 8 * step, step == 0)
         counts_of = tl.where(bins < 256, counts_of, 0)
         below = tl.cumsum(counts_of, 0)
         at_least = tl.sum(counts_of, 0) - below + counts_of

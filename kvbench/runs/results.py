@@ -47,6 +47,9 @@ LARGEST = 2**31 - 1
 BEYOND = "tokens_beyond_budget"
 """Name under which the density probe says how far a step went beyond what its budget and its policy allow."""
 
+LATER = ("dense_layers", "decoding")
+"""Fields of a configuration that earlier versions did not have, and whose defaults are what these did."""
+
 
 class RunConfig(BaseModel):
     """Everything that a run's numbers depend on; its hash names the run's folder."""
@@ -74,6 +77,8 @@ class RunConfig(BaseModel):
     """Probes beyond the standard ones."""
     batch_size: int = Field(1, ge=1, le=LARGEST)
     share_prefill: bool = False
+    dense_layers: int = Field(0, ge=0, le=LARGEST)
+    """First full-attention layers that keep everything and attend to it, whatever the policy; beyond the budget."""
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
@@ -90,7 +95,8 @@ class RunConfig(BaseModel):
 
         Fields that came later count only where they differ from what earlier versions did.
         """
-        fields = self.model_dump(mode="json", exclude={"decoding"} if self.decoding == "auto" else None)
+        left_out = {name for name in LATER if getattr(self, name) == RunConfig.model_fields[name].default}
+        fields = self.model_dump(mode="json", exclude=left_out)
         canonical = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 

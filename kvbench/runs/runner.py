@@ -22,7 +22,7 @@ from kvbench.engine.attach import attach
 from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import Decoding, Forced, Generation, exact_logits, force, generate, generate_batch
-from kvbench.engine.governor import check_head_budgets, token_bytes
+from kvbench.engine.governor import check_head_budgets, chosen_layers, token_bytes
 from kvbench.engine.prefill import PromptRecorder, prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.validation import check_hooks
@@ -84,6 +84,7 @@ class Request:
     probe_examples: int = 1
     probes: tuple[str, ...] = ()
     batch_size: int = 1
+    dense_layers: int = 0
     share_prefill: bool | None = None
     """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
     decoding: Decoding = "auto"
@@ -113,9 +114,12 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         check_head_budgets(policy, allocator)
         share_prefill = share_prefill and not allocator.reads_hidden
         budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
-        _check_size(
-            policy(options), request.context_length, budget.size(request.context_length, token_bytes(loaded.model))
-        )
+    own = policy(options)
+    dense_layers = 0 if policy.exact or not policy.cached else request.dense_layers
+    layers = len(chosen_layers(loaded.model, own, dense_layers)) if policy.cached else 0
+    if budget is not None:
+        size = budget.size(request.context_length, token_bytes(loaded.model, layers))
+        _check_size(own, request.context_length, size)
     check_context(loaded, request.context_length)
     if request.batch_size > 1 and request.question == "agnostic":
         raise KVBenchError(
@@ -131,7 +135,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill, decoding=request.decoding,
+        batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+        decoding=request.decoding,
         plugins=_plugins(request, budget),
     )  # fmt: skip
 
@@ -428,7 +433,9 @@ def _measure(
     prompts = [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
-    token = token_bytes(loaded.model)
+    policy = registry().make("policy", config.policy, config.policy_options)
+    layers = len(chosen_layers(loaded.model, policy, config.dense_layers)) if policy.cached else 0
+    governed = token_bytes(loaded.model, layers)
     prefilled = recorder = None
     if shared is not None and shared.is_own(config):
         recorder = shared.recorder(config)
@@ -446,8 +453,8 @@ def _measure(
             **_scored(config, loaded, task, example, prediction, result),
             "prediction": prediction,
             "prompt_tokens": len(prompt.input_ids),
-            "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), token),
-            "token_bytes": token,
+            "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), governed),
+            "token_bytes": token_bytes(loaded.model),
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
             "index_s": result.index_s,
@@ -532,7 +539,9 @@ def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]
     ids = [3 + i % 50 for i in range(length + max(more - 3, 0))]
     if config.share_prefill and length not in prompts:
         prompts[length] = prefill(loaded.model, [ids[:length]])
-    with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
+    with attach(
+        loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer, dense_layers=config.dense_layers
+    ) as session:
         # Most of the tokens in one call, which computes the model's other parts once for all of them.
         generate(
             session, ids, prompt_tokens=length, max_new_tokens=min(more, 3), prefilled=prompts.get(length),
