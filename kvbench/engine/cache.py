@@ -57,12 +57,14 @@ class PolicyCache(Cache):
         self.prompt_tokens, self.rows = prompt_tokens, rows
         layers = DynamicCache(config=session.config).layers
         self.governed: list[PolicyCacheLayer] = []
-        for index, number in enumerate(session.survey.layers):
+        for index, number in enumerate(session.numbers):
             kind = HybridCacheLayer if isinstance(layers[number], LinearAttentionLayer) else PolicyCacheLayer
             layers[number] = kind(session, self, index, number, layers[number])
             self.governed.append(layers[number])
         super().__init__(layers=layers)
         self._latest: Any = None
+        self.dense: dict[int, Attends | None] = dict.fromkeys(session.dense)
+        """What the full-attention layers that the policy leaves exact were called with, by number, once known."""
         self.lanes = [Lane(None, 0)]
         self.mask: Any = None
         """The attention mask of the prompt's last forward call."""
@@ -323,7 +325,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                     session.model, session.config, attends.module, self.number, latent=self.expand is not None
                 ),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
-                most_attended=session.policy.most_attended,
+                most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense),
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:

@@ -17,10 +17,10 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.hooks import PolicyHooks
 from kvbench.contract.layer import Layer
 from kvbench.contract.markers import PROJECT, hookimpl
-from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy
+from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy, Place
 from kvbench.contract.probe import Probe
 from kvbench.contract.selection import Selection
-from kvbench.engine.survey import Survey, survey, text_config
+from kvbench.engine.survey import Survey, survey, text_config, token_bytes
 from kvbench.engine.validation import Answers, check_hooks, check_instance, check_wrapped
 from kvbench.plugins import registry
 
@@ -47,7 +47,7 @@ class Governor:
 
     def __init__(
         self, model: Any, policy: KVCachePolicy, budget: Budget | None, probes: Sequence[Probe],
-        prompt_tokens: int | None,
+        prompt_tokens: int | None, dense_layers: int = 0,
     ) -> None:  # fmt: skip
         check_instance(policy, KVCachePolicy)
         check_hooks(type(policy))
@@ -79,6 +79,10 @@ class Governor:
                 f"{self.survey.refusal}, so policy '{policy.name}' cannot govern it: choose policy 'full', or an "
                 "architecture of docs/models.md that policies govern (Llama, Qwen, Gemma, DeepSeek-V3, ...)."
             )
+        self.numbers = chosen_layers(model, policy, dense_layers) if policy.cached else []
+        """The places in the model of the layers that the policy governs."""
+        self.dense = [number for number in self.survey.layers if number not in self.numbers]
+        """Those of the full-attention layers that it leaves exact."""
         self._devices = _working_devices(model)
 
     def now(self) -> float:
@@ -109,7 +113,7 @@ class Governor:
         sinks, window = self.policy.static_tokens(tokens)
         request = BudgetRequest(
             layers=len(numbers),
-            tokens=self.budget.size(tokens, self.survey.token_bytes),
+            tokens=self.budget.size(tokens, token_bytes(self.model, numbers)),
             context=tokens,
             minimum=min(max(sinks + window, 1), tokens),
             window=window,
@@ -165,6 +169,24 @@ def _working_devices(model: Any) -> set[torch.device]:
     if any(place.type == "meta" for place in places):
         return {torch.device("cuda", number) for number in range(torch.cuda.device_count())}
     return {place for place in places if place.type == "cuda"}
+
+
+def chosen_layers(model: Any, policy: KVCachePolicy, dense_layers: int = 0) -> list[int]:
+    """The places of the layers that this policy governs, without the first `dense_layers` full-attention ones."""
+    full = list(survey(model).layers)
+    if dense_layers < 0 or (dense_layers and dense_layers >= len(full)):
+        raise KVBenchError(
+            f"dense_layers is {dense_layers}: {type(model).__name__} has {len(full)} full-attention layers, so give 0 "
+            f"to {max(len(full) - 1, 0)}."
+        )
+    places = [Place(index, len(full), number) for index, number in enumerate(full)]
+    chosen = [place.number for place in places[dense_layers:] if policy.governs(place)]
+    if full and not chosen:
+        raise KVBenchError(
+            f"Policy '{policy.name}' governs none of the {len(full) - dense_layers} layers that it was offered, of "
+            f"{len(full)} full-attention layers of {type(model).__name__}: choose another policy or fewer dense layers."
+        )
+    return chosen
 
 
 def check_head_budgets(policy: KVCachePolicy | type[KVCachePolicy], allocator: BudgetAllocator) -> None:

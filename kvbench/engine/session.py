@@ -43,8 +43,9 @@ class Session(Governor):
         probes: Sequence[Probe] = (),
         prompt_tokens: int | None = None,
         tokenizer: Any = None,
+        dense_layers: int = 0,
     ) -> None:
-        super().__init__(model, policy, budget, probes, prompt_tokens)
+        super().__init__(model, policy, budget, probes, prompt_tokens, dense_layers)
         self.tokenizer = tokenizer
         self.conformance: tuple[Report, ...] = ()
         """What was proven of the model and the policy (`attach(..., check=True)`)."""
@@ -80,7 +81,7 @@ class Session(Governor):
         yield self.model.register_forward_hook(self._after_forward)
         yield self.model.register_forward_hook(self._ended, always_call=True)
         if self.allocator is not None and self.allocator.reads_hidden:
-            yield from watch_residual(self.model, tuple(self.survey.layers), self._hidden)
+            yield from watch_residual(self.model, self.numbers, self._hidden)
         if self.policy.uses_hidden:
             for module in {module for layer in self.survey.layers.values() for module in layer.modules}:
                 yield module.register_forward_pre_hook(self._note_call, with_kwargs=True)
@@ -105,7 +106,7 @@ class Session(Governor):
         opening, closing = chat.around_a_message(tokenizer)
         return ModelView(
             name=type(self.model).__name__,
-            numbers=tuple(layers),
+            numbers=tuple(self.numbers),
             heads=0 if first is None else first.heads,
             kv_heads=0 if first is None else first.kv_heads,
             config=self.config.to_dict(),
@@ -203,6 +204,10 @@ class Session(Governor):
         cache.expect(prompt.ids[:, :count], self._padding(prompt.mask, len(prompt.ids)))
         for number, layer in prompt.others.items():
             cache.layers[number] = copy.deepcopy(layer)
+        for number in cache.dense:
+            part = prompt.layers[number]
+            cache.layers[number].update(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
+            cache.dense[number] = part.attends
         for cached in cache.governed:
             part, window = prompt.layers[cached.number], self.query_window(cached.number)
             cached.take(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
@@ -307,6 +312,9 @@ class Session(Governor):
             )
         cached = self.cache.source(key)
         if cached is None:
+            number = getattr(module, "layer_idx", None)
+            if number in self.cache.dense:
+                self.cache.dense[number] = Attends.of(module, query, kwargs)
             return own()
         first, cached.pending = cached.pending, False
         if first and cached.expand is None:
@@ -359,6 +367,7 @@ class Session(Governor):
             )
         module: Any = layers[0].module
         hidden = _hidden(*self._calls[module]) if self.policy.uses_hidden else None
+        dense = self._dense_before(cached) if self.policy.uses_hidden else None
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         for lane, layer in zip(self.cache.lanes, layers, strict=True):
             lane_queries, lane_keys, lane_values = lane.take(query), lane.take(key), lane.take(value)
@@ -368,6 +377,11 @@ class Session(Governor):
                 queries = lane_queries[:, :, now]
                 if hidden is not None:
                     layer.hidden = lane.take(hidden)[:, now]
+                    before = layer.previous
+                    if dense is not None:
+                        layer.hidden_before = lane.take(dense)[:, now]
+                    elif before is not None:
+                        layer.hidden_before = before.hidden
                     layer.project = functools.partial(self._project, module, lane, step)
                 if first:
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
@@ -400,6 +414,14 @@ class Session(Governor):
                 f"The mask of layer {cached.number} of {type(self.model).__name__} hides or weighs tokens itself, so a "
                 "policy cannot govern it: choose policy 'full'."
             )
+
+    def _dense_before(self, cached: PolicyCacheLayer) -> Tensor | None:
+        """The input [B, m, D] of the full-attention layer before a governed one, where the policy leaves it exact."""
+        assert self.cache is not None
+        lowest = self.numbers[cached.index - 1] if cached.index else -1
+        between = [number for number in self.cache.dense if lowest < number < cached.number]
+        found = self.cache.dense[max(between)] if between else None
+        return None if found is None else _hidden(*self._calls[found.module])
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -98,9 +99,10 @@ def text_config(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def token_bytes(model: Any) -> int:
-    """Bytes of what the layers that a policy governs hold of one token, in the model's dtype."""
-    return survey(model).token_bytes
+def token_bytes(model: Any, numbers: Sequence[int] | None = None) -> int:
+    """Bytes of what the layers `numbers` hold of one token, in the model's dtype; of all that can be governed."""
+    found = survey(model)
+    return found.token_bytes if numbers is None else sum(found.layers[number].token_bytes for number in numbers)
 
 
 def governable(layers: list[Any], config: Any) -> list[int]:
