@@ -8,6 +8,7 @@ from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
@@ -28,6 +29,7 @@ __all__ = [
     "pq_scores",
     "ragged",
     "scores",
+    "settle_kivi",
     "update_bounds",
     "using",
 ]
