@@ -10,10 +10,28 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import generate, generate_batch
-from kvbench.kernels.select import select_top
 from kvbench.plugins import registry
 
-FIXED = ("full", "streaming_llm", "snapkv", "h2o", "tova", "keydiff", "knorm", "expected_attention", "quest")
+pytestmark = pytest.mark.transformers
+
+SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention")
+FIXED = (
+    "full",
+    "streaming_llm",
+    "snapkv",
+    "h2o",
+    "tova",
+    "keydiff",
+    "knorm",
+    "expected_attention",
+    "quest",
+    *SET_ASIDE,
+)
+OPTIONS = {
+    "pqcache": {"subspaces": 4},  # with fewer of them keys have equal codes, and which of them are taken is open
+    "retroinfer": {"cluster_size": 4, "estimated": 0.4},
+    "squeezed_attention": {"clusters": 0.3},
+}
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
 
 
@@ -21,7 +39,7 @@ def attach(model, policy, budget=24, allocator="uniform"):
     found = registry().find("policy", policy)
     size = {"ratio": budget} if isinstance(budget, float) else {"tokens": budget}
     given = Budget(**size, allocator=allocator) if found.takes_budget else None
-    return kvbench.attach(model, policy=policy, budget=given, options=small_options(found))
+    return kvbench.attach(model, policy=policy, budget=given, options=small_options(found) | OPTIONS.get(policy, {}))
 
 
 def logits(session, prompt, steps, decoding, batch=None):
@@ -48,7 +66,7 @@ def logits(session, prompt, steps, decoding, batch=None):
     ("policy", "allocator"),
     [
         *((policy, "uniform") for policy in FIXED),
-        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest"), ("ada",)),
+        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest", *SET_ASIDE), ("ada",)),
     ],
 )
 @pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
@@ -65,7 +83,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
 
 
-@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv"])
+@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "pqcache", "retroinfer"])
 def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     model = tiny_model(pad_token_id=None)
     with attach(model, policy, 0.4) as session:
@@ -115,13 +133,17 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             ids = torch.tensor([PROMPTS[1]])
             with torch.inference_mode():
                 model(ids)
-                decoder = session.fixed(8, graph=False)
+                decoder = session.fixed(torch.tensor([5]), 8, graph=False)
         assert not isinstance(decoder, str)
         token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
         weights = sum(weight.nbytes for weight in model.parameters()) - model.model.embed_tokens.weight.nbytes
         reads = decoder.reads(len(PROMPTS[1]))
         held = decoder.bytes()
-        assert reads["weights"] == weights and reads["host"] == 0
+        assert reads["weights"] == weights
+        if policy in SET_ASIDE:
+            check_tiers(policy, held, reads, token)
+            continue
+        assert reads["host"] == 0
         if policy == "full":
             assert reads["device"] == 61 * token and held["resident"] == 69 * token
         elif policy == "quest":
@@ -132,16 +154,45 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == 24 * token
 
 
-@pytest.mark.parametrize("n", [1, 5, 33, 200])
-def test_select_top_takes_the_best_as_many_as_the_device_says(n):
-    generator = torch.Generator().manual_seed(n)
-    scores = torch.randn(2, 3, n, generator=generator).round(decimals=1)
-    scores[0, 0, n // 2 :] = -torch.inf
-    counts = torch.tensor([[0, 4, 7], [2, n, 9]], dtype=torch.int32)
-    k = 9
-    found = select_top(scores, counts, k)
-    for b, h in itertools.product(range(2), range(3)):
-        row = scores[b, h].tolist()
-        order = sorted((i for i in range(n) if row[i] > -torch.inf), key=lambda i, row=row: (-row[i], i))
-        expected = sorted(order[: min(int(counts[b, h]), k)])
-        assert found[b, h].tolist() == expected + [-1] * (k - len(expected))
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
+def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
+    model = tiny_model(pad_token_id=None).cuda()
+    with attach(model, policy) as session:
+        hooks = generate_batch(session, batch, max_new_tokens=[20] * len(batch), decoding="eager")
+        graph = generate_batch(session, batch, max_new_tokens=[20] * len(batch))
+    assert [one.tokens for one in graph] == [one.tokens for one in hooks]
+    assert {one.mode for one in graph} == {"graph"}
+
+
+def check_tiers(policy, held, reads, token):
+    """61 tokens and 8 more; a budget of 24, with 2 sinks and a window of 8, or 1 for the oracle."""
+    if policy == "oracle_topk":
+        assert held == {"resident": 69 * token, "offloaded": 0, "index": 0}
+        assert (reads["device"], reads["host"]) == (24 * token + 60 * token // 2, 0)
+    elif policy == "random":
+        assert held == {"resident": 69 * token, "offloaded": 0, "index": 0}
+        assert (reads["device"], reads["host"]) == (24 * token, 0)
+    elif policy == "flat":
+        assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": 0}
+        assert (reads["device"], reads["host"]) == (10 * token, 14 * token + 51 * token // 2)
+    elif policy == "pqcache":
+        centroids = 3 * 2 * 51 * 8 * 4  # layers, heads, no more centroids than tokens, dimensions, bytes
+        codes = 3 * 2 * 4 * 67
+        assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": codes + centroids}
+        assert (reads["device"], reads["host"]) == (10 * token + codes * 51 // 67 + centroids, 14 * token)
+    elif policy == "retroinfer":
+        clusters, rows = 3 * 2 * 13, 8 * 4  # of 51 tokens in all layers and heads, and the bytes of a mean
+        assert held["resident"] == 13 * token and held["offloaded"] == 67 * token  # 4 tokens leave at a time
+        assert held["index"] == 3 * 2 * 15 * (2 * rows + 2 * 4) + 3 * 2 * 67 * 4
+        assert reads["host"] == 14 * token
+        assert reads["device"] == pytest.approx(10 * token + clusters * (rows + 4 + 0.4 * rows), abs=3)
+    elif policy == "squeezed_attention":
+        clusters = 3 * 2 * 16  # of 53 tokens
+        assert held["resident"] == 69 * token and held["offloaded"] == 0
+        assert held["index"] == clusters * (8 * 4 + 2 * 4) + 3 * 2 * 69 * 4 + 3 * 6 * 16 * 2 * 4
+        assert (reads["device"], reads["host"]) == (24 * token + clusters * (8 * 4 + 4), 0)
+    else:
+        raise AssertionError(policy)

@@ -1,6 +1,7 @@
 """Generation: batches and prompts computed once give the tokens of single, undisturbed generations."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.engine.prefill import prefill
+from kvbench.engine.prompt import PrefilledLayers
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs import runner
+
+pytestmark = pytest.mark.transformers
 
 POLICIES = {
     "full": {}, "streaming_llm": {}, "snapkv": {"window": 8}, "quest": {"page_size": 4},
@@ -150,6 +154,94 @@ def test_runs_in_batches_and_with_a_shared_prefill_give_the_answers_of_plain_run
             assert done.metrics["probed_examples"] == 1
 
 
+@pytest.fixture
+def passes(loaded, monkeypatch):
+    """The lengths of all first calls over a prompt; warm-ups and the model's checks are left out."""
+    found = []
+
+    def note(model, args, kwargs):
+        past, ids = kwargs.get("past_key_values"), args[0] if args else kwargs["input_ids"]
+        if past is None or past.get_seq_length() == 0:
+            found.append(ids.shape[1])
+
+    monkeypatch.setattr(runner, "_warm_up", lambda *_: None)
+    monkeypatch.setattr(runner, "_prove", lambda runs, *_: {each.config.hash: [] for each in runs})
+    handle = loaded.model.register_forward_pre_hook(note, with_kwargs=True)
+    yield found
+    handle.remove()
+
+
+@pytest.mark.parametrize("question", ["aware", "agnostic"])
+def test_each_prompt_is_computed_once_for_policies_and_probes_and_every_peak_is_measured(
+    loaded, tmp_path, passes, question
+):
+    expected = run(loaded, tmp_path / "own", share_prefill=False, question=question)
+    assert len(passes) == 2 * 5 + 2  # and one more for the probes of each policy
+    passes.clear()
+    found = run(loaded, tmp_path / "shared", question=question)
+    # A question that comes after its prompt: exact attention takes both together where it computes them itself, which
+    # nobody else can take over; it does so for its probes, and once for its peak memory.
+    assert len(passes) == (5 if question == "aware" else 7)
+    assert answers(found) == answers(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.config.share_prefill, theirs.config.share_prefill) == (True, False)
+        assert ours.metrics["recall_at_k"] == theirs.metrics["recall_at_k"]
+        # Spare room differs with the calls that a cache grew by.
+        assert ours.metrics["bytes"] == pytest.approx(theirs.metrics["bytes"], rel=0.01)
+        assert all(row["peak_memory_bytes"] for row in theirs.rows)
+        measured = [row["id"] for row in ours.rows if row["peak_memory_bytes"]]
+        assert len(measured) == 1
+        assert ours.metrics["peak_memory_bytes"] > 10**7
+        assert all(row["prefill_s"] > 0 for row in ours.rows)
+    own = [[place for place, row in enumerate(done.rows) if row["peak_memory_bytes"]] for done in found]
+    assert own == ([[0], [1]] if question == "aware" else [[0], [4]])
+
+
+def test_with_more_policies_than_examples_every_peak_is_still_measured(loaded, tmp_path, passes):
+    found = run(loaded, tmp_path, policies=("snapkv", "quest", "streaming_llm"), examples=2, probe_examples=0)
+    assert len(passes) == 3
+    assert all(done.metrics["peak_memory_bytes"] for done in found)
+
+
+def test_a_run_alone_computes_its_prompts_itself_and_a_full_disk_lets_everyone_do_so(
+    loaded, tmp_path, passes, monkeypatch
+):
+    (alone,) = run(loaded, tmp_path / "alone", policies=("quest",), probe_examples=0)
+    assert (len(passes), all(row["peak_memory_bytes"] for row in alone.rows)) == (5, True)
+    expected = run(loaded, tmp_path / "room")
+    passes.clear()
+    monkeypatch.setattr("kvbench.runs.sharing.spool_room", lambda: 1000)
+    found = run(loaded, tmp_path / "none")
+    assert len(passes) == 2 * 5 + 2
+    assert answers(found) == answers(expected)
+    assert all(row["peak_memory_bytes"] for done in found for row in done.rows)
+
+
+def test_a_policy_that_fails_on_a_shared_prompt_is_left_out_and_the_others_go_on(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvbench.strategies.evicting.snapkv.window_attention", lambda *_: 1 / 0)
+    left_out = []
+    configs = [
+        runner.plan(runner.Request(policy, POLICIES[policy], Budget(ratio=0.3), "short", {}, 128, 2, 1), loaded)
+        for policy in ("snapkv", "quest")
+    ]
+    (done,) = runner.execute(configs, loaded, tmp_path, lambda *_: None, lambda *told: left_out.append(told))
+    assert (done.config.policy, done.status, len(done.rows)) == ("quest", "complete", 2)
+    ((failed, error),) = left_out
+    assert (failed.policy, "failed in prefill" in str(error)) == ("snapkv", True)
+    (folder,) = tmp_path.glob("snapkv-*")
+    assert '"status": "failed"' in (folder / "run.json").read_text()
+
+
+def test_what_is_recorded_takes_none_of_the_measured_time(loaded, tmp_path, monkeypatch):
+    note = PrefilledLayers.note
+    monkeypatch.setattr(PrefilledLayers, "note", lambda *given: (time.sleep(0.1), note(*given)))
+    monkeypatch.setattr(runner, "_warm_up", lambda *_: None)
+    found = run(loaded, tmp_path, examples=2)
+    layers = loaded.model.config.num_hidden_layers
+    for row in (row for done in found for row in done.rows):
+        assert max(row["prefill_s"], row["index_s"]) < 0.1 * layers
+
+
 def test_a_run_stopped_inside_a_batch_ends_in_the_same_examples(loaded, tmp_path, monkeypatch):
     changes = {"batch_size": 2, "share_prefill": True}
     expected = run(loaded, tmp_path / "undisturbed", **changes)
@@ -191,5 +283,5 @@ def test_the_warm_up_of_a_run_searches_and_inserts_so_that_no_measured_step_load
             index, step, lambda self, *given, step=step, plain=plain: (done.append(step), plain(self, *given))[1]
         )
     request = runner.Request("retrieval", {}, Budget(ratio=0.3), "short", {}, 512, 1, 1)
-    runner._warm_up(runner.plan(request, loaded), loaded)
+    runner._warm_up(runner.plan(request, loaded), loaded, {})
     assert {"_build", "_search", "_insert"} == set(done)

@@ -1,15 +1,18 @@
 """The session carries a policy through real transformers models without changing what they compute."""
 
+import functools
 from itertools import pairwise
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, budgeted_policies, small_options, tiny_model, tokens
+from tiny import ARCHITECTURES, matrix_policies, shared_model, small_options, tiny_model, tokens
 
 import kvbench
 from kvbench.contract.attention import softmax_parts
 from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
+
+pytestmark = pytest.mark.transformers
 
 
 def padded_batch(lengths=(40, 61, 50), seed=1):
@@ -43,9 +46,16 @@ def options_of(policy):
     return small_options(registry().find("policy", policy))
 
 
+@functools.cache
+def plain_tokens(architecture):
+    """What plain transformers generates after a prompt and after a padded batch, computed once for all policies."""
+    model = shared_model(architecture)
+    return [generate(model, ids, mask, steps=40) for ids, mask in [(tokens(1, 60), None), padded_batch()]]
+
+
 @pytest.mark.parametrize(
     ("architecture", "policy"),
-    [("llama", policy) for policy in budgeted_policies()]
+    [("llama", policy) for policy in matrix_policies()]
     + [
         (architecture, policy)
         for architecture in ARCHITECTURES
@@ -54,9 +64,8 @@ def options_of(policy):
     ],
 )
 def test_a_budget_that_covers_everything_gives_the_tokens_of_plain_transformers(architecture, policy):
-    model = tiny_model(architecture)
-    for ids, mask in [(tokens(1, 60), None), padded_batch()]:
-        plain = generate(model, ids, mask, steps=40)
+    model = shared_model(architecture)
+    for (ids, mask), plain in zip([(tokens(1, 60), None), padded_batch()], plain_tokens(architecture), strict=True):
         with kvbench.attach(model, policy=policy, budget=1.0, options=options_of(policy)):
             ours = generate(model, ids, mask, steps=40)
         assert torch.equal(plain, ours)
@@ -71,9 +80,9 @@ def test_a_model_of_sliding_windows_only_is_refused_by_name():
         generate(model, tokens(1, 60))
 
 
-@pytest.mark.parametrize("policy", budgeted_policies())
+@pytest.mark.parametrize("policy", matrix_policies())
 def test_a_padded_batch_gives_the_tokens_of_its_rows_alone(policy):
-    model = tiny_model()
+    model = shared_model()
     ids, mask = padded_batch()
     with kvbench.attach(model, policy=policy, budget=24, options=options_of(policy)):
         together = generate(model, ids, mask, steps=30)
@@ -81,9 +90,9 @@ def test_a_padded_batch_gives_the_tokens_of_its_rows_alone(policy):
     assert torch.equal(together, torch.cat(alone))
 
 
-@pytest.mark.parametrize("policy", ["full", *budgeted_policies()])
+@pytest.mark.parametrize("policy", ["full", *matrix_policies()])
 def test_a_prompt_in_chunks_gives_the_tokens_of_a_prompt_in_one_call(policy):
-    model, ids = tiny_model(), tokens(2, 70)
+    model, ids = shared_model(), tokens(2, 70)
     budget = None if policy == "full" else 24
     with kvbench.attach(model, policy=policy, budget=budget, options=options_of(policy)):
         whole = generate(model, ids)

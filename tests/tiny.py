@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+@functools.cache
+def shared_model(architecture: str = "llama") -> Any:
+    """The tiny model of an architecture, for tests that leave it as it is."""
+    return tiny_model(architecture)
+
+
 def tiny_model(architecture: str = "llama", seed: int = 0, **changes: Any) -> Any:
     """A random model whose attention is peaked enough for tokens to differ when attention does."""
     config_class, model_class, extra = ARCHITECTURES[architecture]
@@ -71,6 +78,19 @@ def small_options(policy: type[Any]) -> dict[str, Any]:
 def budgeted_policies() -> list[str]:
     """Every registered policy that takes a budget, so that none is forgotten in the tests that hold for all."""
     return sorted(name for name, policy in registry().classes["policy"].items() if policy.takes_budget)
+
+
+def matrix_policies() -> list[str]:
+    """The policies of the tests that hold for all of them, with one index policy of each kind.
+
+    All index policies are one class with another index, and every index has tests of its own: an exact one, one of
+    clusters and one of a graph that the prompt's queries train go through every way that the class has.
+    """
+    classes = registry().classes["policy"]
+    return [name for name in budgeted_policies() if not hasattr(classes[name], "index") or name in INDEX_KINDS]
+
+
+INDEX_KINDS = ("flat", "ivf", "retrieval")
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from kvbench.cli.common import Device, Dtype, Json, Model, app, interruptible, load_registry, out, pairs
 from kvbench.cli.run import policy_options
@@ -70,6 +71,8 @@ def _table(reports: list[Report], title: str) -> Table:
         name = "the model" if report.policy is None else report.policy
         for number, each in enumerate(report.checks):
             first = f"{name} ({report.seconds:.1f} s)" if number == 0 else ""
-            result = f"[{COLOURS[each.status]}]{each.status}[/]"
-            table.add_row(first, each.name, result, each.detail, end_section=number == len(report.checks) - 1)
+            result = Text(each.status, style=COLOURS[each.status])
+            table.add_row(
+                first, Text(each.name), result, Text(each.detail), end_section=number == len(report.checks) - 1
+            )
     return table

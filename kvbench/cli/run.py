@@ -50,11 +50,12 @@ def run(
         int, typer.Option(min=1, help="Generate so many examples at once; the probed ones run alone.")
     ] = 1,
     share_prefill: Annotated[
-        bool,
-        typer.Option(
-            "--share-prefill", help="Compute each prompt once for all policies; their peak memory is then not measured."
-        ),
-    ] = False,
+        bool | None,
+        typer.Option(help="Compute each prompt once for all policies and probes. [default: yes, but not in batches]"),
+    ] = None,
+    dense_layers: Annotated[
+        int, typer.Option(min=0, help="First layers that attend to everything, beyond the budget, in every policy.")
+    ] = 0,
     recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
     probe_examples: Annotated[
         int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
@@ -118,7 +119,7 @@ def run(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
             prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probe or ()),
-            batch_size=batch_size, share_prefill=share_prefill,
+            batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
         )
         for name in names
     ]  # fmt: skip

@@ -8,8 +8,9 @@ runs uncaptured on the CPU.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,13 @@ class Clock:
     """What the steps of all layers share.
 
     `positions`, int32 [B] on the model's device: each row's tokens before the step's own, so its token's id; the engine
-    counts on after every step. `new_tokens`: how many steps there will be at most.
+    counts on after every step. `new_tokens`: how many steps there will be at most. `shared`: a step of the first layer
+    may compute here what the further layers' steps read.
     """
 
     positions: Tensor
     new_tokens: int
+    shared: dict[Hashable, Any] = field(default_factory=dict, compare=False)
 
     @property
     def batch(self) -> int:
@@ -49,6 +52,12 @@ class FixedStep(ABC):
     @abstractmethod
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Take in the step's `keys` and `values` [B, G, 1, d] and attend: output [B, H, 1, d] in the queries' dtype."""
+
+    def between(self, taken: int) -> None:  # noqa: B027 - most steps leave nothing to do
+        """Do what can't be part of a captured step, before the step that is the `taken`-th, counted from 1.
+
+        Called uncaptured, after the steps before; the step's tensors keep their places.
+        """
 
     @abstractmethod
     def bytes(self) -> dict[str, int]:

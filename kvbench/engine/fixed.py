@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvbench.contract.budget import LayerBudget
+from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.storage import KVStore
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
@@ -66,16 +69,20 @@ class FixedDecoder:
     `tokens` [B, 1] is what the next step reads and `logits` [B, V] what the last one gave, both always in one place.
     """
 
-    def __init__(self, governor: Governor, steps: dict[int, FixedStep], clock: Clock, others: int) -> None:
+    def __init__(
+        self, governor: Governor, steps: dict[int, FixedStep], clock: Clock, tokens: Tensor, others: int
+    ) -> None:
         self._governor, self._steps, self._clock = governor, steps, clock
         self.cache = FixedCache(others)
         device = clock.positions.device
-        self.tokens = torch.zeros(clock.batch, 1, dtype=torch.int64, device=device)
+        # the warm-up before a capture must take the true first step, which is then repeated
+        self.tokens = tokens.to(device, torch.int64)[:, None].clone()
         self._position_ids = clock.positions.long()[:, None].clone()
         vocabulary = governor.model.get_output_embeddings().weight.shape[0]
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
+        self._between = [step for step in steps.values() if type(step).between is not FixedStep.between]
         self._compiled: Any = None
         self.mode: Mode = "fixed"
 
@@ -118,6 +125,8 @@ class FixedDecoder:
         """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
         assert self._taken < self._clock.new_tokens, "more steps than there is room for"
         self._taken += 1
+        for step in self._between:
+            step.between(self._taken)
         if self._graph is not None:
             self._graph.replay()
         else:
@@ -156,8 +165,8 @@ def weight_bytes(model: Any) -> int:
     return sum(seen.values())
 
 
-def fixed_decoder(governor: Governor, cache: PolicyCache, new_tokens: int) -> FixedDecoder | str:
-    """Make the decoder that takes over a batch's cache after its prompt, or say in words why there is none.
+def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int) -> FixedDecoder | str:
+    """Make the decoder that takes over a batch's cache after its prompt and reads `tokens` [B], or say why not.
 
     The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
     """
@@ -180,7 +189,24 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, new_tokens: int) -> Fi
             assert not steps, "a policy has fixed steps in some layers only"
             return f"policy '{governor.policy.name}' has no step of fixed shapes"
         steps[cached.number] = step
-    return FixedDecoder(governor, steps, clock, len(cache.layers))
+    for number in cache.dense:
+        steps[number] = GrowingStep([_dense_part(cache, number)], clock, left_padding(cache.mask))
+    return FixedDecoder(governor, steps, clock, tokens, len(cache.layers))
+
+
+def _dense_part(cache: PolicyCache, number: int) -> Part:
+    """What a full-attention layer that the policy leaves exact holds of all rows, taken out of its cache."""
+    held, called = cache.layers[number], cache.dense[number]
+    assert called is not None
+    keys, values = held.keys, held.values
+    rows, groups, tokens, dim = keys.shape
+    layer = Layer(
+        index=0, count=1, number=number, heads=called.heads, kv_heads=groups, head_dim=dim, scaling=called.scaling,
+        rows=rows, store=KVStore(keys, values), budget=LayerBudget(tokens, covers_all=True), static=(0, 0),
+        prompt_tokens=tokens, module=called.module,
+    )  # fmt: skip
+    held.keys, held.values = keys[:, :, :0].clone(), values[:, :, :0].clone()
+    return Part(layer)
 
 
 def _unfit(governor: Governor, cache: PolicyCache) -> str:
@@ -188,7 +214,10 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     kinds = [str(rope.get("rope_type", ""))] if isinstance(rope, dict) else []
     if governor.probes:
         return "probes look at every step"
-    if not cache.governed or any(not isinstance(layer, PolicyCacheLayer) for layer in cache.layers):
+    if not cache.governed or any(
+        not isinstance(layer, PolicyCacheLayer) and number not in cache.dense
+        for number, layer in enumerate(cache.layers)
+    ):
         return "some layers keep a cache of their own"
     if any(kind in _BY_LENGTH for kind in kinds):
         return f"the rotary embedding '{kinds[0]}' changes with the length"

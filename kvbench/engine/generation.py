@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.fixed import FixedDecoder, Mode
-from kvbench.engine.prefill import check_parts, check_prompts, forward, input_device, pad
+from kvbench.engine.prefill import PromptRecorder, check_parts, check_prompts, forward, input_device, pad
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
 
@@ -86,28 +86,33 @@ def generate_batch(
     stop: Collection[int] = (),
     prefill_chunk: int | None = None,
     prefilled: Prefill | None = None,
+    border: int | None = None,
+    recorder: PromptRecorder | None = None,
     decoding: Decoding = "auto",
 ) -> list[Generation]:
     """Generate after several prompts at once, each up to its own number of tokens; see `generate`.
 
-    `prompt_tokens` is for a single prompt. Rows that ended go on unseen until the last one ends.
+    `prompt_tokens` is for a single prompt, and so are `border`, the first tokens that are a pass of their own, as in
+    `prefill`, and `recorder`, one of the session's probes, which notes the prompt for others; its time is left out.
+    Rows that ended go on unseen until the last one ends.
     """
     check_prompts(session.model, prompts, max_new_tokens)
     check_parts(prefill_chunk, prompt_tokens, len(prompts[0]))
     if prompt_tokens is not None and len(prompts) > 1:
         raise KVBenchError("prompt_tokens is for a single prompt: only that can end before its question.")
+    assert (border, recorder) == (None, None) or len(prompts) == 1, "only a single prompt can be recorded"
     if not session.policy.cached:
         pairs = zip(prompts, max_new_tokens, strict=True)
         return [_generate_uncached(session, prompt, limit, stop) for prompt, limit in pairs]
     ids, mask = pad(prompts, input_device(session.model))
-    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled)
+    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder)
     assert session.cache is not None
     found = logits.argmax(-1)
     tokens: list[list[int]] = [[] for _ in prompts]
     step_s: list[list[float]] = [[] for _ in prompts]
     going = {row for row, limit in enumerate(max_new_tokens) if limit}
     extra: dict[str, Any] = {}
-    decoder = _decoder(session, decoding, max(max_new_tokens) - 1)
+    decoder = _decoder(session, decoding, found, max(max_new_tokens) - 1)
     while going:
         for row, token in enumerate(found.tolist()):
             if row in going and token not in stop:
@@ -140,13 +145,14 @@ def generate_batch(
     held = {tier: size // len(prompts) for tier, size in whole.items()}
     mode = decoder.mode if isinstance(decoder, FixedDecoder) else "eager"
     reason = "" if isinstance(decoder, FixedDecoder) else decoder
+    index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
     return [
-        Generation(mine, prefill_s, session.cache.index_s, steps, held, mode, reason)
+        Generation(mine, prefill_s, index_s, steps, held, mode, reason)
         for mine, steps in zip(tokens, step_s, strict=True)
     ]
 
 
-def _decoder(session: Session, decoding: Decoding, new_tokens: int) -> FixedDecoder | str:
+def _decoder(session: Session, decoding: Decoding, tokens: Tensor, new_tokens: int) -> FixedDecoder | str:
     """The decoder for steps of fixed shapes, or why steps run hook by hook."""
     on_gpu = session.model.device.type == "cuda"
     if decoding == "eager" or (decoding == "auto" and not on_gpu) or new_tokens < 1:
@@ -155,7 +161,7 @@ def _decoder(session: Session, decoding: Decoding, new_tokens: int) -> FixedDeco
         raise KVBenchError(
             f"A CUDA graph needs a GPU, and the model is on {session.model.device}: use another decoding."
         )
-    found = session.fixed(new_tokens, graph=on_gpu and decoding != "fixed")
+    found = session.fixed(tokens, new_tokens, graph=on_gpu and decoding != "fixed")
     if isinstance(found, str) and decoding != "auto":
         raise KVBenchError(f"Policy '{session.policy.name}' cannot decode in fixed steps here: {found}.")
     return found
@@ -163,7 +169,7 @@ def _decoder(session: Session, decoding: Decoding, new_tokens: int) -> FixedDeco
 
 def _prompt(
     session: Session, ids: Tensor, mask: Tensor | None, prompt_tokens: int | None, chunk: int | None,
-    prefilled: Prefill | None,
+    prefilled: Prefill | None, border: int | None, recorder: PromptRecorder | None,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Let the policy take over the prompt and the question follow; the last logits [B, V] and the prefill's seconds."""
     whole = ids.shape[1]
@@ -172,10 +178,18 @@ def _prompt(
     began = session.now()
     if prefilled is None:
         # exact attention is the same on either side of the border, so `full` needs none
+        first = min(border or tokens, tokens)
+        prompt, prompt_mask = ids[:, :tokens], None if mask is None else mask[:, :tokens]
         with session.prompt_of(tokens):
-            logits = forward(session, ids[:, :tokens], None if mask is None else mask[:, :tokens], 0, chunk)
+            logits = forward(session, prompt[:, :first], prompt_mask, 0, chunk)
+            if first < tokens:
+                logits = forward(session, prompt, prompt_mask, first, chunk)
         assert session.cache is not None
         earlier = -session.cache.index_s
+        if recorder is not None:
+            earlier += session.now() - began
+            recorder.finish(session, prompt, first, logits, earlier)
+            began = session.now()
     else:
         tokens = prefilled.ids.shape[1]
         session.resume(prefilled)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import time
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -13,8 +15,9 @@ from torch import Tensor
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.probe import Probe
 from kvbench.engine.cache import PolicyCacheLayer
-from kvbench.engine.prompt import Prefill, PrefilledLayer
+from kvbench.engine.prompt import Prefill, PrefilledLayers
 from kvbench.engine.session import Session
 
 
@@ -29,11 +32,76 @@ class _Recorder(KVCachePolicy):
     def __init__(self, window: int | None) -> None:
         super().__init__()
         self.query_window = window
-        self.layers: dict[int, PrefilledLayer] = {}
+        self.layers = PrefilledLayers()
+        self.seconds = 0.0
+        """What noting took."""
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Note the vectors."""
-        self.layers[layer.number] = PrefilledLayer(keys, values, queries, layer.module, layer.scaling)
+        began = time.perf_counter()
+        self.layers.note(layer, queries, keys, values)
+        self.seconds += time.perf_counter() - began
+
+
+class PromptRecorder(Probe):
+    """Notes what each layer made of the prompt while a policy generates, so that others need no pass of their own.
+
+    Nothing it keeps takes memory, and what it takes is in `seconds`, so the policy's own figures stay true. Only where
+    the session keeps the queries that are wanted anyway: see `can_record`.
+    """
+
+    name = "prompt"
+    summary = "What each layer made of the prompt, for other policies."
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.layers = PrefilledLayers()
+        self.seconds = 0.0
+        self.prompt: Prefill | None = None
+        self._window = window
+
+    def query_window(self, number: int) -> int | None:
+        """As many queries as the policies need that take over the prompt."""
+        return self._window
+
+    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> Generator[None, Any, Any]:
+        """Note the vectors before the policy evicts any."""
+        began = time.perf_counter()
+        seen = keys.new_empty(layer.rows, layer.heads, 0, layer.head_dim)
+        if layer.prompt_queries is not None:
+            seen = layer.prompt_queries
+            seen = seen if self._window is None else seen[:, :, max(seen.shape[2] - self._window, 0) :]
+        self.layers.note(layer, seen, keys, values)
+        self.seconds += time.perf_counter() - began
+        return (yield)
+
+    def finish(self, session: Session, ids: Tensor, border: int, logits: Tensor, seconds: float) -> None:
+        """Note the prompt `ids` [B, n], its `logits` [B, V] and the `seconds` of its pass, and leave the session."""
+        session.drop(self)
+        others = copy.deepcopy(_ungoverned(session))
+        self.prompt = Prefill(ids, None, border, self.layers, others, logits, seconds)
+
+    def result(self) -> dict[str, float | None]:
+        """Nothing: it measures nothing."""
+        return {}
+
+
+def can_record(session: Session, window: int | None, chunk: int | None) -> bool:
+    """Whether recording a pass of this session takes no memory: its last `window` queries need not be kept for it.
+
+    Layers that the policy leaves exact are not shown to probes, so a pass with any is not recorded.
+    """
+    if session.dense:
+        return False
+    own = session.query_window(0)
+    enough = own is None or (window is not None and window <= own)
+    return enough or not (session.defers or chunk)
+
+
+def _ungoverned(session: Session) -> dict[int, Any]:
+    assert session.cache is not None
+    layers = enumerate(session.cache.layers)
+    return {number: layer for number, layer in layers if not isinstance(layer, PolicyCacheLayer)}
 
 
 @torch.inference_mode()
@@ -59,7 +127,7 @@ def prefill(
     whole = ids.shape[1]
     border = whole if mask is not None or len(ids) > 1 or not context else min(context, whole)
     window = query_window if query_window is None else query_window + whole - border
-    common = border if before is not None and _reusable(before, ids, border, window) else 0
+    common = border if before is not None and _is_reusable(before, ids, border, window) else 0
     if before is not None and common == whole:
         return replace(before, reused=whole)
     recorder = _Recorder(window)
@@ -71,24 +139,27 @@ def prefill(
             logits = forward(session, ids[:, :border], mask, 0, chunk)
         if border < whole:
             logits = forward(session, ids, mask, border, chunk)
-        seconds = session.now() - start
-        assert session.cache is not None
-        others = {
-            number: layer
-            for number, layer in enumerate(session.cache.layers)
-            if not isinstance(layer, PolicyCacheLayer)
-        }
+        seconds = session.now() - start - recorder.seconds
+        others = _ungoverned(session)
     return Prefill(ids, mask, border, recorder.layers, others, logits, seconds, common)
 
 
-def _reusable(before: Prefill, ids: Tensor, border: int, window: int | None) -> bool:
+def reusable(before: Prefill, prompt: Sequence[int], context: int | None, query_window: int | None) -> bool:
+    """Whether `prefill` would take the first `context` tokens of a prompt from `before`."""
+    ids = torch.tensor([list(prompt)], device=before.ids.device)
+    border = min(context or ids.shape[1], ids.shape[1])
+    window = query_window if query_window is None else query_window + ids.shape[1] - border
+    return _is_reusable(before, ids, border, window)
+
+
+def _is_reusable(before: Prefill, ids: Tensor, border: int, window: int | None) -> bool:
     if before.border != border or len(before.ids) > 1 or not torch.equal(before.ids[:, :border], ids[:, :border]):
         return False
     if before.others and border < before.ids.shape[1]:
         return False  # a sliding window's cache cannot go back
     beyond = before.ids.shape[1] - border
     wanted = border if window is None else min(window - (ids.shape[1] - border), border)
-    return all(layer.queries.shape[2] - beyond >= wanted for layer in before.layers.values())
+    return not before.layers or before.layers.queries - beyond >= wanted
 
 
 def forward(session: Session, ids: Tensor, mask: Tensor | None, start: int, chunk: int | None = None) -> Tensor:

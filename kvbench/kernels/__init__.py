@@ -6,12 +6,14 @@ each can be captured in a CUDA graph. B is the batch, H query heads, G key/value
 
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
+from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
+from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Segment",
     "attend",
     "attend_kivi",
+    "attention_weights",
     "compiled",
     "decode",
     "gather",
@@ -28,7 +31,9 @@ __all__ = [
     "page_scores",
     "pq_scores",
     "ragged",
+    "replace_worst",
     "scores",
+    "select_top",
     "settle_kivi",
     "update_bounds",
     "using",

@@ -1,4 +1,4 @@
-"""The best scores of each row, as many as the device says, by a search for the threshold bit by bit."""
+"""The best scores of each row, as many as the device says, by a search for the threshold eight bits at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ except ImportError:
     tl = None
 
 IN_REGISTERS = 16384
-"""Most scores of a row that one program holds in registers; longer rows are read again for every bit."""
+"""Most scores of a row that one program holds in registers; longer rows are read again five times."""
+LONGEST = 2**21 - 1
+"""Most scores of a row."""
 
 
 @jit
@@ -25,10 +27,21 @@ def _ordered(x: tl.tensor) -> tl.tensor:
 
 
 @jit
+def _counts(x: tl.tensor, prefix: tl.tensor, shift: tl.constexpr, first: tl.constexpr) -> tl.tensor:
+    """How often each value of the eight bits at `shift` occurs among the scores whose higher bits are `prefix`."""
+    key = _ordered(x)
+    digit = ((key >> shift) & 255).to(tl.int32)
+    counted = x > float("-inf")
+    if not first:
+        counted = counted & ((key >> (shift + 8)) == prefix)
+    return tl.histogram(tl.where(counted, digit, 256), 512)
+
+
+@jit
 def _select(
-    scores: tl.tensor, counts: tl.tensor, ids: tl.tensor, n: int, k: int,
+    scores: tl.tensor, counts: tl.tensor, also: tl.tensor, ids: tl.tensor, n: int, k: int, columns: int,
     sb: int, sh: int, cb: int, ch: int, heads: int,
-    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr,
+    BLOCK: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, ALSO: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0)
     b, h = row // heads, row % heads
@@ -43,15 +56,22 @@ def _select(
         there += tl.sum((x > float("-inf")).to(tl.int32), 0)
     want = tl.maximum(tl.minimum(count, there), 0)
     key = _ordered(first)
+    bins = tl.arange(0, 512)
     threshold = tl.zeros((), tl.uint32)
-    for step in range(32):
-        candidate = threshold | (tl.full((), 0x80000000, tl.uint32) >> step)
-        found = tl.sum((key >= candidate).to(tl.int32), 0)
+    left = want
+    for step in tl.static_range(4):  # eight bits at a time, the highest first
+        shift: tl.constexpr = 24 - 8 * step
+        counts_of = _counts(first, threshold, shift, step == 0)
         for chunk in range(1, CHUNKS):
             at = chunk * BLOCK + place
             x = tl.load(source + at, mask=at < n, other=float("-inf"))
-            found += tl.sum((_ordered(x) >= candidate).to(tl.int32), 0)
-        threshold = tl.where(found >= want, candidate, threshold)
+            counts_of += _counts(x, threshold, shift, step == 0)
+        counts_of = tl.where(bins < 256, counts_of, 0)
+        below = tl.cumsum(counts_of, 0)
+        at_least = tl.sum(counts_of, 0) - below + counts_of
+        digit = tl.max(tl.where((at_least >= left) & (bins < 256), bins, 0), 0)
+        left -= tl.sum(tl.where(bins == digit, at_least - counts_of, 0), 0)
+        threshold = (threshold << 8) | digit.to(tl.uint32)
     above = tl.sum((key > threshold).to(tl.int32), 0)
     for chunk in range(1, CHUNKS):
         at = chunk * BLOCK + place
@@ -67,36 +87,49 @@ def _select(
         rank = tl.cumsum(tie.to(tl.int32), 0)
         chosen = (x > float("-inf")) & ((own > threshold) | (tie & (rank <= ties_left))) & (want > 0)
         slot = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
-        tl.store(ids + row.to(tl.int64) * k + slot, at.to(tl.int32), mask=chosen & (slot < k))
+        stored = tl.where(chosen, slot, k) < k
+        tl.store(ids + row.to(tl.int64) * columns + slot, at.to(tl.int32), mask=stored)
         written += tl.sum(chosen.to(tl.int32), 0)
         ties_left -= tl.sum(tie.to(tl.int32), 0)
     rest = tl.arange(0, K)
-    tl.store(ids + row.to(tl.int64) * k + rest, tl.full((K,), -1, tl.int32), mask=(rest >= want) & (rest < k))
+    free = tl.where(rest >= want, rest, k) < k
+    tl.store(ids + row.to(tl.int64) * columns + rest, tl.full((K,), -1, tl.int32), mask=free)
+    if ALSO:
+        tl.store(ids + row.to(tl.int64) * columns + k, tl.load(also + b).to(tl.int32))
 
 
-def select_top(scores: Tensor, counts: Tensor, k: int, *, output: Tensor | None = None) -> Tensor:
+def select_top(
+    scores: Tensor, counts: Tensor, k: int, *, also: Tensor | None = None, output: Tensor | None = None
+) -> Tensor:
     """Ids of the best `counts` of each row of `scores` [B, H, n], int32 [B, H, k], ascending, −1 behind them.
 
     `counts`, int32 [B] or [B, H] on the device, are at most `k`; scores of −∞ are never chosen; of equal scores the
-    lower ids are. Written to `output` where given. Raises KVBenchError for other shapes or types.
+    lower ids are. `also`, int32 [B], is an id for all of a row's heads that is put behind: [B, H, k + 1]. Written to
+    `output` where given. Raises KVBenchError for other shapes or types.
     """
-    if scores.dim() != 3 or scores.dtype != torch.float32 or scores.stride(2) != 1:
-        raise KVBenchError(f"scores {list(scores.shape)} of {scores.dtype} are not contiguous float32 [B, H, n].")
-    batch, heads, n = scores.shape
-    if k < 1 or tuple(counts.shape) not in ((batch,), (batch, heads)):
+    if scores.dim() != 3 or scores.dtype != torch.float32 or scores.stride(2) != 1 or scores.shape[2] > LONGEST:
         raise KVBenchError(
-            f"k is {k} and counts are {list(counts.shape)}: at least 1, [{batch}] or [{batch}, {heads}]."
+            f"scores {list(scores.shape)} of {scores.dtype} are not contiguous float32 [B, H, n], n up to {LONGEST}."
+        )
+    batch, heads, n = scores.shape
+    if k < 1 or tuple(counts.shape) not in ((batch,), (batch, heads)) or (also is not None and also.shape != (batch,)):
+        raise KVBenchError(
+            f"k is {k} and counts are {list(counts.shape)}: at least 1, [{batch}] or [{batch}, {heads}] are expected."
         )
     counts = (counts if counts.dim() == 2 else counts[:, None]).expand(batch, heads)
-    ids = empty_or(output, (batch, heads, k), torch.int32, scores.device)
+    columns = k + (also is not None)
+    ids = empty_or(output, (batch, heads, columns), torch.int32, scores.device)
     if not compiled(scores):
-        ids.copy_(_twin(scores, counts, k))
+        ids[..., :k] = _twin(scores, counts, k)
+        if also is not None:
+            ids[..., k] = also[:, None]
         return ids
     block = max(min(next_power_of_2(n), IN_REGISTERS), 16)
     with device_of(scores):
         _select[(batch * heads,)](
-            scores, counts, ids, n, k, scores.stride(0), scores.stride(1), *counts.stride(), heads,
-            block, -(-n // block), next_power_of_2(k), num_warps=8 if block >= 4096 else 4,
+            scores, counts, counts if also is None else also, ids, n, k, columns,
+            scores.stride(0), scores.stride(1), *counts.stride(), heads,
+            block, -(-n // block), next_power_of_2(k), also is not None, num_warps=8 if block >= 4096 else 4,
         )  # fmt: skip
     return ids
 

@@ -14,7 +14,7 @@ from kvbench.runs.results import RunConfig
 FLAGS = {
     "model": "--model", "task": "--task", "context_length": "--context-length", "examples": "--examples",
     "seed": "--seed", "question": "--question", "prefill_chunk": "--prefill-chunk", "recall_k": "--recall-k",
-    "probe_examples": "--probe-examples", "batch_size": "--batch-size", "share_prefill": "--share-prefill",
+    "probe_examples": "--probe-examples", "batch_size": "--batch-size", "dense_layers": "--dense-layers",
     "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
 """Options of `kvbench run`, by the field of the configuration that they set as it is."""
@@ -37,6 +37,8 @@ def run_command(config: Mapping[str, Any], output: Path | None = None, *, probes
         value, field = config[key], RunConfig.model_fields[key]
         if value is not None and value != field.default:
             words += [flag] if value is True else [flag, _text(value)]
+    if config["share_prefill"] != (config["batch_size"] == 1):
+        words.append("--share-prefill" if config["share_prefill"] else "--no-share-prefill")
     words += _pairs("--task-option", "task", config["task"], config["task_options"])
     for probe in dict.fromkeys((*config["probes"], *probes)):
         words += ["--probe", probe]

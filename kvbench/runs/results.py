@@ -73,6 +73,8 @@ class RunConfig(BaseModel):
     """Probes beyond the standard ones."""
     batch_size: int = Field(1, ge=1, le=LARGEST)
     share_prefill: bool = False
+    dense_layers: int = Field(0, ge=0, le=LARGEST)
+    """First full-attention layers that keep everything and attend to it, whatever the policy; beyond the budget."""
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
 

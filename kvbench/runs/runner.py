@@ -22,10 +22,9 @@ from kvbench.engine.attach import attach
 from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
-from kvbench.engine.governor import check_head_budgets, token_bytes
-from kvbench.engine.prefill import prefill
+from kvbench.engine.governor import check_head_budgets, chosen_layers, token_bytes
+from kvbench.engine.prefill import PromptRecorder, prefill
 from kvbench.engine.prompt import Prefill
-from kvbench.engine.session import Session
 from kvbench.engine.validation import check_hooks
 from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context
@@ -33,14 +32,22 @@ from kvbench.plugins import registry
 from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, method, release
 from kvbench.runs.results import Run, RunConfig, environment, processor
+from kvbench.runs.sharing import (
+    STANDARD_PROBES,
+    SharedPrompt,
+    is_probed,
+    probe_passes,
+    prompt_of,
+    prompt_tokens,
+    session_of,
+)
 from kvbench.runs.traces import write_trace
-from kvbench.tasks.prompts import encode, prompt_length
+from kvbench.tasks.prompts import prompt_length
 
 EXACT_BYTES = 2**30
 """Most memory for the exact logits of earlier examples."""
 WARM_UP_TOKENS = 20
 """Tokens generated before measuring: enough for a policy that takes up new tokens by sixteen to do so once."""
-STANDARD_PROBES = ("recall", "recovery", "density", "output_error")
 
 
 _PREFIX_LEFT_OUT = {"prefix_left_out": "the chat template opens a thinking block"}
@@ -76,7 +83,9 @@ class Request:
     probe_examples: int = 1
     probes: tuple[str, ...] = ()
     batch_size: int = 1
-    share_prefill: bool = False
+    dense_layers: int = 0
+    share_prefill: bool | None = None
+    """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
 
 
 @validating(lambda reason: f"There is no such run ({reason}): change that value.")
@@ -89,26 +98,31 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     options = found.options("policy", request.policy, request.policy_options)
     task_options = found.options("task", request.task, request.task_options)
     budget = request.budget if policy.takes_budget else None
-    share_prefill = request.share_prefill and policy.cached
+    task: AnyTask = found.find("task", request.task)(task_options)
+    forced = isinstance(task, ForcedTask)
+    if forced and (request.batch_size > 1 or request.share_prefill):
+        raise KVBenchError(
+            f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
+            "and prompts unshared."
+        )
+    wanted = request.batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
+    share_prefill = wanted and policy.cached
     if budget is not None:
         allocator = found.make("budget", budget.allocator, budget.options)
         check_head_budgets(policy, allocator)
         share_prefill = share_prefill and not allocator.reads_hidden
         budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
-        _check_size(
-            policy(options), request.context_length, budget.size(request.context_length, token_bytes(loaded.model))
-        )
+    own = policy(options)
+    dense_layers = 0 if policy.exact or not policy.cached else request.dense_layers
+    layers = len(chosen_layers(loaded.model, own, dense_layers)) if policy.cached else 0
+    if budget is not None:
+        size = budget.size(request.context_length, token_bytes(loaded.model, layers))
+        _check_size(own, request.context_length, size)
     check_context(loaded, request.context_length)
     if request.batch_size > 1 and request.question == "agnostic":
         raise KVBenchError(
             f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
             "aware, or --batch-size 1."
-        )
-    task: AnyTask = found.find("task", request.task)(task_options)
-    if isinstance(task, ForcedTask) and (request.batch_size > 1 or share_prefill):
-        raise KVBenchError(
-            f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
-            "and prompts unshared."
         )
     return RunConfig(
         model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
@@ -118,7 +132,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill, plugins=_plugins(request, budget),
+        batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+        plugins=_plugins(request, budget),
     )  # fmt: skip
 
 
@@ -178,7 +193,7 @@ def execute(
 ) -> list[Run]:  # fmt: skip
     """Run configurations, or what is left of them, and return their completed folders.
 
-    One after the other; those that share a prefill go over the examples together. A run that fails leaves the others
+    One after the other; those that share prompts go over the examples together. A run that fails leaves the others
     alone and is told to `failed`; without it, the first failure is raised and ends them all.
     """
     runs = []
@@ -191,13 +206,19 @@ def execute(
         if run.status == "complete":
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
-            together.setdefault("" if run.config.share_prefill else run.config.hash, []).append(run)
+            together.setdefault(_alike(run.config), []).append(run)
     proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed)
     for group in together.values():
         proven = [run for run in group if run.config.hash in proofs]
         if proven:
             _execute(proven, loaded, progress, proofs, failed)
     return [run for run in runs if run.status == "complete"]
+
+
+def _alike(config: RunConfig) -> str:
+    """The same for configurations that share prompts and differ in policy and budget alone."""
+    own: dict[str, Any] = {"policy": "", "policy_options": {}, "budget": None, "plugins": {}}
+    return config.model_copy(update=own).hash if config.share_prefill else config.hash
 
 
 def _prove(
@@ -240,21 +261,23 @@ def _execute(
                     report.require()
                 progress(run.config.policy, len(run.rows), run.config.examples, "")
         if any(len(run.rows) < run.config.examples for run in group.runs):
+            prompts: dict[int, Prefill] = {}
             for run in group.runs:
                 with group.alone(run):
-                    _warm_up(run.config, loaded)
+                    _warm_up(run.config, loaded, prompts)
+            prompts.clear()
         with group.together():
             task: AnyTask = registry().make("task", shared.task, shared.task_options)
             before: Prefill | None = None
             for batch in _batches(_examples(task, shared, loaded), shared, loaded):
                 ids = {example.id for example in batch}
                 missing = [run for run in group.runs if not ids <= {row["id"] for row in run.rows}]
-                if missing and shared.share_prefill:
-                    before = _prefill(batch, missing, loaded, before)
-                for run in missing:
+                prompt = SharedPrompt(batch, missing, loaded, before) if missing and shared.share_prefill else None
+                for run in missing if prompt is None else prompt.order:
                     with group.alone(run):
-                        _extend(run, loaded, task, batch, before if shared.share_prefill else None)
+                        _extend(run, loaded, task, batch, prompt)
                         progress(run.config.policy, len(run.rows), run.config.examples, "")
+                before = None if prompt is None else prompt.latest
                 if not group.runs:
                     break
         for run in group.runs:
@@ -311,19 +334,19 @@ class _Group:
                     raise error from None
 
 
-def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None) -> None:
+def _extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prompt: SharedPrompt | None) -> None:
     """Add a batch's examples to a run; those that a stopped run had finished keep what they have."""
     config, there = run.config, {row["id"] for row in run.rows}
     single = not registry().find("policy", config.policy).batched
     for part in [[example] for example in batch] if single else [batch]:
         if all(example.id in there for example in part):
             continue
-        own = prefilled if len(part) == len(batch) else None
-        for example, row, answer in _measure(config, loaded, task, part, own):
+        shared = prompt if len(part) == len(batch) else None
+        for example, row, answer in _measure(config, loaded, task, part, shared):
             if example.id in there:
                 continue
-            if sum("probes" in other for other in run.rows) < config.probe_examples:
-                row |= _probe(run, loaded, task, example, answer)  # noqa: PLW2901
+            if is_probed(run):
+                row |= _probe(run, loaded, task, example, answer, shared)  # noqa: PLW2901
             run.append(row)
 
 
@@ -334,25 +357,6 @@ def _batches(examples: Iterator[AnyExample], config: RunConfig, loaded: LoadedMo
     rest = sorted(examples, key=lambda example: _length(loaded, example))
     for first in range(0, len(rest), config.batch_size):
         yield rest[first : first + config.batch_size]
-
-
-def _prefill(batch: list[AnyExample], runs: list[Run], loaded: LoadedModel, before: Prefill | None) -> Prefill:
-    """The exact pass over a batch's prompts, which all policies take over."""
-    prompts = [prompt_of(loaded, example) for example in batch]
-    windows = [_session(run.config, loaded).query_window(0) for run in runs]
-    known = [window for window in windows if window is not None]
-    return prefill(
-        loaded.model,
-        [prompt.input_ids[: _prompt_tokens(runs[0].config, prompt)] for prompt in prompts],
-        query_window=max(known, default=0) if len(known) == len(windows) else None,
-        chunk=runs[0].config.prefill_chunk,
-        context=prompts[0].context_tokens,
-        before=before,
-    )
-
-
-def _prompt_tokens(config: RunConfig, prompt: Prompt) -> int:
-    return len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
 
 
 def environment_of(loaded: LoadedModel) -> dict[str, Any]:
@@ -366,13 +370,6 @@ def _examples(task: AnyTask, config: RunConfig, loaded: LoadedModel) -> Iterator
     yield from task.examples(
         loaded.tokenizer, context_length=config.context_length, count=config.examples, seed=config.seed
     )
-
-
-def prompt_of(loaded: LoadedModel, example: AnyExample) -> Prompt:
-    """Give an example's prompt as token ids."""
-    if isinstance(example, TokenExample):
-        return Prompt(list(example.input_ids[: example.prompt_tokens]), example.prompt_tokens)
-    return encode(loaded.tokenizer, example)
 
 
 def _length(loaded: LoadedModel, example: AnyExample) -> int:
@@ -426,16 +423,25 @@ def _exact(config: RunConfig, loaded: LoadedModel, example: TokenExample) -> tor
 
 
 def _measure(
-    config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prefilled: Prefill | None
+    config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], shared: SharedPrompt | None
 ) -> Iterator[tuple[AnyExample, dict[str, Any], list[int]]]:
     """Generate a batch's answers, or predict given tokens, undisturbed; each example's row, and the answer's tokens."""
     prompts = [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
-    token = token_bytes(loaded.model)
+    policy = registry().make("policy", config.policy, config.policy_options)
+    layers = len(chosen_layers(loaded.model, policy, config.dense_layers)) if policy.cached else 0
+    governed = token_bytes(loaded.model, layers)
+    prefilled = recorder = None
+    if shared is not None and shared.is_own(config):
+        recorder = shared.recorder(config)
+    elif shared is not None:
+        prefilled = shared.prefill()
     release()
     with PeakMemory(loaded.device) as peak:
-        results = _generate(config, loaded, batch, [], prefilled)
+        results = _generate(config, loaded, batch, [], shared, prefilled, recorder)
+    if shared is not None and recorder is not None:
+        shared.take(recorder)
     for example, prompt, result in zip(batch, prompts, results, strict=True):
         prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
         row: dict[str, Any] = {
@@ -443,8 +449,8 @@ def _measure(
             **_scored(config, loaded, task, example, prediction, result),
             "prediction": prediction,
             "prompt_tokens": len(prompt.input_ids),
-            "budget_tokens": config.budget and config.budget.size(_prompt_tokens(config, prompt), token),
-            "token_bytes": token,
+            "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), governed),
+            "token_bytes": token_bytes(loaded.model),
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
             "index_s": result.index_s,
@@ -458,17 +464,17 @@ def _measure(
         yield example, row, result.tokens
 
 
-def _probe(run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int]) -> dict[str, Any]:
+def _probe(
+    run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int], shared: SharedPrompt | None
+) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
     config, prompt = run.config, prompt_of(loaded, example)
-    probes: list[Probe] = [
-        registry().make("probe", name, {"k": config.recall_k} if name == "recall" else {})
-        for name in (*STANDARD_PROBES, *config.probes)
-    ]
-    passes = [[probe for probe in probes if not probe.alone], *([probe] for probe in probes if probe.alone)]
+    passes = probe_passes(config)
+    probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
     for group in passes:
-        (again,) = _generate(config, loaded, [example], group)
+        prefilled = None if shared is None else shared.probed(config)
+        (again,) = _generate(config, loaded, [example], group, shared, prefilled)
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -489,11 +495,11 @@ def _probe(run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, an
 
 
 def _generate(
-    config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe],
-    prefilled: Prefill | None = None,
+    config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe], shared: SharedPrompt | None,
+    prefilled: Prefill | None = None, recorder: PromptRecorder | None = None,
 ) -> list[Generation]:  # fmt: skip
     prompts = [prompt_of(loaded, example) for example in batch]
-    session = _session(config, loaded, probes)
+    session = session_of(config, loaded, probes if recorder is None else [*probes, recorder])
     torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
     with session:
         if isinstance(batch[0], TokenExample):
@@ -505,28 +511,30 @@ def _generate(
             prompt_tokens=None if config.question == "aware" else prompts[0].context_tokens,
             max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
             stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
+            border=None if shared is None else shared.border, recorder=recorder,
         )  # fmt: skip
 
 
-def _session(config: RunConfig, loaded: LoadedModel, probes: Sequence[Probe] = ()) -> Session:
-    return attach(
-        loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes,
-        tokenizer=loaded.tokenizer,
-    )  # fmt: skip
+def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]) -> None:
+    """Compile and load what a first use compiles and loads, so that no example's time includes it.
 
-
-def _warm_up(config: RunConfig, loaded: LoadedModel) -> None:
-    """Compile and load what a first use compiles and loads, so that no example's time includes it."""
+    `prompts`, by length, are those of earlier calls, which runs that share prompts take over.
+    """
     policy = registry().make("policy", config.policy, config.policy_options)
     length = min(config.context_length, max(256, 2 * sum(policy.static_tokens(config.context_length))))
     # Not the whole prompt: a policy that is given all of it selects nothing, and would load half of its code later.
     least = sum(policy.static_tokens(length))
     part = {"tokens": None, "bytes": None, "ratio": (least + length) / 2 / length}
     budget = None if config.budget is None else config.budget.model_copy(update=part)
-    ids = [3 + i % 50 for i in range(length)]
     more = WARM_UP_TOKENS if loaded.max_context is None else min(WARM_UP_TOKENS, max(loaded.max_context - length, 0))
-    with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
-        generate(session, ids, prompt_tokens=length, max_new_tokens=more)
+    ids = [3 + i % 50 for i in range(length + max(more - 3, 0))]
+    if config.share_prefill and length not in prompts:
+        prompts[length] = prefill(loaded.model, [ids[:length]])
+    with attach(
+        loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer, dense_layers=config.dense_layers
+    ) as session:
+        # Most of the tokens in one call, which computes the model's other parts once for all of them.
+        generate(session, ids, prompt_tokens=length, max_new_tokens=min(more, 3), prefilled=prompts.get(length))
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:

@@ -1,10 +1,14 @@
 """A yardstick: the exact top-k of each query head, which no policy that attends to as many tokens can beat."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from kvbench.contract.attention import scores
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.strategies.selecting.aside import ScoreStep
 from kvbench.strategies.selecting.tiers import SelectingPolicy
 
 
@@ -30,3 +34,7 @@ class OracleTopK(SelectingPolicy):
         keys = layer.store.aside_keys
         best = scores(queries, keys, layer.scaling).topk(wanted, dim=-1).indices
         return Selection(best + layer.store.aside_start, evaluations=float(keys.shape[2]))
+
+    def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:
+        """Scores of all keys on the device."""
+        return ScoreStep(self, parts, clock)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.attend import attend
-from kvbench.contract.attention import Attention, weighted_sum
-from kvbench.contract.attention import scores as products
+from kvbench.contract.attention import Attention
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
-from kvbench.kernels.insert import insert
+from kvbench.kernels.attention import decode
+from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.steps import GrowingStep, HeldStep
 
 
@@ -127,30 +127,26 @@ class EvictionStep(HeldStep):
                 self._protected.device
             )
         super().__init__(parts, clock, 0, ("scores",))
-        self._scores = self.held.also["scores"].contiguous()
+        self._scores = self.held.also["scores"].float().contiguous()
         self._real = self.held.ids >= 0
-        # beyond a head's tokens stands what is never the worst and never attended to
-        self._mask = torch.zeros_like(self._scores).masked_fill_(~self._real, -torch.inf)
+        # what stands beyond a head's tokens is never the worst
         self.held.ids = self.held.ids.masked_fill(~self._real, torch.iinfo(torch.int32).max)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Evict the worst token, put the new one in its place and attend."""
         held, policy = self.held, self._policy
         scores, new = policy.step_scores(self._scores, held.keys, self._real, keys)
-        first = (self._positions + 1)[:, None, None] - self._protected[..., None]
-        worst = scores.masked_fill(held.ids >= first, torch.inf).argmin(-1, keepdim=True)
-        insert(held.keys, held.values, keys, values, worst.squeeze(-1))
-        held.ids.scatter_(-1, worst, self._positions[:, None, None].expand_as(worst))
-        self._scores.copy_(scores.scatter(-1, worst, new))
-        if not isinstance(policy, AttentionEviction):
-            return self.attend(queries)
-        logits = products(queries, held.keys, self.scaling) + self._mask.repeat_interleave(
-            queries.shape[1] // held.keys.shape[1], dim=1
+        if scores is not self._scores:
+            self._scores.copy_(scores)
+        replace_worst(
+            self._scores, new, held.ids, self._positions, self._protected, held.keys, held.values, keys, values
         )
-        weights = logits.softmax(-1)
-        grouped = weights.view(*held.keys.shape[:2], -1, weights.shape[-1])
-        self._scores.copy_(policy.updated(self._layer, self._scores, grouped))
-        return weighted_sum(weights, held.values).to(queries.dtype)
+        output, lse = decode(queries, held.keys, held.values, held.lengths, scaling=self.scaling, dtype=queries.dtype)
+        if isinstance(policy, AttentionEviction):
+            weights = attention_weights(queries, held.keys, lse, held.lengths, self.scaling)
+            grouped = weights.view(*held.keys.shape[:2], -1, weights.shape[-1])
+            self._scores.copy_(policy.updated(self._layer, self._scores, grouped))
+        return output
 
     def changed(self) -> Sequence[Tensor]:
         """Tokens, ids and scores."""

@@ -1,5 +1,6 @@
 """Retrieval policies: a vector index over offloaded keys answers each head's query, whatever the index."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -8,7 +9,10 @@ from torch import Tensor
 
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.base import Index
+from kvbench.indexes.flat import Flat
+from kvbench.strategies.selecting.aside import ScoreStep
 from kvbench.strategies.selecting.static_set import StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy
 
@@ -68,6 +72,14 @@ class IndexRetrieval(SelectingPolicy):
     def moves(self, layer: Layer, beyond: int) -> bool:
         """Every `insert_every` tokens."""
         return beyond >= int(self.options.insert_every)
+
+    def period(self, layer: Layer, most: int) -> int:
+        """As `insert_every` says, or sooner where the budget is tight."""
+        return super().period(layer, most) if self.options.insert_every else most + 1
+
+    def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """With exact search, which needs no structure: every key is read from the host at each step."""
+        return ScoreStep(self, parts, clock) if self.index is Flat else None
 
     def grow(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Insert the new keys into the index."""

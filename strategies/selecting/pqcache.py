@@ -1,5 +1,7 @@
 """PQCache (arXiv 2407.12820): find the best keys by product-quantised codes."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -8,7 +10,10 @@ from torch.nn import functional
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.kmeans import kmeans, nearest
+from kvbench.kernels.pq import pq_scores
+from kvbench.strategies.selecting.aside import TopStep
 from kvbench.strategies.selecting.static_set import StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy
 
@@ -73,3 +78,75 @@ class PQCache(SelectingPolicy):
         weights = logits.view(rows, groups, -1, share).softmax(2).sum(-1)
         best = weights.topk(wanted, dim=-1).indices
         return Selection(best + layer.store.aside_start, evaluations=float(weights.shape[2]))
+
+    def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:
+        """Look-ups of codes on the device; the keys and values stay on the host."""
+        return _PQStep(self, parts, clock)
+
+
+class _PQStep(TopStep):
+    per_head = False
+
+    def __init__(self, policy: PQCache, parts: Sequence[Part], clock: Clock) -> None:
+        states = [part.layer.state for part in parts]
+        super().__init__(policy, parts, clock)
+        groups, m, device = self.kv_heads, int(policy.options.subspaces), clock.positions.device
+        known, sub = max(state["centroids"].shape[1] for state in states), states[0]["centroids"].shape[2]
+        self._centroids = torch.zeros(self.batch, groups, m, known, sub, device=device)
+        # half of a centroid's squared length: beyond all where a row has fewer centroids
+        self._offset = torch.full((self.batch * groups * m, 1, known), torch.inf, device=device)
+        self._codes = torch.zeros(self.batch, groups, m, self.capacity, dtype=torch.uint8, device=device)
+        for part, state in zip(parts, states, strict=True):
+            rows = torch.arange(self.batch, device=device) if part.rows is None else part.rows.to(device)
+            centroids, codes = (state[name].view(len(rows), groups, m, *state[name].shape[1:])
+                                for name in ("centroids", "codes"))  # fmt: skip
+            self._centroids[rows, :, :, : centroids.shape[3]] = centroids
+            self._codes[rows, :, :, : codes.shape[3]] = codes
+            lengths = centroids.square().sum(-1) / 2
+            self._offset.view(self.batch, groups, m, known)[rows, :, :, : centroids.shape[3]] = lengths
+            state.clear()
+        # tokens of the window are coded as they come, with those that will be set aside
+        self._code(clock, parts)
+        self._places = torch.arange(self.capacity, device=device)
+
+    def _code(self, clock: Clock, parts: Sequence[Part]) -> None:
+        """Code the tokens of the window, which the prompt left there."""
+        for part in parts:
+            rows = torch.arange(self.batch) if part.rows is None else part.rows.cpu()
+            for row in rows.tolist():
+                first, stop = int(self.start.aside[row]), part.layer.tokens - self.sinks
+                window = self.aside_keys[row : row + 1, :, first:stop].to(self._codes.device)
+                flat = self._centroids[row].flatten(0, 1)
+                self._codes[row, :, :, first:stop] = self._nearest(window, flat, self._row_offset(row)).view(
+                    self.kv_heads, -1, stop - first
+                )
+
+    def _row_offset(self, row: int) -> Tensor:
+        share = self._offset.shape[0] // self.batch
+        return self._offset[row * share : (row + 1) * share]
+
+    def _nearest(self, keys: Tensor, centroids: Tensor, offset: Tensor) -> Tensor:
+        """Codes uint8 [b·G·m, n] of keys [b, G, n, d]."""
+        m = self._centroids.shape[2]
+        points = keys.reshape(*keys.shape[:3], m, -1).transpose(2, 3).flatten(0, 2).float()
+        return torch.baddbmm(offset, points, centroids.transpose(1, 2), beta=-1).argmax(-1).to(torch.uint8)
+
+    def observe(self, keys: Tensor, values: Tensor) -> None:
+        """Code the token; it is looked at once it is set aside."""
+        codes = self._nearest(keys, self._centroids.flatten(0, 2), self._offset).view(*self._codes.shape[:3], 1)
+        place = (self._clock.positions - self.sinks).long()[:, None, None, None]
+        self._codes.scatter_(3, place.expand_as(codes), codes)
+
+    def scores(self, queries: Tensor) -> Tensor:
+        """Each query head's softmax over all tokens, summed over the group."""
+        logits = pq_scores(queries, self._centroids, self._codes, self.window.aside, scaling=self.scaling)
+        weights = logits.softmax(-1).view(self.batch, self.kv_heads, -1, self.capacity).sum(2)
+        return weights.masked_fill_(self._places >= self.window.aside[:, None, None], -torch.inf)
+
+    def index_bytes(self) -> int:
+        """Codes and centroids."""
+        return self._codes.nbytes + self._centroids.nbytes
+
+    def index_reads(self, share: float) -> dict[str, int]:
+        """All codes and centroids."""
+        return {"device": int(self._codes.nbytes * share) + self._centroids.nbytes, "host": 0}

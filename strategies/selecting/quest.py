@@ -24,7 +24,7 @@ class Quest(KVCachePolicy):
     """Selects, per query head, the pages whose channel-wise minima and maxima allow the highest score.
 
     The page that is being filled is always attended. The paper leaves layers 0 and 1 dense and outside its budget;
-    with `dense_layers=2` they are dense here too, and the results' density counts them.
+    with `--dense-layers 2` (`attach(..., dense_layers=2)`) they are so here too, and the results' density counts them.
     """
 
     name = "quest"
@@ -37,21 +37,16 @@ class Quest(KVCachePolicy):
         """Options of Quest."""
 
         page_size: int = Field(16, ge=1, description="tokens in a page")
-        dense_layers: int = Field(0, ge=0, description="first layers that attend to everything, beyond the budget")
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The page that is being filled."""
         return 0, self.options.page_size
 
-    def most_attended(self, layer: Layer) -> int | None:
-        """No limit in dense layers."""
-        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
-
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Set the full pages aside, on the device, and note the bounds of their keys."""
         size = self.options.page_size
         full = (layer.tokens - 1) // size * size
-        if layer.index < self.options.dense_layers or full == 0:
+        if full == 0:
             return
         layer.store.set_aside(0, full, offload=False)
         self._note_pages(layer, keys[:, :, :full])
@@ -121,20 +116,23 @@ class QuestStep(FixedStep):
         self._budget = budget.repeat_interleave(layer.heads // layer.kv_heads, dim=1)
         self._low, self._high = (sample_keys.new_zeros(*shape, pages, sample_keys.shape[3]) for _ in range(2))
         page_bounds(self._keys, clock.positions, page_size, self._low, self._high)
-        self._most = max(min((int(budget.max()) - 1) // page_size, pages), 1)
+        most = max(min((int(budget.max()) - 1) // page_size, pages), 1)
+        key = "quest", page_size, tuple(self._budget.flatten().tolist())
+        self._leads = key not in clock.shared
+        self._pages: _Pages = clock.shared.setdefault(key, _Pages(self._budget, clock.positions, page_size, most))
+        self._ids = torch.empty(clock.batch, layer.heads, most + 1, dtype=torch.int32, device=budget.device)
+        self._bounds = torch.empty(clock.batch, layer.heads, pages, device=budget.device)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Append, widen the page's bounds, choose the best full pages and attend to them and the current one."""
-        size, positions = self._size, self._positions
+        shared, positions = self._pages, self._positions
+        if self._leads:
+            shared.count()
         insert(self._keys, self._values, keys, values, positions)
-        update_bounds(keys, positions, size, self._low, self._high)
-        full = positions // size
-        filled = (positions - full * size + 1)[:, None]
-        best = select_top(
-            page_scores(queries, self._low, self._high, full), (self._budget - filled) // size, self._most
-        )
-        ids = torch.cat([best, full[:, None, None].expand(-1, best.shape[1], 1)], dim=-1)
-        chosen = Segment(self._keys, self._values, positions + 1, ids, size)
+        update_bounds(keys, positions, self._size, self._low, self._high)
+        bounds = page_scores(queries, self._low, self._high, shared.full, output=self._bounds)
+        ids = select_top(bounds, shared.wanted, shared.most, also=shared.full, output=self._ids)
+        chosen = Segment(self._keys, self._values, shared.tokens, ids, self._size)
         return attend(queries, chosen, scaling=self._scaling, dtype=queries.dtype)[0]
 
     def bytes(self) -> dict[str, int]:
@@ -155,3 +153,20 @@ class QuestStep(FixedStep):
     def changed(self) -> Sequence[Tensor]:
         """Nothing: a step writes the same token, and the same bounds, to the same place again."""
         return []
+
+
+class _Pages:
+    """How many pages are full and how many a head may choose, counted once a step for all layers of one budget."""
+
+    def __init__(self, budget: Tensor, positions: Tensor, page_size: int, most: int) -> None:
+        self.most = most
+        self._budget, self._positions, self._size = budget, positions, page_size
+        self.full, self.tokens = torch.zeros_like(positions), torch.zeros_like(positions)
+        self.wanted = torch.zeros_like(budget)
+
+    def count(self) -> None:
+        """Count at the step's position."""
+        torch.div(self._positions, self._size, rounding_mode="floor", out=self.full)
+        torch.add(self._positions, 1, out=self.tokens)
+        beside = self._budget - (self.tokens - self.full * self._size)[:, None]
+        torch.div(beside, self._size, rounding_mode="floor", out=self.wanted)

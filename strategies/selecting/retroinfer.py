@@ -1,5 +1,7 @@
 """RetroInfer (arXiv 2505.02922): a wave index of clusters, some attended exactly, some estimated, the rest dropped."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -7,7 +9,12 @@ from torch.nn import functional
 
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.kmeans import cluster_sums, kmeans, nearest
+from kvbench.kernels.attention import Segment
+from kvbench.kernels.score import scores
+from kvbench.strategies.selecting.aside import AsideStep
+from kvbench.strategies.selecting.clusters import Clusters
 from kvbench.strategies.selecting.static_set import StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy, padded_ids
 
@@ -64,9 +71,19 @@ class RetroInfer(SelectingPolicy):
         self._add_clusters(layer, keys, values)
 
     def _add_clusters(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
-        points = functional.normalize((keys.float() - layer.state["mean"]).flatten(0, 1), dim=-1)
+        new = self.clusters(keys, values, layer.state["mean"])
+        old = layer.state.get("wave")
+        if old is not None:
+            new["assigned"] += old["sizes"].shape[2]
+            new = {name: torch.cat([old[name], tensor], dim=2) for name, tensor in new.items()}
+        layer.state["wave"] = new
+        layer.store.index_bytes = sum(tensor.nbytes for tensor in new.values())
+
+    def clusters(self, keys: Tensor, values: Tensor, mean: Tensor) -> dict[str, Tensor]:
+        """Cluster `keys` [B, G, n, d] and `values`: mean `keys`, `values`, `sizes`, and each token's in `assigned`."""
+        points = functional.normalize((keys.float() - mean).flatten(0, 1), dim=-1)
         centroids = [
-            kmeans(part, -(-part.shape[1] // self.options.cluster_size), self.options.rounds - 1, spherical=True)[0]
+            kmeans(part, self.number(part.shape[1]), self.options.rounds - 1, spherical=True)[0]
             for part in torch.split(points, self.options.segment, dim=1)
         ]
         assigned = nearest(points, torch.cat(centroids, dim=1))
@@ -77,14 +94,13 @@ class RetroInfer(SelectingPolicy):
             "keys": sums / sizes.clamp_min(1)[..., None], "values": value_sums / sizes.clamp_min(1)[..., None],
             "sizes": sizes, "assigned": assigned.to(torch.int32),
         }  # fmt: skip
-        shape = (layer.rows, layer.kv_heads)
-        new = {name: tensor.view(*shape, *tensor.shape[1:]) for name, tensor in new.items()}
-        old = layer.state.get("wave")
-        if old is not None:
-            new["assigned"] += old["sizes"].shape[2]
-            new = {name: torch.cat([old[name], tensor], dim=2) for name, tensor in new.items()}
-        layer.state["wave"] = new
-        layer.store.index_bytes = sum(tensor.nbytes for tensor in new.values())
+        return {name: tensor.view(*keys.shape[:2], *tensor.shape[1:]) for name, tensor in new.items()}
+
+    def number(self, tokens: int) -> int:
+        """Clusters of so many tokens, segment by segment."""
+        whole, rest = divmod(tokens, self.options.segment)
+        size = self.options.cluster_size
+        return int(whole * -(-self.options.segment // size) - (-rest // size))
 
     def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
         """Rank the clusters; retrieve the tokens of the best and estimate the next."""
@@ -103,3 +119,92 @@ class RetroInfer(SelectingPolicy):
         rows = logits.gather(-1, zone[:, :, None].expand(-1, -1, share, -1)) + sizes.log()[:, :, None]
         values = wave["values"].gather(2, zone[..., None].expand(*zone.shape, wave["values"].shape[-1]))
         return Selection(ids, padded=True, summary=(rows.flatten(1, 2), values), evaluations=float(clusters))
+
+    def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:
+        """Ranking and estimation on the device; new clusters are made between the steps."""
+        return _WaveStep(self, parts, clock)
+
+
+class _WaveStep(AsideStep):
+    per_head = False
+
+    def __init__(self, policy: RetroInfer, parts: Sequence[Part], clock: Clock) -> None:
+        waves, means = ([part.layer.state[name] for part in parts] for name in ("wave", "mean"))
+        super().__init__(policy, parts, clock)
+        device, groups = clock.positions.device, self.kv_heads
+        self._policy, self._means = policy, means
+        self._rows = [torch.arange(self.batch, device=device) if part.rows is None else part.rows.to(device)
+                      for part in parts]  # fmt: skip
+        self._counts = [int(wave["sizes"].shape[2]) for wave in waves]
+        starts = [int(rows[0]) for rows in self._rows]
+        self._periods = [int(self.start.period[row]) for row in starts]
+        self._aside = [int(self.start.aside[row]) for row in starts]
+        self._beyond = [int(clock.positions[row] - self.start.tokens[row]) for row in starts]
+        most = max(
+            count + (beyond + clock.new_tokens) // period * policy.number(period)
+            for count, beyond, period in zip(self._counts, self._beyond, self._periods, strict=True)
+        )
+        shape, estimated = (self.batch, groups, most), policy.options.estimated
+        self._clusters = Clusters(*shape, self.capacity, device)
+        self._cluster_keys, self._cluster_values = (
+            torch.zeros(*shape, waves[0][name].shape[3], device=device) for name in ("keys", "values")
+        )
+        self._number, self._zone = (torch.zeros(self.batch, 1, 1, dtype=torch.int32, device=device) for _ in range(2))
+        self._order = torch.arange(max(round(estimated * most), 1), dtype=torch.int32, device=device)
+        self._budget = self.start.budget.new_zeros(self.batch)
+        for place, (part, wave) in enumerate(zip(parts, waves, strict=True)):
+            self._counts[place] = 0
+            self._add(place, wave, 0)
+            self._budget[self._rows[place]] = self.start.budget[self._rows[place]].max()
+            part.layer.state.clear()
+
+    def _add(self, place: int, wave: dict[str, Tensor], token: int) -> None:
+        rows, first, number = self._rows[place], self._counts[place], int(wave["sizes"].shape[2])
+        self._clusters.add(rows, wave["sizes"], wave["assigned"], first, token)
+        self._cluster_keys[rows, :, first : first + number] = wave["keys"]
+        self._cluster_values[rows, :, first : first + number] = wave["values"]
+        self._counts[place] = first + number
+        self._number[rows] = first + number
+        self._zone[rows] = round(self._policy.options.estimated * (first + number))
+
+    def between(self, taken: int) -> None:
+        """Cluster the tokens that leave the window at this step; the ring has them still."""
+        for place, period in enumerate(self._periods):
+            moved, rest = divmod(self._beyond[place] + taken, period)
+            if rest or self._all:
+                continue
+            assert self._ring is not None
+            first = self._aside[place] + (moved - 1) * period
+            slots = torch.arange(first, first + period, device=self.keys.device) % self._ring + self.sinks
+            rows = self._rows[place]
+            keys, values = (held[:, :, slots][rows] for held in (self.keys, self.values))
+            self._add(place, self._policy.clusters(keys, values, self._means[place]), first)
+
+    def choose(self, queries: Tensor) -> Sequence[Segment]:
+        """Whole clusters, the best first, and one row for each of the next."""
+        sizes, left = self._clusters.sizes, self.window.left[..., None]
+        logits = scores(queries, self._cluster_keys, scaling=self.scaling)
+        logits = logits.view(self.batch, self.kv_heads, -1, sizes.shape[2])
+        weights = logits.masked_fill(sizes[:, :, None] == 0, -torch.inf).softmax(-1).sum(2)
+        order = weights.argsort(-1, descending=True)
+        fits = sizes.gather(-1, order).cumsum(-1) <= left
+        retrieved = torch.zeros_like(fits).scatter_(-1, order, fits)
+        ranks = fits.sum(-1, keepdim=True) + self._order
+        real = (self._order < self._zone) & (ranks < self._number)
+        real &= (self._budget > self.window.static)[:, None, None]
+        zone = order.gather(-1, ranks.clamp_max(sizes.shape[2] - 1))
+        masses = sizes.gather(-1, zone).log()
+        return [
+            Segment(self.aside_keys, self.aside_values, ids=self._clusters.tokens(retrieved, self.most)),
+            Segment(self._cluster_keys, self._cluster_values, ids=torch.where(real, zone, -1), bias=masses),
+        ]
+
+    def index_bytes(self) -> int:
+        """Means, sizes and members of the clusters."""
+        return self._cluster_keys.nbytes + self._cluster_values.nbytes + self._clusters.nbytes
+
+    def index_reads(self, share: float) -> dict[str, int]:
+        """Sizes and mean keys of all clusters, and the mean values of the estimation zone."""
+        used = float(self._number.float().mean()) / self._cluster_keys.shape[2]
+        values = self._cluster_values.nbytes * used * self._policy.options.estimated
+        return {"device": int((self._cluster_keys.nbytes + self._clusters.sizes.nbytes) * used + values), "host": 0}

@@ -1,5 +1,7 @@
 """SqueezedAttention (arXiv 2411.09688): attend to the clusters of keys whose centroids promise enough attention."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -7,7 +9,12 @@ from torch import Tensor
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.kmeans import cluster_sums, kmeans
+from kvbench.kernels.attention import Segment
+from kvbench.kernels.score import scores
+from kvbench.strategies.selecting.aside import AsideStep
+from kvbench.strategies.selecting.clusters import Clusters
 from kvbench.strategies.selecting.tiers import SelectingPolicy, padded_ids
 
 CALIBRATION = 64
@@ -51,6 +58,10 @@ class SqueezedAttention(SelectingPolicy):
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Generated tokens stay in the window."""
 
+    def period(self, layer: Layer, most: int) -> int:
+        """No token leaves the window."""
+        return most + 1
+
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Cluster the keys and calibrate the threshold by the prompt's last queries."""
         points = keys.flatten(0, 1).float()
@@ -90,3 +101,54 @@ class SqueezedAttention(SelectingPolicy):
         assigned = layer.state["assigned"].long()[:, :, None].expand(-1, -1, grouped.shape[2], -1)
         ids = padded_ids(grouped.gather(-1, assigned).flatten(1, 2), layer.store.aside_start)
         return Selection(ids, padded=True, evaluations=float(layer.state["centroids"].shape[2]))
+
+    def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:
+        """The clusters' estimates on the device."""
+        return _ThresholdStep(self, parts, clock)
+
+
+class _ThresholdStep(AsideStep):
+    def __init__(self, policy: SqueezedAttention, parts: Sequence[Part], clock: Clock) -> None:
+        states = [dict(part.layer.state) for part in parts]
+        super().__init__(policy, parts, clock)
+        device, most = clock.positions.device, max(int(state["sizes"].shape[2]) for state in states)
+        # where heads have budgets of their own, none takes another's share
+        self._joint = all(part.layer.budget.heads is None for part in parts)
+        if self._joint:
+            self.most = min(self.most * self.heads, self.capacity)
+        shape = (self.batch, self.kv_heads, most)
+        self._clusters = Clusters(*shape, self.capacity, device)
+        self._centroids = torch.zeros(*shape, states[0]["centroids"].shape[3], device=device)
+        self._threshold = torch.zeros(self.batch, 1, 1, device=device)
+        for part, state in zip(parts, states, strict=True):
+            rows = torch.arange(self.batch, device=device) if part.rows is None else part.rows.to(device)
+            self._clusters.add(rows, state["sizes"], state["assigned"], 0, 0)
+            self._centroids[rows, :, : state["sizes"].shape[2]] = state["centroids"]
+            covered = part.layer.budget.covers_all
+            self._threshold[rows, :, 0] = -torch.inf if covered else state["threshold"]
+            part.layer.state.clear()
+        share = self.heads // self.kv_heads
+        self._sizes = self._clusters.sizes.repeat_interleave(share, dim=1)
+        self._masses = self._sizes.log()
+
+    def choose(self, queries: Tensor) -> Sequence[Segment]:
+        """The clusters above the threshold, the best first, up to the budget of all heads, or each of its own."""
+        logits = scores(queries, self._centroids, scaling=self.scaling)
+        estimates = (logits - (logits + self._masses).logsumexp(-1, keepdim=True)).exp()
+        sizes, left = self._sizes, self.window.left[..., None]
+        if self._joint:
+            estimates, sizes = estimates.view(self.batch, 1, -1), sizes.view(self.batch, 1, -1)
+            left = left[:, :1] * self.heads
+        order = estimates.sort(-1, descending=True)
+        within = sizes.gather(-1, order.indices).cumsum(-1) <= left
+        taken = torch.zeros_like(within).scatter_(-1, order.indices, within & (order.values >= self._threshold))
+        ids = self._clusters.tokens(taken.view(logits.shape), self.most)
+        return [Segment(self.aside_keys, self.aside_values, ids=ids)]
+
+    def index_bytes(self) -> int:
+        """Centroids, sizes and members of the clusters."""
+        return self._centroids.nbytes + self._clusters.nbytes + self._sizes.nbytes + self._masses.nbytes
+
+    def index_reads(self, share: float) -> dict[str, int]:
+        """Centroids and sizes."""
+        return {"device": self._centroids.nbytes + self._clusters.sizes.nbytes, "host": 0}

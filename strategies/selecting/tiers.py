@@ -1,6 +1,7 @@
 """What selecting policies share: sinks and window that stay, all else set aside, and a choice from it at each step."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -11,6 +12,8 @@ from kvbench.contract.budget import LayerBudget
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.kernels.steps import GrowingStep
 
 
 class SelectingPolicy(KVCachePolicy):
@@ -83,9 +86,27 @@ class SelectingPolicy(KVCachePolicy):
         beyond = store.static_tokens - sum(layer.static)
         if store.aside_stop == store.aside_start or beyond <= 0:
             return
-        over_budget = store.static_tokens > layer.budget.least and not layer.budget.covers_all
-        if over_budget or self.moves(layer, beyond):
+        if self._over_budget(layer, beyond) or self.moves(layer, beyond):
             self.grow(layer, *store.advance(beyond))
+
+    def _over_budget(self, layer: Layer, beyond: int) -> bool:
+        return sum(layer.static) + beyond > layer.budget.least and not layer.budget.covers_all
+
+    def period(self, layer: Layer, most: int) -> int:
+        """How many tokens leave the window at a time; more than `most` where none leaves it in `most` steps."""
+        times = range(1, most + 1)
+        return next((n for n in times if self._over_budget(layer, n) or self.moves(layer, n)), most + 1)
+
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """The step that `aside_step` gives; None where only some rows of the layer have tokens set aside."""
+        aside = {part.layer.store.aside_stop > part.layer.store.aside_start for part in parts}
+        if len(aside) > 1 or type(self).aside_step is SelectingPolicy.aside_step:
+            return None
+        return self.aside_step(parts, clock) if aside.pop() else GrowingStep(parts, clock)
+
+    def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """The step of fixed shapes for parts that have set tokens aside; None where the policy has none."""
+        return None
 
 
 def padded_ids(chosen: Tensor, first: int) -> Tensor:

@@ -47,6 +47,7 @@ class Watch(Probe):
         self.outputs: dict[tuple[int, int, int], Tensor] = {}
         self.most = 0
         """The most tokens that a head attended to, averaged over a layer's heads."""
+        self._allowed: int | None = 0
         self._shared: dict[tuple[int, int], list[tuple[float, int]]] = defaultdict(list)
 
     @staticmethod
@@ -74,6 +75,10 @@ class Watch(Probe):
             )
             raise ConformanceError("exact when covering", what, layer, place[0])
         allowed = layer.tokens if self.covering else self.policy.most_attended(layer)
+        if allowed is None or self._allowed is None:
+            self._allowed = None
+        else:
+            self._allowed = max(self._allowed, allowed)
         if allowed is not None:
             self._within_budget(layer, most, allowed, place[0])
         return selection
@@ -103,6 +108,13 @@ class Watch(Probe):
     def result(self) -> dict[str, Any]:
         """`attended_tokens`: the most that a head attended to, averaged over a layer's heads."""
         return {"attended_tokens": self.most}
+
+    def told(self, size: int) -> str:
+        """How many tokens were attended to under a budget of `size` tokens, in words."""
+        if self.policy.across_layers:
+            return f"the layers together stay within budgets of {size} tokens; one attends to up to {self.most}"
+        allowed = "no limit" if self._allowed is None else f"{self._allowed} allowed"
+        return f"at most {self.most} tokens attended at a step, {allowed} by a budget of {size}"
 
     def by_step(self) -> dict[tuple[int, int], Tensor]:
         """Outputs of all rows [B, H, d], longest prompts first, by step and layer, in the order of the model."""

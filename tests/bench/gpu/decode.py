@@ -30,8 +30,8 @@ WINDOW = 64
 """The prompt's last queries that are made up."""
 
 
-def made_up(model: Any, batch: int, tokens: int) -> Prefill:
-    """A prompt as if it had passed through the model."""
+def made_up(model: Any, batch: int, tokens: int, whole: bool = False) -> Prefill:
+    """A prompt as if it had passed through the model; with `whole`, there are queries of all tokens."""
     config, device = model.config, model.device
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     layers = {}
@@ -40,6 +40,8 @@ def made_up(model: Any, batch: int, tokens: int) -> Prefill:
         queries = torch.randn(
             batch, config.num_attention_heads, WINDOW, config.head_dim, device=device, dtype=model.dtype
         )
+        if whole:  # the same queries for every token, which takes no memory
+            queries = queries[:, :, :1].expand(-1, -1, tokens, -1)
         layers[number] = PrefilledLayer(keys, values, queries, layer.self_attn, config.head_dim**-0.5)
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     logits = torch.zeros(batch, config.vocab_size, device=device)
@@ -121,7 +123,7 @@ def measure(model: Any, prompt: Prefill, name: str, budget: int, steps: int, arg
             row["eager_s"] = eager(session, model, batch, 12)
             session.resume(prompt)
         began = time.perf_counter()
-        decoder = session.fixed(steps + 8, graph=True, compiled=arguments.compile)
+        decoder = session.fixed(torch.zeros(batch), steps + 8, graph=True, compiled=arguments.compile)
         if isinstance(decoder, str):
             return {**row, "mode": "eager", "reason": decoder}
         row |= {"mode": decoder.mode, "capture_s": time.perf_counter() - began}
