@@ -85,3 +85,37 @@ def test_insert_writes_to_a_flat_store_that_rows_and_heads_share():
         expected = torch.zeros_like(part)
         expected[[0, 7, 19, 3]] = new[[0, 0, 0, 1], [0, 1, 2, 0], 0]
         assert torch.equal(part, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "share", "tokens"),
+    [
+        (torch.float32, 64, 2, 2, 1),
+        (torch.float32, 80, 1, 3, 67),
+        (torch.float16, 128, 2, 1, 130),
+        (torch.bfloat16, 96, 1, 4, 129),
+        (torch.bfloat16, 256, 1, 1, 64),
+    ],
+)
+def test_column_sums_against_float64(dtype, dim, groups, share, tokens):
+    heads = groups * share
+    # queries laid out [B, n, H, d], as projections leave them, and scores that reach far beyond exp's range
+    queries = randn(2, tokens, heads, dim, dtype=dtype, scale=6.0).transpose(1, 2)
+    keys = randn(2, groups, tokens, dim, dtype=dtype)
+    found = kernels.column_sums(queries, keys, 0.2)
+    logits = queries.double() @ keys.double().repeat_interleave(share, dim=1).transpose(-1, -2) * 0.2
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).triu(1)
+    weights = logits.masked_fill(future, -torch.inf).softmax(-1)
+    expected = weights.view(2, groups, share, tokens, tokens).sum((2, 3))
+    assert found.dtype == torch.float32
+    limit = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert ((found - expected).norm() / expected.norm()) < limit
+    rows = torch.full((2, groups), float(share * tokens), device=DEVICE)
+    assert torch.allclose(found.sum(-1), rows, rtol=1e-4)
+
+
+def test_column_sums_says_what_does_not_fit():
+    with pytest.raises(KVBenchError, match="5 queries and 6 keys"):
+        kernels.column_sums(randn(1, 2, 5, 16), randn(1, 1, 6, 16), 1.0)
+    with pytest.raises(KVBenchError, match=r"queries \[1, 3, 5, 16\] and keys \[1, 2, 5, 16\] are not"):
+        kernels.column_sums(randn(1, 3, 5, 16), randn(1, 2, 5, 16), 1.0)
