@@ -138,13 +138,17 @@ class DuoAttention(KVCachePolicy):
                 )
         elif self._profile is None:
             sinks, recent = layer.static
-            weights = window_attention(queries, keys, layer.scaling)
             key = torch.arange(layer.tokens, device=keys.device)
-            query = key[-weights.shape[2] :, None]
-            streamed = weights * ((key < sinks) | (key > query - recent))
-            change = weights - streamed / streamed.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-            moved = change.view(layer.rows, layer.kv_heads, -1, layer.tokens) @ values.float()
-            layer.state["score"] = moved.square().sum((2, 3), dtype=torch.float64) / len(query)
+            query = key[-queries.shape[2] :, None]
+            kept = (key < sinks) | (key > query - recent)
+            scores = []
+            for group, own in enumerate(queries.chunk(layer.kv_heads, dim=1)):  # one by one, to spare memory
+                weights = window_attention(own, keys[:, group : group + 1], layer.scaling)
+                streamed = weights * kept
+                streamed /= streamed.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+                moved = weights.sub_(streamed) @ values[:, group : group + 1].float()
+                scores.append(moved.square().sum((1, 2, 3), dtype=torch.float64) / len(query))
+            layer.state["score"] = torch.stack(scores, dim=1)
 
     def after_prompt(self, layers: list[Layer], ids: Tensor, replay: Replay) -> None:
         """Make the best heads of the model retrieval heads and cut the others down."""
