@@ -51,7 +51,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, options, allocator, ba
 def decoder(policy, options, allocator=None):
     with attach(tiny_model(pad_token_id=None), policy, options, allocator) as session, torch.inference_mode():
         session.model(torch.tensor([PROMPTS[1]]))
-        found = session.fixed(8, graph=False)
+        found = session.fixed(torch.tensor([5]), 8, graph=False)
     assert not isinstance(found, str)
     return found.bytes(), found.reads(61)
 

@@ -92,7 +92,7 @@ def insert(
         place = row, group, at[..., i : i + 1]
         for store, rows in ((key_store, keys), (value_store, values)):
             added = rows[:, :, i : i + 1].to(store.device, store.dtype)
-            if batch * groups > 1 and store.stride()[:2] == (0, 0):
+            if max(store.stride(0) * (batch - 1), store.stride(1) * (groups - 1)) == 0 and batch * groups > 1:
                 written = fits[:, :, i, 0]
                 store[0, 0][at[..., i][written]] = added[:, :, 0][written]
             else:
