@@ -13,6 +13,7 @@ CASES = [
     ("duo_attention", {}, "uniform"),
     ("duo_attention", {}, "ada"),
     ("duo_attention", {"sinks": 0, "recent": 1}, "uniform"),
+    ("duo_attention", {"budget": 40}, "uniform"),
     ("kvzip", {}, "uniform"),
     ("kvzip", {}, "ada"),
     ("kvzip", {}, "squeeze"),
@@ -22,13 +23,20 @@ CASES = [
     ("h2o", {}, "squeeze"),
     ("think", {"window": 8}, None),
     ("think", {"window": 45}, None),  # the prompt of 40 tokens has nothing to prune
+    ("infllm", {}, "uniform"),
+    ("infllm", {}, "ada"),
+    ("infllm", {}, "pyramid"),
+    ("infllm", {"init": 0, "local": 5, "block_size": 3, "representatives": 1}, "uniform"),
+    ("infllm", {"budget": 40}, "uniform"),  # covers the prompt of 40 tokens, which has no block
     ("kivi", {"residual": 16, "group": 8}, None),
     ("kivi", {"residual": 24, "group": 8, "bits": 4}, None),
     ("kivi", {"residual": 64, "group": 32}, None),
 ]
 
 
-def attach(model, policy, options, allocator, budget=24):
+def attach(model, policy, options, allocator):
+    options = dict(options)
+    budget = options.pop("budget", 24)
     found = registry().find("policy", policy)
     given = Budget(tokens=budget, allocator=allocator) if allocator else None
     return kvbench.attach(model, policy=policy, budget=given, options={**small_options(found), **options})
@@ -83,3 +91,14 @@ def test_kivi_reads_codes_and_late_tokens():
     values = 45 * (8 * 2 // 8 + 2 * 2)
     late = (61 - 48 + 16) * 8 * 4
     assert reads["device"] == 3 * 2 * (keys + values + late)
+
+
+def test_infllm_reads_its_blocks_from_the_host():
+    held, reads = decoder("infllm", {}, "uniform")
+    blocks = (61 - 8 - 2) // 4  # of 4 tokens, behind 2 initial and before 8 recent ones
+    static = 61 - blocks * 4
+    landmarks = 8 * 4
+    assert reads["device"] == 3 * 2 * (static * TOKEN + blocks * landmarks)
+    assert reads["host"] == 3 * 2 * ((24 - static) // 4 * 4) * TOKEN
+    assert held["offloaded"] == 3 * 2 * ((69 - 8 - 2) // 4 * 4) * TOKEN
+    assert held["resident"] == 3 * 2 * (2 + 8 + 4) * TOKEN
