@@ -18,6 +18,7 @@ from kvbench.contract.budget import LayerBudget
 from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.contract.storage import KVStore
+from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
@@ -82,6 +83,7 @@ class FixedDecoder:
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._between = [step for step in steps.values() if type(step).between is not FixedStep.between]
         self._compiled: Any = None
         self.mode: Mode = "fixed"
@@ -125,12 +127,24 @@ class FixedDecoder:
         """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
         assert self._taken < self._clock.new_tokens, "more steps than there is room for"
         self._taken += 1
+        start, end = (timer(), timer()) if self.tokens.is_cuda else (None, None)
+        if start is not None:
+            start.record()
         for step in self._between:
             step.between(self._taken)
         if self._graph is not None:
             self._graph.replay()
         else:
             self._forward()
+        if start is not None and end is not None:
+            end.record()
+            self._events.append((start, end))
+
+    def device_s(self) -> list[float]:
+        """Each step's seconds by events on the GPU, after waiting for the last; empty on a CPU."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        return [elapsed_s(start, end) for start, end in self._events]
 
     def _forward(self) -> None:
         out = self._governor.model(

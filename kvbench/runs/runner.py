@@ -21,7 +21,7 @@ from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExampl
 from kvbench.engine.attach import attach
 from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.conformance.report import Report
-from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
+from kvbench.engine.generation import Decoding, Forced, Generation, exact_logits, force, generate, generate_batch
 from kvbench.engine.governor import check_head_budgets, chosen_layers, token_bytes
 from kvbench.engine.prefill import PromptRecorder, prefill
 from kvbench.engine.prompt import Prefill
@@ -41,6 +41,7 @@ from kvbench.runs.sharing import (
     prompt_tokens,
     session_of,
 )
+from kvbench.runs.timing import bandwidths, can_be_fixed, check_decoding, step_row
 from kvbench.runs.traces import write_trace
 from kvbench.tasks.prompts import prompt_length
 
@@ -86,6 +87,7 @@ class Request:
     dense_layers: int = 0
     share_prefill: bool | None = None
     """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
+    decoding: Decoding = "auto"
 
 
 @validating(lambda reason: f"There is no such run ({reason}): change that value.")
@@ -125,6 +127,7 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
             f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
             "aware, or --batch-size 1."
         )
+    check_decoding(request.decoding, loaded.device, policy, forced=forced)
     return RunConfig(
         model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."), policy=request.policy,
@@ -134,7 +137,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
         batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
-        prompt_attention="policy" if own_prompt else "exact", plugins=_plugins(request, budget),
+        prompt_attention="policy" if own_prompt else "exact", decoding=request.decoding,
+        plugins=_plugins(request, budget),
     )  # fmt: skip
 
 
@@ -201,7 +205,7 @@ def execute(
     for config in configs:
         with _telling(failed, config):
             _check_plugins(config)
-            runs.append(Run(output, config, environment_of(loaded)))
+            runs.append(Run(output, config, environment_of(loaded) | bandwidths(loaded.device, config.decoding)))
     together: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "complete":
@@ -455,7 +459,7 @@ def _measure(
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
             "index_s": result.index_s,
-            "step_s": result.step_s,
+            **step_row(result, loaded.device),
             "bytes": result.bytes,
             "peak_memory_bytes": peak.bytes if prefilled is None else None,
             "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
@@ -469,13 +473,17 @@ def _probe(
     run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int], shared: SharedPrompt | None
 ) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
-    config, prompt = run.config, prompt_of(loaded, example)
+    # Probes wrap hooks, and what a captured step answers may differ from them by rounding.
+    config, prompt = run.config.model_copy(update={"decoding": "eager"}), prompt_of(loaded, example)
     passes = probe_passes(config)
     probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
     for group in passes:
         prefilled = None if shared is None else shared.probed(config)
         (again,) = _generate(config, loaded, [example], group, shared, prefilled)
+        if again.tokens != answer and can_be_fixed(loaded.device, run.config.decoding):
+            (undisturbed,) = _generate(config, loaded, [example], [], shared, prefilled)
+            answer = undisturbed.tokens
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -513,6 +521,7 @@ def _generate(
             max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
             stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
             border=None if shared is None else shared.border, recorder=recorder,
+            decoding=config.decoding,
         )  # fmt: skip
 
 
@@ -535,7 +544,10 @@ def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]
         loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer, dense_layers=config.dense_layers
     ) as session:
         # Most of the tokens in one call, which computes the model's other parts once for all of them.
-        generate(session, ids, prompt_tokens=length, max_new_tokens=min(more, 3), prefilled=prompts.get(length))
+        generate(
+            session, ids, prompt_tokens=length, max_new_tokens=min(more, 3), prefilled=prompts.get(length),
+            decoding=config.decoding,
+        )  # fmt: skip
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:

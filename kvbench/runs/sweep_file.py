@@ -73,6 +73,7 @@ class Sweep(_Strict):
     recall_k: int = Field(default=100, ge=1, le=LARGEST)
     probe_examples: int = Field(default=1, ge=0, le=LARGEST)
     batch_size: int = Field(default=1, ge=1, le=LARGEST)
+    decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
     dense_layers: int = Field(default=0, ge=0, le=LARGEST)
     probes: list[str] = Field(default_factory=list)
 
