@@ -61,6 +61,12 @@ class Registry:
             return cls.Options.model_validate(dict(values), strict=False)
         except ValidationError as error:
             first = error.errors()[0]
+            if kind == "policy" and first["loc"] == ("dense_layers",):
+                raise KVBenchError(
+                    f"dense_layers is no option of policy '{name}' but a setting for every policy: use --dense-layers "
+                    f"{first.get('input')} (dense_layers={first.get('input')} beside the policy in attach, in a sweep "
+                    "and in lm-eval)."
+                ) from None
             option = ".".join(str(part) for part in first["loc"])
             known = ", ".join(cls.Options.model_fields) or "none"
             raise KVBenchError(

@@ -13,6 +13,11 @@ if not torch.cuda.is_available():
 from kvbench import cli
 
 
+def pytest_addoption(parser):
+    """Add the switch that rewrites the table of operations."""
+    parser.addoption("--update-operations", action="store_true", help="write tests/operations.json anew")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread():
     """Tiny models run faster on one thread, and tests beside each other do not fight for cores."""

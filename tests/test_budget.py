@@ -22,6 +22,8 @@ from kvbench.strategies.budgets.pyramid import Pyramid
 from kvbench.strategies.budgets.squeeze import Squeeze
 from kvbench.strategies.budgets.uniform import Uniform
 
+pytestmark = pytest.mark.transformers
+
 POLICIES = registry().classes["policy"]
 OPTIONS = {name: small_options(cls) for name, cls in POLICIES.items()}
 ALIKE = ("vamana", "robust_vamana", "ivf", "ivfpq", "hnsw")

@@ -16,6 +16,8 @@ import kvbench
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.session import Session
 
+pytestmark = pytest.mark.transformers
+
 SINKS, BUDGET = 4, 24
 
 

@@ -15,6 +15,8 @@ from kvbench.capture.record import CaptureProbe, SourceText, capture, parse_laye
 from kvbench.contract.errors import KVBenchError
 from kvbench.models import LoadedModel
 
+pytestmark = pytest.mark.transformers
+
 
 class Letters:
     """One token for each character."""

@@ -10,6 +10,8 @@ from tiny import tiny_model
 from kvbench.plugins import registry
 from kvbench.runs import runner
 
+pytestmark = pytest.mark.transformers
+
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):

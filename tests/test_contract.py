@@ -11,6 +11,8 @@ import kvbench
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.storage import Storage, TokenBuffer
 
+pytestmark = pytest.mark.transformers
+
 GOVERNED = [name for name in ARCHITECTURES if name != "mistral"]
 YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
                             "original_max_position_embeddings": 64}}  # fmt: skip

@@ -11,6 +11,8 @@ from kvbench.engine.generation import force, generate
 from kvbench.engine.prefill import prefill
 from kvbench.plugins import registry
 
+pytestmark = pytest.mark.transformers
+
 PLACES = {
     "model.embed_tokens": "cuda:0", "model.rotary_emb": "cuda:0", "model.layers.0": "cuda:0",
     "model.layers.1": "cuda:1", "model.layers.2": "cuda:0", "model.norm": "cuda:1", "lm_head": "cuda:1",

@@ -17,6 +17,8 @@ from kvbench.plugins import registry
 from kvbench.tasks import ForcedTask, LogitScores, TokenExample
 from kvbench.tasks.fidelity import Fidelity
 
+pytestmark = pytest.mark.transformers
+
 WORDS = "every good boy deserves fudge and all cows eat grass while the quick brown fox jumps over a lazy dog"
 
 

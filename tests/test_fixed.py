@@ -14,6 +14,8 @@ from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.plugins import registry
 
+pytestmark = pytest.mark.transformers
+
 SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention")
 FIXED = (
     "full",

@@ -18,6 +18,8 @@ from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs import runner
 
+pytestmark = pytest.mark.transformers
+
 POLICIES = {
     "full": {}, "streaming_llm": {}, "snapkv": {"window": 8}, "quest": {"page_size": 4},
     "flat": {"sinks": 2, "window": 8}, "retrieval": {"sinks": 2, "window": 8},

@@ -10,6 +10,8 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import exact_logits, force, generate, generate_batch
 from kvbench.engine.prefill import prefill
 
+pytestmark = pytest.mark.transformers
+
 PROMPT = tokens(1, 61)[0].tolist()
 POLICIES = ("full", "snapkv", "quest", "flat")
 

@@ -19,6 +19,8 @@ from kvbench import models as kvmodels
 from kvbench.contract.errors import KVBenchError
 from kvbench.models import DEFAULT_MODEL, GGUF, MODELS, REQUIREMENT, WHEEL, check_context, load_model
 
+pytestmark = pytest.mark.transformers
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:

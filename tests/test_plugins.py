@@ -16,9 +16,12 @@ PACKAGE = Path(__file__).parent / "plugin_package"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """A virtual environment that sees this one's packages, with the plugin built and installed into it."""
-    place = tmp_path_factory.mktemp("environment")
-    source = shutil.copytree(PACKAGE, place / "source")
+    return installed(PACKAGE, tmp_path_factory.mktemp("environment"))
+
+
+def installed(package, place):
+    """A virtual environment that sees this one's packages, with a plugin built and installed into it."""
+    source = shutil.copytree(package, place / "source")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / "venv"], check=True)
     python = place / "venv" / "bin" / "python"
     packages = Path(

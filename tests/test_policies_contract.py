@@ -13,6 +13,8 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 
+pytestmark = pytest.mark.transformers
+
 SILENT = {"instruction": "", "continuation": ""}
 BUDGETED = {
     "infinigen": {"partial_weight_ratio": 0.4},

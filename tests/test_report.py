@@ -206,7 +206,7 @@ def test_needles_are_averaged_by_depth_and_length(report, runs):
 
 
 def test_every_field_of_a_configuration_is_in_its_command_or_follows_from_it():
-    handled = {"policy", "policy_options", "budget", "task_options", "probes"}
+    handled = {"policy", "policy_options", "budget", "task_options", "probes", "share_prefill"}
     follows = {"model_fingerprint", "task_data", "plugins"}  # from the model, the task and what is installed
     assert set(RunConfig.model_fields) == set(FLAGS) | handled | follows
 
@@ -231,6 +231,9 @@ def test_options_of_every_kind_come_back_from_a_configuration(runs):
     parameters = typer.main.get_command(app).commands["run"].make_context("run", arguments).params
     for name in ("batch_size", "share_prefill", "prefill_chunk", "question", "task", "context_length", "seed"):
         assert parameters[name] == asked[name], name
+    alone = shlex.split(run_command({**asked, "batch_size": 1, "share_prefill": False}))
+    assert "--no-share-prefill" in alone
+    assert not {"--share-prefill", "--no-share-prefill"} & {*shlex.split(run_command(config))}
     assert parameters["size_bytes"] == str(2**20)
     assert (parameters["ratio"], parameters["baseline"]) == (None, False)
     assert list(parameters["task_option"]) == ["depths=0.0,12.5"]

@@ -12,6 +12,8 @@ from kvbench.contract.attention import softmax_parts
 from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 
+pytestmark = pytest.mark.transformers
+
 
 def padded_batch(lengths=(40, 61, 50), seed=1):
     width = max(lengths)

@@ -34,6 +34,8 @@ from kvbench.tasks.ruler import (
 )
 from kvbench.tasks.texts import NOISE, essays
 
+pytestmark = pytest.mark.transformers
+
 NEEDLE_TASKS = [
     NiahSingle1,
     NiahSingle2,

@@ -43,10 +43,14 @@ class _Means:
 
     def add(self, name: str, layer: Layer, values: Tensor) -> None:
         """Add values [B, H], [B, H, 1] or one for all; NaN where a head has none."""
-        self._sums[name] += float(values.nansum(dtype=torch.float64))
-        self._counts[name] += int(values.isfinite().sum())
+        self.add_unseen(name, values, 1)
         if layer.rows == 1:
             self._trace[name][layer.tokens, layer.number] = values.reshape(-1).tolist()
+
+    def add_unseen(self, name: str, values: Tensor, times: int) -> None:
+        """Add values for so many layers, which leave no trace."""
+        self._sums[name] += times * float(values.nansum(dtype=torch.float64))
+        self._counts[name] += times * int(values.isfinite().sum())
 
     def result(self) -> dict[str, float | None]:
         return {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
@@ -143,7 +147,10 @@ def _of_largest(weights: Tensor, ranking: Tensor, count: Tensor) -> Tensor:
 
 
 class Density(MeasuringProbe):
-    """Tokens attended at a step, and their share of the context, as realised."""
+    """Tokens attended at a step, and their share of the context, as realised.
+
+    Full-attention layers that the policy leaves exact attend to everything, and count.
+    """
 
     name = "density"
     summary = "Tokens attended at a step and their share of the context, as realised."
@@ -159,6 +166,10 @@ class Density(MeasuringProbe):
         attended = self.step(layer, queries, selection).attended.sum(-1)
         self._means.add("attended_tokens", layer, attended)
         self._means.add("density", layer, attended.double() / layer.tokens)
+        if layer.ungoverned and layer.index == layer.count - 1:
+            everything = torch.full_like(attended, layer.tokens)
+            self._means.add_unseen("attended_tokens", everything, layer.ungoverned)
+            self._means.add_unseen("density", everything.double() / layer.tokens, layer.ungoverned)
         allowed = None if layer.most_attended is None else layer.most_attended(layer)
         if allowed is not None:
             self._beyond[layer.tokens].append((float(attended.double().mean()), float(allowed)))

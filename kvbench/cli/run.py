@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from kvbench.plugins import Registry
     from kvbench.runs.results import RunConfig
 
+DECODINGS = ("auto", "graph", "fixed", "eager")
+
 
 @app.command()
 @interruptible
@@ -53,6 +55,16 @@ def run(
         bool | None,
         typer.Option(help="Compute each prompt once for all policies and probes. [default: yes, but not in batches]"),
     ] = None,
+    decoding: Annotated[
+        str,
+        typer.Option(
+            help="auto: one CUDA graph a step on a GPU where policy and model allow it; graph, fixed (the same steps, "
+            "uncaptured) and eager (hook by hook) insist."
+        ),
+    ] = "auto",
+    dense_layers: Annotated[
+        int, typer.Option(min=0, help="First layers that attend to everything, beyond the budget, in every policy.")
+    ] = 0,
     recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
     probe_examples: Annotated[
         int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
@@ -82,6 +94,8 @@ def run(
         raise KVBenchError(f"--ratio {ratio} is not between 0 and 1.")
     if question not in ("aware", "agnostic"):
         raise KVBenchError(f"--question {question} is neither 'aware' nor 'agnostic'.")
+    if decoding not in DECODINGS:
+        raise KVBenchError(f"--decoding {decoding} is none of {', '.join(DECODINGS)}.")
     found = load_registry()
     names = list(dict.fromkeys(name.strip() for name in policy.split(",") if name.strip()))
     if not names:
@@ -116,7 +130,8 @@ def run(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
             prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probe or ()),
-            batch_size=batch_size, share_prefill=share_prefill,
+            batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+            decoding=decoding,  # type: ignore[arg-type]
         )
         for name in names
     ]  # fmt: skip
@@ -172,6 +187,11 @@ def run(
 def _print_runs(documents: list[dict[str, Any]], task: type[Any], setting: str) -> None:
     title = f"{setting}, {_budget(documents)}"
     out.print(results_table(documents, title, getattr(task, "metrics", {}), getattr(task, "main", None)))
+    for document in documents:
+        if reason := document["metrics"].get("mode_reason"):
+            out.print(
+                f"{document['policy']} decoded hook by hook: {reason}", style="dim", highlight=False, markup=False
+            )
     out.print(_provenance(documents), style="dim", highlight=False)
     for document in documents:
         out.print(f"{document['policy']}: {document['folder']}", style="dim", highlight=False, soft_wrap=True)

@@ -55,6 +55,10 @@ _REST: list[tuple[str, str, Cell]] = [
     ("  index construction", "", lambda m: seconds(m["ttft_s"]["index"])),
     ("TPOT p50, ms", "TPOT\nms", lambda m: seconds(m["tpot_s"]["p50"], 1000)),
     ("TPOT p95, ms", "", lambda m: seconds(m["tpot_s"]["p95"], 1000)),
+    ("  on the device, p50", "", lambda m: seconds((m.get("device_tpot_s") or {}).get("p50"), 1000)),
+    ("  steps", "steps", lambda m: m.get("mode") or "–"),
+    ("  floor, ms", "", lambda m: seconds(m.get("floor_s"), 1000)),
+    ("  times the floor", "x\nfloor", lambda m: _figure(m.get("floor_ratio"))),
     ("peak memory, MiB", "", lambda m: mib(m["peak_memory_bytes"])),
 ]
 """Label, heading where policies are rows (none: left out there), and the cell."""

@@ -51,6 +51,12 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "index_s": ("DOUBLE", "metrics.ttft_s.index"),
     "tpot_p50_s": ("DOUBLE", "metrics.tpot_s.p50"),
     "tpot_p95_s": ("DOUBLE", "metrics.tpot_s.p95"),
+    "mode": ("VARCHAR", "metrics.mode"),
+    "mode_reason": ("VARCHAR", "metrics.mode_reason"),
+    "device_tpot_p50_s": ("DOUBLE", "metrics.device_tpot_s.p50"),
+    "device_tpot_p95_s": ("DOUBLE", "metrics.device_tpot_s.p95"),
+    "floor_s": ("DOUBLE", "metrics.floor_s"),
+    "floor_ratio": ("DOUBLE", "metrics.floor_ratio"),
     "peak_memory_bytes": ("BIGINT", "metrics.peak_memory_bytes"),
     "device": ("VARCHAR", "environment.device_name"),
     "dtype": ("VARCHAR", "config.dtype"),
@@ -65,6 +71,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
 SHOWN = (
     "model", "policy", "allocator", "ratio", "tokens", "budget_bytes", "task", "context_length", "seed", "examples",
     "accuracy", "accuracy_low", "accuracy_high", "recall_at_k", "density", "over_budget", "ttft_s", "tpot_p50_s",
+    "mode",
 )  # fmt: skip
 """Columns of the table where none are asked for."""
 

@@ -54,8 +54,12 @@ class Layer:
     rotary: Rotation | None = None
     previous: Layer | None = None
     """The governed layer before this one, for the same rows."""
+    ungoverned: int = 0
+    """Full-attention layers of the model that the policy leaves exact (`KVCachePolicy.governs`, dense first layers)."""
     hidden: Tensor | None = None
     """With `KVCachePolicy.uses_hidden`: the input [B, 1, D] of this layer's attention at this decoding step."""
+    hidden_before: Tensor | None = None
+    """With `KVCachePolicy.uses_hidden`: the same of the full-attention layer before it, governed or not."""
     project: Callable[[Tensor], Tensor] | None = None
     """With `KVCachePolicy.uses_hidden`: see `queries_for`."""
     most_attended: Callable[[Layer], int | None] | None = None
@@ -69,7 +73,7 @@ class Layer:
     def queries_for(self, hidden: Tensor) -> Tensor:
         """The queries [B, H, 1, d], after rotation, that this layer would have for another `hidden` [B, 1, D].
 
-        During a decoding step of a policy with `uses_hidden`; `layer.previous.hidden` gives InfiniGen's prediction.
+        During a decoding step of a policy with `uses_hidden`; `layer.hidden_before` gives InfiniGen's prediction.
         """
         assert self.project is not None, "queries_for needs `uses_hidden = True` and a decoding step"
         return self.project(hidden)

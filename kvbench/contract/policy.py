@@ -40,6 +40,15 @@ class ModelView:
     closing: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a full-attention layer stands: `index` of the model's `count` such layers, and `number` in the model."""
+
+    index: int
+    count: int
+    number: int
+
+
 class Observe(Protocol):
     """Is shown what a layer's attention sees of tokens that are replayed."""
 
@@ -101,6 +110,14 @@ class KVCachePolicy(Pluggable):
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
 
+    def governs(self, place: Place) -> bool:
+        """Whether the policy governs a layer; the others keep transformers' own cache and exact attention.
+
+        The budget is shared over the governed layers. Users can leave out the first ones of any policy
+        (`attach(..., dense_layers=2)`), so this is for choices that belong to the policy itself.
+        """
+        return True
+
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
         return 0, 0
@@ -116,7 +133,7 @@ class KVCachePolicy(Pluggable):
     def most_attended(self, layer: Layer) -> int | None:
         """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.
 
-        Its budget, and the generated tokens of a policy that `grows`. Policies with dense layers say more.
+        Its budget, and the generated tokens of a policy that `grows`. Policies that go beyond it say more.
         """
         if layer.budget.covers_all:
             return layer.tokens

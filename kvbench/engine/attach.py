@@ -23,17 +23,19 @@ def attach(
     probes: Sequence[str | Probe] = (),
     prompt_tokens: int | None = None,
     tokenizer: Any = None,
+    dense_layers: int = 0,
     check: bool = False,
 ) -> Session:
     """Make `model` use a policy inside a `with` block; leaving the block restores the model.
 
     `policy` is a plugin's name, with its `options`, or an instance. `budget` is a `Budget`, a number of tokens (int) or
-    a ratio of the context (float); policies whose size follows from something else ignore it. The first forward call is
-    the whole prompt unless `prompt_tokens` says how many tokens belong to it: then it may come in chunks, and tokens
-    beyond it go through the policy one by one, however many a call brings. `tokenizer`, a transformers tokenizer, is
-    for policies that put a text of their own before the model (KVzip). `check` proves first, once for each model and
-    policy, that both give what they promise (`kvbench.engine.conformance`), and raises KVBenchError where they do not;
-    the session's `conformance` has what was found.
+    a ratio of the context (float); policies whose size follows from something else ignore it. The first
+    `dense_layers` full-attention layers are left exact, beyond the budget, which the others share, as many papers have
+    it. The first forward call is the whole prompt unless `prompt_tokens` says how many tokens belong to it: then it may
+    come in chunks, and tokens beyond it go through the policy one by one, however many a call brings. `tokenizer`, a
+    transformers tokenizer, is for policies that put a text of their own before the model (KVzip). `check` proves first,
+    once for each model and policy, that both give what they promise (`kvbench.engine.conformance`), and raises
+    KVBenchError where they do not; the session's `conformance` has what was found.
     """
     if options and not isinstance(policy, str):
         raise KVBenchError("Options go with a policy's name; an instance of a policy has its own already.")
@@ -49,7 +51,7 @@ def attach(
             raise KVBenchError(f"The budget ratio {budget} is not between 0 and 1.")
         budget = Budget(ratio=budget)
     made = [registry().make("probe", probe) if isinstance(probe, str) else probe for probe in probes]
-    session = Session(model, chosen, budget, made, prompt_tokens, tokenizer)
+    session = Session(model, chosen, budget, made, prompt_tokens, tokenizer, dense_layers)
     if check:
         session.conformance = Conformance(model, tokenizer=tokenizer).prove(chosen)
     return session

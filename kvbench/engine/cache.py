@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from kvbench.contract.budget import BudgetRequest, LayerBudget, PromptLayer, all
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.storage import KVStore, TokenBuffer
-from kvbench.engine.governor import Governor, governed_layers
+from kvbench.engine.governor import Governor
 from kvbench.engine.rotary import Rotary
 
 _NO_COPY = (
@@ -40,6 +40,14 @@ class Lane:
         return part[:, :, self.padding :] if padded and self.padding else part
 
 
+class Attended(NamedTuple):
+    """An attention module with its scaling and its number of query heads."""
+
+    module: nn.Module
+    scaling: float
+    heads: int
+
+
 class PolicyCache(Cache):
     """The cache of one batch: transformers' own layers, but for those of full attention, which a policy governs."""
 
@@ -48,7 +56,7 @@ class PolicyCache(Cache):
         self.session = session
         self.prompt_tokens, self.rows = prompt_tokens, rows
         layers = DynamicCache(config=session.config).layers
-        governed = governed_layers(layers)
+        governed = session.numbers
         if not governed and not session.policy.exact:
             raise KVBenchError(
                 f"{type(session.model).__name__} has no full-attention layer for policy '{session.policy.name}' to "
@@ -58,6 +66,8 @@ class PolicyCache(Cache):
         for layer in self.governed:
             layers[layer.number] = layer
         super().__init__(layers=layers)
+        self.dense: dict[int, Attended | None] = dict.fromkeys(session.dense)
+        """What the full-attention layers that the policy leaves exact were called with, by number, once known."""
         self.lanes = [Lane(None, 0)]
         self.mask: Any = None
         """The attention mask of the prompt's last forward call."""
@@ -265,7 +275,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                 static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=module,
                 rotary=Rotary(session.model, session.config, module, self.number),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
-                most_attended=session.policy.most_attended,
+                most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense),
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kvbench.contract.budget import LayerBudget
+from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.storage import KVStore
+from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
@@ -79,6 +83,7 @@ class FixedDecoder:
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._taken = 0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._between = [step for step in steps.values() if type(step).between is not FixedStep.between]
         self._compiled: Any = None
         self.mode: Mode = "fixed"
@@ -122,12 +127,24 @@ class FixedDecoder:
         """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
         assert self._taken < self._clock.new_tokens, "more steps than there is room for"
         self._taken += 1
+        start, end = (timer(), timer()) if self.tokens.is_cuda else (None, None)
+        if start is not None:
+            start.record()
         for step in self._between:
             step.between(self._taken)
         if self._graph is not None:
             self._graph.replay()
         else:
             self._forward()
+        if start is not None and end is not None:
+            end.record()
+            self._events.append((start, end))
+
+    def device_s(self) -> list[float]:
+        """Each step's seconds by events on the GPU, after waiting for the last; empty on a CPU."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        return [elapsed_s(start, end) for start, end in self._events]
 
     def _forward(self) -> None:
         out = self._governor.model(
@@ -186,7 +203,24 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_to
             assert not steps, "a policy has fixed steps in some layers only"
             return f"policy '{governor.policy.name}' has no step of fixed shapes"
         steps[cached.number] = step
+    for number in cache.dense:
+        steps[number] = GrowingStep([_dense_part(cache, number)], clock, left_padding(cache.mask))
     return FixedDecoder(governor, steps, clock, tokens, len(cache.layers))
+
+
+def _dense_part(cache: PolicyCache, number: int) -> Part:
+    """What a full-attention layer that the policy leaves exact holds of all rows, taken out of its cache."""
+    held, called = cache.layers[number], cache.dense[number]
+    assert called is not None
+    keys, values = held.keys, held.values
+    rows, groups, tokens, dim = keys.shape
+    layer = Layer(
+        index=0, count=1, number=number, heads=called.heads, kv_heads=groups, head_dim=dim, scaling=called.scaling,
+        rows=rows, store=KVStore(keys, values), budget=LayerBudget(tokens, covers_all=True), static=(0, 0),
+        prompt_tokens=tokens, module=called.module,
+    )  # fmt: skip
+    held.keys, held.values = keys[:, :, :0].clone(), values[:, :, :0].clone()
+    return Part(layer)
 
 
 def _unfit(governor: Governor, cache: PolicyCache) -> str:
@@ -194,7 +228,10 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     kinds = [str(rope.get("rope_type", ""))] if isinstance(rope, dict) else []
     if governor.probes:
         return "probes look at every step"
-    if not cache.governed or any(not isinstance(layer, PolicyCacheLayer) for layer in cache.layers):
+    if not cache.governed or any(
+        not isinstance(layer, PolicyCacheLayer) and number not in cache.dense
+        for number, layer in enumerate(cache.layers)
+    ):
         return "some layers keep a cache of their own"
     if any(kind in _BY_LENGTH for kind in kinds):
         return f"the rotary embedding '{kinds[0]}' changes with the length"

@@ -38,6 +38,12 @@ class Generation:
     mode: Mode = "eager"
     mode_reason: str = ""
     """Why the steps ran hook by hook where a CUDA graph was wanted."""
+    device_step_s: list[float] = field(default_factory=list)
+    """Each step by events on the GPU; empty where steps ran hook by hook or on a CPU."""
+    capture_s: float = 0.0
+    """From the prompt to the first step: the tensors of the fixed steps, their warm-up and the capture."""
+    reads: dict[str, int] = field(default_factory=dict)
+    """Fewest bytes that the median step reads, by `weights`, `device` and `host`; empty for steps hook by hook."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ def generate_batch(
     assert (border, recorder) == (None, None) or len(prompts) == 1, "only a single prompt can be recorded"
     if not session.policy.cached:
         pairs = zip(prompts, max_new_tokens, strict=True)
-        return [_generate_uncached(session, prompt, limit, stop) for prompt, limit in pairs]
+        reason = _hooks_because(session, decoding, "it keeps no cache")
+        return [_generate_uncached(session, prompt, limit, stop, reason) for prompt, limit in pairs]
     ids, mask = pad(prompts, input_device(session.model))
     logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder)
     assert session.cache is not None
@@ -112,7 +119,9 @@ def generate_batch(
     step_s: list[list[float]] = [[] for _ in prompts]
     going = {row for row, limit in enumerate(max_new_tokens) if limit}
     extra: dict[str, Any] = {}
+    began = session.now()
     decoder = _decoder(session, decoding, found, max(max_new_tokens) - 1)
+    capture_s = session.now() - began
     while going:
         for row, token in enumerate(found.tolist()):
             if row in going and token not in stop:
@@ -143,11 +152,15 @@ def generate_batch(
             step_s[row].append(seconds)
     whole = decoder.bytes() if isinstance(decoder, FixedDecoder) else session.cache.bytes()
     held = {tier: size // len(prompts) for tier, size in whole.items()}
-    mode = decoder.mode if isinstance(decoder, FixedDecoder) else "eager"
-    reason = "" if isinstance(decoder, FixedDecoder) else decoder
+    about: dict[str, Any] = {"mode_reason": decoder}
+    device_s: list[float] = []
+    if isinstance(decoder, FixedDecoder):
+        context = sum(map(len, prompts)) // len(prompts) + max(map(len, step_s)) // 2
+        device_s = decoder.device_s()
+        about = {"mode": decoder.mode, "capture_s": capture_s, "reads": decoder.reads(context)}
     index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
     return [
-        Generation(mine, prefill_s, index_s, steps, held, mode, reason)
+        Generation(mine, prefill_s, index_s, steps, held, device_step_s=device_s[: len(steps)], **about)
         for mine, steps in zip(tokens, step_s, strict=True)
     ]
 
@@ -163,8 +176,21 @@ def _decoder(session: Session, decoding: Decoding, tokens: Tensor, new_tokens: i
         )
     found = session.fixed(tokens, new_tokens, graph=on_gpu and decoding != "fixed")
     if isinstance(found, str) and decoding != "auto":
-        raise KVBenchError(f"Policy '{session.policy.name}' cannot decode in fixed steps here: {found}.")
+        raise KVBenchError(
+            f"Policy '{session.policy.name}' cannot decode in fixed steps here: {found}; use decoding 'auto' or "
+            "'eager'."
+        )
     return found
+
+
+def _hooks_because(session: Session, decoding: Decoding, reason: str) -> str:
+    """The reason, where it is one: on a GPU, for `auto`. KVBenchError where other steps were asked for."""
+    if decoding in ("graph", "fixed"):
+        raise KVBenchError(
+            f"Policy '{session.policy.name}' cannot decode in fixed steps here: {reason}; use decoding 'auto' or "
+            "'eager'."
+        )
+    return reason if decoding == "auto" and session.model.device.type == "cuda" else ""
 
 
 def _prompt(
@@ -200,7 +226,7 @@ def _prompt(
 
 
 def _generate_uncached(
-    session: Session, prompt: Sequence[int], max_new_tokens: int, stop: Collection[int]
+    session: Session, prompt: Sequence[int], max_new_tokens: int, stop: Collection[int], reason: str
 ) -> Generation:
     ids = torch.tensor([list(prompt)], device=input_device(session.model))
     tokens: list[int] = []
@@ -213,7 +239,8 @@ def _generate_uncached(
             break
         tokens.append(token)
         ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
-    return Generation(tokens, seconds[0], 0.0, seconds[1:], {"resident": 0, "offloaded": 0, "index": 0})
+    held = {"resident": 0, "offloaded": 0, "index": 0}
+    return Generation(tokens, seconds[0], 0.0, seconds[1:], held, mode_reason=reason)
 
 
 @torch.inference_mode()
@@ -231,7 +258,10 @@ def force(
     index_s, held = 0.0, {"resident": 0, "offloaded": 0, "index": 0}
     if session.cache is not None:
         index_s, held = session.cache.index_s, session.cache.bytes()
-    return Forced(logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, logits=logits)
+    reason = _hooks_because(session, "auto", "given tokens go through the hooks")
+    return Forced(
+        logits.argmax(-1).tolist(), first_s - index_s, index_s, step_s, held, mode_reason=reason, logits=logits
+    )  # fmt: skip
 
 
 @torch.inference_mode()

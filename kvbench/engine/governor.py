@@ -19,7 +19,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.hooks import PolicyHooks
 from kvbench.contract.layer import Layer
 from kvbench.contract.markers import PROJECT, hookimpl
-from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy
+from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy, Place
 from kvbench.contract.probe import Probe
 from kvbench.contract.selection import Selection
 from kvbench.engine.validation import Answers, check_hooks, check_instance, check_wrapped
@@ -48,7 +48,7 @@ class Governor:
 
     def __init__(
         self, model: Any, policy: KVCachePolicy, budget: Budget | None, probes: Sequence[Probe],
-        prompt_tokens: int | None,
+        prompt_tokens: int | None, dense_layers: int = 0,
     ) -> None:  # fmt: skip
         check_instance(policy, KVCachePolicy)
         check_hooks(type(policy))
@@ -79,6 +79,11 @@ class Governor:
                 "govern it: use an architecture that does (Llama, Qwen, Mistral, Phi3, Gemma, ...)."
             )
         self.config: Any = self.model.config.get_text_config(decoder=True)
+        self.numbers = chosen_layers(model, policy, dense_layers)
+        """The places in the model of the layers that the policy governs."""
+        full = governed_layers(DynamicCache(config=self.config).layers)
+        self.dense = [number for number in full if number not in self.numbers]
+        """Those of the full-attention layers that it leaves exact."""
         self._devices = _working_devices(model)
 
     def now(self) -> float:
@@ -109,7 +114,7 @@ class Governor:
         sinks, window = self.policy.static_tokens(tokens)
         request = BudgetRequest(
             layers=len(numbers),
-            tokens=self.budget.size(tokens, token_bytes(self.model)),
+            tokens=self.budget.size(tokens, token_bytes(self.model, len(numbers))),
             context=tokens,
             minimum=min(max(sinks + window, 1), tokens),
             window=window,
@@ -168,17 +173,36 @@ def _working_devices(model: Any) -> set[torch.device]:
 
 
 def governed_layers(layers: Sequence[CacheLayerMixin]) -> list[int]:
-    """The places of the layers that a policy governs: those of full attention, not sliding-window or linear ones."""
+    """The places of the layers that a policy can govern: those of full attention, not sliding-window or linear ones."""
     return [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
 
 
-def token_bytes(model: Any) -> int:
-    """Bytes of one token's keys and values, in the model's dtype, over the layers that a policy governs.
+def chosen_layers(model: Any, policy: KVCachePolicy, dense_layers: int = 0) -> list[int]:
+    """The places of the layers that this policy governs, without the first `dense_layers` full-attention ones."""
+    full = governed_layers(DynamicCache(config=model.config.get_text_config(decoder=True)).layers)
+    if dense_layers < 0 or (dense_layers and dense_layers >= len(full)):
+        raise KVBenchError(
+            f"dense_layers is {dense_layers}: {type(model).__name__} has {len(full)} full-attention layers, so give 0 "
+            f"to {max(len(full) - 1, 0)}."
+        )
+    places = [Place(index, len(full), number) for index, number in enumerate(full)]
+    chosen = [place.number for place in places[dense_layers:] if policy.governs(place)]
+    if full and not chosen:
+        raise KVBenchError(
+            f"Policy '{policy.name}' governs none of the {len(full) - dense_layers} layers that it was offered, of "
+            f"{len(full)} full-attention layers of {type(model).__name__}: choose another policy or fewer dense layers."
+        )
+    return chosen
+
+
+def token_bytes(model: Any, layers: int | None = None) -> int:
+    """Bytes of one token's keys and values, in the model's dtype, over so many `layers` (all of full attention).
 
     layers × 2 × key/value heads × head dimension × bytes of a number, from the model's configuration.
     """
     config = model.config.get_text_config(decoder=True)
-    layers = len(governed_layers(DynamicCache(config=config).layers))
+    if layers is None:
+        layers = len(governed_layers(DynamicCache(config=config).layers))
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(max(layers, 1) * 2 * heads * dim * model.dtype.itemsize)

@@ -87,7 +87,12 @@ class PromptRecorder(Probe):
 
 
 def can_record(session: Session, window: int | None, chunk: int | None) -> bool:
-    """Whether recording a pass of this session takes no memory: its last `window` queries need not be kept for it."""
+    """Whether recording a pass of this session takes no memory: its last `window` queries need not be kept for it.
+
+    Layers that the policy leaves exact are not shown to probes, so a pass with any is not recorded.
+    """
+    if session.dense:
+        return False
     own = session.query_window(0)
     enough = own is None or (window is not None and window <= own)
     return enough or not (session.defers or chunk)

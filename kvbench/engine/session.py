@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,10 +23,10 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
-from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
+from kvbench.engine.cache import Attended, Lane, PolicyCache, PolicyCacheLayer, last_queries
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
-from kvbench.engine.governor import Governor, governed_layers
+from kvbench.engine.governor import Governor
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
@@ -52,8 +52,9 @@ class Session(Governor):
         probes: Sequence[Probe] = (),
         prompt_tokens: int | None = None,
         tokenizer: Any = None,
+        dense_layers: int = 0,
     ) -> None:
-        super().__init__(model, policy, budget, probes, prompt_tokens)
+        super().__init__(model, policy, budget, probes, prompt_tokens, dense_layers)
         self.tokenizer = tokenizer
         self.conformance: tuple[Report, ...] = ()
         """What was proven of the model and the policy (`attach(..., check=True)`)."""
@@ -107,8 +108,7 @@ class Session(Governor):
             self.model.register_forward_hook(self._ended, always_call=True),
         ]
         if self.allocator is not None and self.allocator.reads_hidden:
-            numbers = governed_layers(DynamicCache(config=self.config).layers)
-            self._handles += watch_residual(self.model, numbers, self._hidden)
+            self._handles += watch_residual(self.model, self.numbers, self._hidden)
 
     def _hidden(self, number: int, before: Tensor, after: Tensor) -> None:
         """Keep what the allocator needs of a layer's hidden states [B, m, D] while the prompt passes."""
@@ -139,7 +139,7 @@ class Session(Governor):
         opening, closing = chat.around_a_message(tokenizer)
         return ModelView(
             name=type(self.model).__name__,
-            numbers=tuple(governed_layers(DynamicCache(config=self.config).layers)),
+            numbers=tuple(self.numbers),
             heads=heads,
             kv_heads=getattr(self.config, "num_key_value_heads", None) or heads,
             config=self.config.to_dict(),
@@ -224,6 +224,8 @@ class Session(Governor):
             cache.complete = True
             for cached in cache.governed:
                 self._watch_hidden(cached.groups[0].module)
+            for found in filter(None, cache.dense.values()):
+                self._watch_hidden(found.module)
             self._finish_prompt(cache)
 
     def resume(self, prompt: Prefill, tokens: int | None = None) -> None:
@@ -239,6 +241,10 @@ class Session(Governor):
         cache.expect(prompt.ids[:, :count], self._padding(prompt.mask, len(prompt.ids)))
         for number, layer in prompt.others.items():
             cache.layers[number] = copy.deepcopy(layer)
+        for number in cache.dense:
+            part = prompt.layers[number]
+            cache.layers[number].update(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
+            cache.dense[number] = Attended(part.module, part.scaling, part.queries.shape[1])
         for cached in cache.governed:
             part, window = prompt.layers[cached.number], self.query_window(cached.number)
             cached.take(part.keys[:, :, :count].clone(), part.values[:, :, :count].clone())
@@ -351,11 +357,13 @@ class Session(Governor):
             )
         cached = self.cache.layers[module.layer_idx]
         own = self._own_attention(module)
+        scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         if not isinstance(cached, PolicyCacheLayer):
+            if module.layer_idx in self.cache.dense:
+                self.cache.dense[module.layer_idx] = Attended(module, scaling, query.shape[1])
             return own(module, query, key, value, mask, **kwargs)
         cached.attended += query.shape[2]
         cached.check_given(key, value)
-        scaling = kwargs.get("scaling") or query.shape[3] ** -0.5
         if not cached.groups:
             if cached.waiting is not None:
                 raise KVBenchError(f"{type(self.model).__name__} calls layer {cached.number} twice in a forward pass.")
@@ -393,6 +401,7 @@ class Session(Governor):
         assert cached.new is not None
         keys, values = cached.new
         hidden = _hidden(*self._calls[module.layer_idx]) if self.policy.uses_hidden else None
+        dense = self._dense_before(cached) if self.policy.uses_hidden else None
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[3])
         for lane, layer in zip(self.cache.lanes, cached.groups, strict=True):  # type: ignore[union-attr]
             lane_queries, lane_keys, lane_values = lane.take(query), lane.take(keys), lane.take(values)
@@ -401,6 +410,11 @@ class Session(Governor):
                 new_keys, new_values, queries = lane_keys[:, :, now], lane_values[:, :, now], lane_queries[:, :, now]
                 if hidden is not None:
                     layer.hidden = lane.take(hidden)[:, now]
+                    before = layer.previous
+                    if dense is not None:
+                        layer.hidden_before = lane.take(dense)[:, now]
+                    elif before is not None:
+                        layer.hidden_before = before.hidden
                     layer.project = functools.partial(self._project, module, lane, step)
                 layer.store.append(new_keys, new_values)
                 self.call("insert", layer=layer, keys=new_keys, values=new_values)
@@ -414,6 +428,13 @@ class Session(Governor):
                 layer.project = None
         self._calls.pop(module.layer_idx, None)
         return output
+
+    def _dense_before(self, cached: PolicyCacheLayer) -> Tensor | None:
+        """The input [B, m, D] of the full-attention layer before a governed one, where the policy leaves it exact."""
+        assert self.cache is not None
+        lowest = self.numbers[cached.index - 1] if cached.index else -1
+        between = [number for number in self.cache.dense if lowest < number < cached.number]
+        return _hidden(*self._calls[max(between)]) if between else None
 
     def _own_attention(self, module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)

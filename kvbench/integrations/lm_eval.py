@@ -42,7 +42,7 @@ class KVBenchLM(HFLM):
 
     `pretrained` is a known name, a Hugging Face id or a local folder; `policy` and `budget` name plugins, whose options
     are further keywords (of the policy) and `budget_options`; the budget is `tokens`, a `ratio` of each
-    prompt, or `bytes`.
+    prompt, or `bytes`. The first `dense_layers` layers attend to everything.
 
     A prompt that is shorter than the budget is kept whole, and one whose share would be smaller than the policy's
     static set keeps that.
@@ -70,6 +70,7 @@ class KVBenchLM(HFLM):
         budget_options: Mapping[str, Any] | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        dense_layers: int | str = 0,
         batch_size: int | str | None = 1,
         trust_remote_code: bool | None = None,
         **options: Any,
@@ -81,6 +82,7 @@ class KVBenchLM(HFLM):
                 f"batch_size={batch_size} would be found with exact attention, whose memory is not the policy's: give "
                 "a number."
             )
+        self.dense_layers = int(dense_layers)
         harness = {key: options.pop(key) for key in self.OWN if key in options}
         found = registry()
         chosen = found.find("policy", policy)
@@ -105,7 +107,12 @@ class KVBenchLM(HFLM):
 
     def _attach(self, prompt_tokens: int | None = None) -> Session:
         return attach(
-            self.model, policy=self.policy, options=self.policy_options, budget=self.budget, prompt_tokens=prompt_tokens
+            self.model,
+            policy=self.policy,
+            options=self.policy_options,
+            budget=self.budget,
+            prompt_tokens=prompt_tokens,
+            dense_layers=self.dense_layers,
         )
 
     def _model_generate(

@@ -23,6 +23,7 @@ from kvbench.kernels.support import (
     device_of,
     dots_in_float32,
     empty_or,
+    kernel,
     next_power_of_2,
     per_group,
     split_count,
@@ -145,6 +146,7 @@ def _check(segment: Segment, batch: int, heads: int, dim: int, value_dim: int) -
         raise KVBenchError(f"a segment has ids or offsets, not both, and a unit of at least 1, not {segment.unit}.")
 
 
+@kernel
 def attend(
     queries: Tensor,
     *segments: Segment,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.kernels.support import check_rows, compiled, device_of, jit, next_power_of_2, per_group
+from kvbench.kernels.support import check_rows, compiled, device_of, jit, kernel, next_power_of_2, per_group
 
 try:
     import triton.language as tl
@@ -80,6 +80,7 @@ def _check(keys: Tensor, low: Tensor, high: Tensor, page_size: int) -> None:
         raise KVBenchError(f"{low.shape[2]} pages of minima and {high.shape[2]} of maxima: as many are expected.")
 
 
+@kernel
 def page_bounds(keys: Tensor, lengths: Tensor, page_size: int, low: Tensor, high: Tensor) -> None:
     """Write the bounds of all pages of `page_size` tokens of `keys` [B, G, t, d] to `low` and `high` [B, G, pages, d].
 
@@ -106,6 +107,7 @@ def page_bounds(keys: Tensor, lengths: Tensor, page_size: int, low: Tensor, high
         bound[:, :, :pages] = torch.where(seen, found.to(bound.dtype), bound[:, :, :pages])
 
 
+@kernel
 def update_bounds(keys: Tensor, positions: Tensor, page_size: int, low: Tensor, high: Tensor) -> None:
     """Widen the bounds `low` and `high` [B, G, pages, d] of the pages that new tokens fall into.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.kernels.support import check_grouped, compiled, device_of, dots_in_float32, jit, next_power_of_2
+from kvbench.kernels.support import check_grouped, compiled, device_of, dots_in_float32, jit, kernel, next_power_of_2
 
 try:
     import triton.language as tl
@@ -48,6 +48,7 @@ def _replace(
     tl.store(scores + row * t + slot, tl.load(fresh + row))
 
 
+@kernel
 def replace_worst(
     scores: Tensor, fresh: Tensor, ids: Tensor, positions: Tensor, spared: Tensor,
     key_store: Tensor, value_store: Tensor, keys: Tensor, values: Tensor,
@@ -105,6 +106,7 @@ def _weigh(
     tl.store(target, found, mask=(r < R)[:, None] & (at < t)[None, :])
 
 
+@kernel
 def attention_weights(
     queries: Tensor, keys: Tensor, lse: Tensor, lengths: Tensor, scaling: float, *, output: Tensor | None = None
 ) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.kernels.support import check_rows, compiled, device_of, jit, next_power_of_2, per_group
+from kvbench.kernels.support import check_rows, compiled, device_of, jit, kernel, next_power_of_2, per_group
 
 try:
     import triton.language as tl
@@ -40,6 +40,7 @@ def _insert(
     tl.store(value_store + c, value.to(value_store.dtype.element_ty), mask=c < tl.where(fits, DV, 0))
 
 
+@kernel
 def insert(
     key_store: Tensor,
     value_store: Tensor,

@@ -18,6 +18,7 @@ from kvbench.kernels.support import (
     dots_in_float32,
     empty_or,
     jit,
+    kernel,
     next_power_of_2,
     per_group,
     split_count,
@@ -165,6 +166,7 @@ def _kivi(
     )  # fmt: skip
 
 
+@kernel
 def attend_kivi(
     queries: Tensor,
     store: KIVICodes,

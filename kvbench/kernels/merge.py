@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.kernels.support import compiled, device_of, empty_or, jit, next_power_of_2
+from kvbench.kernels.support import compiled, device_of, empty_or, jit, kernel, next_power_of_2
 
 try:
     import triton.language as tl
@@ -52,6 +52,7 @@ def launch_merge(parts: Tensor, part_lses: Tensor, output: Tensor, lse: Tensor) 
         )  # fmt: skip
 
 
+@kernel
 def merge(
     parts: Tensor,
     part_lses: Tensor,

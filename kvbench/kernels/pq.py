@@ -12,6 +12,7 @@ from kvbench.kernels.support import (
     device_of,
     empty_or,
     jit,
+    kernel,
     next_power_of_2,
     per_group,
 )
@@ -76,6 +77,7 @@ def _lookup(
     tl.store(scores + place, sums, mask=(r < R)[None, :] & (slot < count)[:, None])
 
 
+@kernel
 def pq_scores(
     queries: Tensor,
     centroids: Tensor,

@@ -17,6 +17,7 @@ from kvbench.kernels.support import (
     dots_in_float32,
     empty_or,
     jit,
+    kernel,
     next_power_of_2,
     per_group,
 )
@@ -86,6 +87,7 @@ def _score(
         tl.store(scores + (row * G + group) * count + slot, best, mask=slot < count)
 
 
+@kernel
 def scores(
     queries: Tensor,
     rows: Tensor,
@@ -105,6 +107,7 @@ def scores(
     return _scores(queries, rows, None, row_range, counts, scaling, reduce, output)
 
 
+@kernel
 def page_scores(
     queries: Tensor,
     low: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.kernels.support import compiled, device_of, empty_or, jit, next_power_of_2
+from kvbench.kernels.support import compiled, device_of, empty_or, jit, kernel, next_power_of_2
 
 try:
     import triton.language as tl
@@ -60,12 +60,11 @@ def _select(
     threshold = tl.zeros((), tl.uint32)
     left = want
     for step in tl.static_range(4):  # eight bits at a time, the highest first
-        shift: tl.constexpr = 24 - 8 * step
-        counts_of = _counts(first, threshold, shift, step == 0)
+        counts_of = _counts(first, threshold, 24 - 8 * step, step == 0)
         for chunk in range(1, CHUNKS):
             at = chunk * BLOCK + place
             x = tl.load(source + at, mask=at < n, other=float("-inf"))
-            counts_of += _counts(x, threshold, shift, step == 0)
+            counts_of += _counts(x, threshold, 24 - 8 * step, step == 0)
         counts_of = tl.where(bins < 256, counts_of, 0)
         below = tl.cumsum(counts_of, 0)
         at_least = tl.sum(counts_of, 0) - below + counts_of
@@ -98,6 +97,7 @@ def _select(
         tl.store(ids + row.to(tl.int64) * columns + k, tl.load(also + b).to(tl.int32))
 
 
+@kernel
 def select_top(
     scores: Tensor, counts: Tensor, k: int, *, also: Tensor | None = None, output: Tensor | None = None
 ) -> Tensor:

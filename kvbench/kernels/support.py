@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, wraps
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,38 @@ except ImportError:  # the torch twins remain
     triton = None
 
 Implementation = Literal["auto", "triton", "torch"]
+Observer = Callable[[str], AbstractContextManager[None]]
 _chosen: list[Implementation] = ["auto"]
+_observers: list[Observer] = []
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def kernel(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Mark an entry point: one operation for `observing`, whatever its torch twin is made of."""
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if not _observers:
+            return function(*args, **kwargs)
+        observer = _observers.pop()  # entry points that it calls are part of it
+        try:
+            with observer(function.__name__):
+                return function(*args, **kwargs)
+        finally:
+            _observers.append(observer)
+
+    return call
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Enter `observer(name)` around each outermost call of a kernel's entry point in the block."""
+    _observers.append(observer)
+    try:
+        yield
+    finally:
+        _observers.pop()
 
 
 def jit(function: Callable[..., Any]) -> Any:

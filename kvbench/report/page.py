@@ -20,6 +20,7 @@ from kvbench import spreadsheet
 from kvbench.report.charts import MIB, Chart, Row, model_text, setting_text
 from kvbench.report.collect import BASELINE, Collection, ReportRun, budget_text, labels
 from kvbench.report.commands import analyze_command, run_command
+from kvbench.runs.timing import mode_text
 
 NEAR_ZERO = 0.05
 """Accuracy of exact attention below which a task cannot tell policies apart."""
@@ -307,6 +308,12 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
         metric("ttft_s.index", "Index construction, s", "The part of TTFT in the policy", "{:.2f}".format, "ascending"),
         metric("tpot_s.p50", "TPOT p50, ms", "Median time per output token", lambda v: f"{1000 * v:.1f}", "ascending"),
         metric("tpot_s.p95", "TPOT p95, ms", "95th percentile", lambda v: f"{1000 * v:.1f}", "ascending"),
+        Column("mode", "Steps", "How they ran: one CUDA graph (graph), the same code uncaptured (fixed), hook by hook "
+               "(eager), and why not captured",
+               lambda run: Cell(run.metrics.get("mode") or "–", mode_text(run.metrics),
+                                run.metrics.get("mode_reason") or ""), "text", "ascending"),
+        metric("floor_ratio", "Times the floor", "Median step over the time that the bytes it must read take",
+               "{:.2f}".format, "ascending"),
         metric("peak_memory_bytes", "Peak memory, MiB", "Weights included on a CPU", mib, "ascending"),
     ]  # fmt: skip
     return columns

@@ -29,6 +29,7 @@ from kvbench.contract.reading import parse_json, plain, read_json, reading
 from kvbench.identity import Identity, differences
 from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
 from kvbench.runs.stored import StoredRun
+from kvbench.runs.timing import step_metrics
 from kvbench.statistics import confidence_interval, mean_interval, percentiles
 
 SCHEMA = 2
@@ -45,6 +46,9 @@ LARGEST = 2**31 - 1
 """Of the numbers that a run is asked for."""
 BEYOND = "tokens_beyond_budget"
 """Name under which the density probe says how far a step went beyond what its budget and its policy allow."""
+
+LATER = ("dense_layers", "decoding")
+"""Fields of a configuration that earlier versions did not have, and whose defaults are what these did."""
 
 
 class RunConfig(BaseModel):
@@ -73,6 +77,9 @@ class RunConfig(BaseModel):
     """Probes beyond the standard ones."""
     batch_size: int = Field(1, ge=1, le=LARGEST)
     share_prefill: bool = False
+    dense_layers: int = Field(0, ge=0, le=LARGEST)
+    """First full-attention layers that keep everything and attend to it, whatever the policy; beyond the budget."""
+    decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
 
@@ -84,8 +91,13 @@ class RunConfig(BaseModel):
 
     @property
     def hash(self) -> str:
-        """The first 12 hexadecimal digits of the SHA-256 of the configuration and the schema version."""
-        canonical = json.dumps({"schema": SCHEMA, **self.model_dump(mode="json")}, sort_keys=True)
+        """The first 12 hexadecimal digits of the SHA-256 of the configuration and the schema version.
+
+        Fields that came later count only where they differ from what earlier versions did.
+        """
+        left_out = {name for name in LATER if getattr(self, name) == RunConfig.model_fields[name].default}
+        fields = self.model_dump(mode="json", exclude=left_out)
+        canonical = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     @property
@@ -378,6 +390,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "total": None if prefill is None or index is None else prefill + index,
         },
         "tpot_s": {"p50": _number(p50), "p95": _number(p95)},
+        **step_metrics(rows),
         "peak_memory_bytes": max(peaks, default=None),
         "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),

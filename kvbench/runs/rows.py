@@ -56,10 +56,14 @@ _SHAPES: dict[str, str] = {
     "score": "number", "scores": "numbers", "step_s": "list", "probed_step_s": "list", "prefill_s": "number",
     "index_s": "number", "bytes": "numbers", "peak_memory_bytes": "number?", "prompt_tokens": "number",
     "generated_tokens": "number", "budget_tokens": "number?", "token_bytes": "number", "reused_tokens": "number",
-    "probes": "numbers?", "info": "object", "trace": "text",
+    "probes": "numbers?", "info": "object", "trace": "text", "mode": "text", "mode_reason": "text",
+    "device_step_s": "list", "capture_s": "number", "floor_s": "number", "read_bytes": "numbers",
 }  # fmt: skip
 """What the values of an example's row are; a question mark allows None, for an object inside it."""
-_OPTIONAL = {"scores", "probed_step_s", "budget_tokens", "token_bytes", "reused_tokens", "probes", "info", "trace"}
+_OPTIONAL = {
+    "scores", "probed_step_s", "budget_tokens", "token_bytes", "reused_tokens", "probes", "info", "trace", "mode",
+    "mode_reason", "device_step_s", "capture_s", "floor_s", "read_bytes",
+}  # fmt: skip
 
 
 def _misshapen(value: Any, shape: str) -> str | None:
@@ -96,8 +100,8 @@ def shown(value: Any) -> str:
 def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part an example's row into what its configuration determines, and what was timed.
 
-    Timed are the peak memory, the tokens whose prefill was another example's and all names that end in `_s`, those of
-    probes too.
+    Timed are the peak memory, the tokens whose prefill was another example's, how the steps ran, and all names that
+    end in `_s`, those of probes too.
     """
     timed = {key: row[key] for key in row if _is_timed(key)}
     lasting = {key: row[key] for key in row if key not in timed}
@@ -109,7 +113,8 @@ def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_timed(name: str) -> bool:
-    return name.endswith("_s") or name in ("peak_memory_bytes", "reused_tokens")
+    also = ("peak_memory_bytes", "reused_tokens", "mode", "mode_reason", "read_bytes")
+    return name.endswith("_s") or name in also
 
 
 def finished_lines(path: Path) -> tuple[list[Line], list[Line]]:

@@ -21,8 +21,8 @@ from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExampl
 from kvbench.engine.attach import attach
 from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.conformance.report import Report
-from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate, generate_batch
-from kvbench.engine.governor import check_head_budgets, token_bytes
+from kvbench.engine.generation import Decoding, Forced, Generation, exact_logits, force, generate, generate_batch
+from kvbench.engine.governor import check_head_budgets, chosen_layers, token_bytes
 from kvbench.engine.prefill import PromptRecorder, prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.validation import check_hooks
@@ -41,6 +41,7 @@ from kvbench.runs.sharing import (
     prompt_tokens,
     session_of,
 )
+from kvbench.runs.timing import bandwidths, can_be_fixed, check_decoding, step_row
 from kvbench.runs.traces import write_trace
 from kvbench.tasks.prompts import prompt_length
 
@@ -83,8 +84,10 @@ class Request:
     probe_examples: int = 1
     probes: tuple[str, ...] = ()
     batch_size: int = 1
+    dense_layers: int = 0
     share_prefill: bool | None = None
     """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
+    decoding: Decoding = "auto"
 
 
 @validating(lambda reason: f"There is no such run ({reason}): change that value.")
@@ -111,15 +114,19 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         check_head_budgets(policy, allocator)
         share_prefill = share_prefill and not allocator.reads_hidden
         budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
-        _check_size(
-            policy(options), request.context_length, budget.size(request.context_length, token_bytes(loaded.model))
-        )
+    own = policy(options)
+    dense_layers = 0 if policy.exact or not policy.cached else request.dense_layers
+    layers = len(chosen_layers(loaded.model, own, dense_layers)) if policy.cached else 0
+    if budget is not None:
+        size = budget.size(request.context_length, token_bytes(loaded.model, layers))
+        _check_size(own, request.context_length, size)
     check_context(loaded, request.context_length)
     if request.batch_size > 1 and request.question == "agnostic":
         raise KVBenchError(
             f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
             "aware, or --batch-size 1."
         )
+    check_decoding(request.decoding, loaded.device, policy, forced=forced)
     return RunConfig(
         model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
         dtype=str(loaded.dtype).removeprefix("torch."), policy=request.policy,
@@ -128,7 +135,9 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill, plugins=_plugins(request, budget),
+        batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+        decoding=request.decoding,
+        plugins=_plugins(request, budget),
     )  # fmt: skip
 
 
@@ -195,7 +204,7 @@ def execute(
     for config in configs:
         with _telling(failed, config):
             _check_plugins(config)
-            runs.append(Run(output, config, environment_of(loaded)))
+            runs.append(Run(output, config, environment_of(loaded) | bandwidths(loaded.device, config.decoding)))
     together: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "complete":
@@ -424,7 +433,9 @@ def _measure(
     prompts = [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
-    token = token_bytes(loaded.model)
+    policy = registry().make("policy", config.policy, config.policy_options)
+    layers = len(chosen_layers(loaded.model, policy, config.dense_layers)) if policy.cached else 0
+    governed = token_bytes(loaded.model, layers)
     prefilled = recorder = None
     if shared is not None and shared.is_own(config):
         recorder = shared.recorder(config)
@@ -442,12 +453,12 @@ def _measure(
             **_scored(config, loaded, task, example, prediction, result),
             "prediction": prediction,
             "prompt_tokens": len(prompt.input_ids),
-            "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), token),
-            "token_bytes": token,
+            "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), governed),
+            "token_bytes": token_bytes(loaded.model),
             "generated_tokens": len(result.tokens),
             "prefill_s": result.prefill_s,
             "index_s": result.index_s,
-            "step_s": result.step_s,
+            **step_row(result, loaded.device),
             "bytes": result.bytes,
             "peak_memory_bytes": peak.bytes if prefilled is None else None,
             "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
@@ -461,13 +472,17 @@ def _probe(
     run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int], shared: SharedPrompt | None
 ) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
-    config, prompt = run.config, prompt_of(loaded, example)
+    # Probes wrap hooks, and what a captured step answers may differ from them by rounding.
+    config, prompt = run.config.model_copy(update={"decoding": "eager"}), prompt_of(loaded, example)
     passes = probe_passes(config)
     probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
     for group in passes:
         prefilled = None if shared is None else shared.probed(config)
         (again,) = _generate(config, loaded, [example], group, shared, prefilled)
+        if again.tokens != answer and can_be_fixed(loaded.device, run.config.decoding):
+            (undisturbed,) = _generate(config, loaded, [example], [], shared, prefilled)
+            answer = undisturbed.tokens
         if again.tokens != answer:
             raise KVBenchError(
                 f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
@@ -505,6 +520,7 @@ def _generate(
             max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
             stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
             border=None if shared is None else shared.border, recorder=recorder,
+            decoding=config.decoding,
         )  # fmt: skip
 
 
@@ -523,9 +539,14 @@ def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]
     ids = [3 + i % 50 for i in range(length + max(more - 3, 0))]
     if config.share_prefill and length not in prompts:
         prompts[length] = prefill(loaded.model, [ids[:length]])
-    with attach(loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer) as session:
+    with attach(
+        loaded.model, policy=policy, budget=budget, tokenizer=loaded.tokenizer, dense_layers=config.dense_layers
+    ) as session:
         # Most of the tokens in one call, which computes the model's other parts once for all of them.
-        generate(session, ids, prompt_tokens=length, max_new_tokens=min(more, 3), prefilled=prompts.get(length))
+        generate(
+            session, ids, prompt_tokens=length, max_new_tokens=min(more, 3), prefilled=prompts.get(length),
+            decoding=config.decoding,
+        )  # fmt: skip
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:

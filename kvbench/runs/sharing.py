@@ -38,7 +38,7 @@ def session_of(config: RunConfig, loaded: LoadedModel, probes: Sequence[Probe] =
     """The model with a configuration's policy attached."""
     return attach(
         loaded.model, policy=config.policy, options=config.policy_options, budget=config.budget, probes=probes,
-        tokenizer=loaded.tokenizer,
+        tokenizer=loaded.tokenizer, dense_layers=config.dense_layers,
     )  # fmt: skip
 
 

@@ -32,6 +32,9 @@ class Metrics(_Open):
     bytes: dict[str, Number | None] = Field(default_factory=dict)
     ttft_s: dict[str, Number | None] = Field(default_factory=dict)
     tpot_s: dict[str, Number | None] = Field(default_factory=dict)
+    mode: Text | None = None
+    mode_reason: Text | None = None
+    device_tpot_s: dict[str, Number | None] = Field(default_factory=dict)
 
 
 class Environment(_Open):
@@ -40,6 +43,7 @@ class Environment(_Open):
     packages: dict[str, Text] = Field(default_factory=dict)
     device_name: Text | None = None
     threads: Count | None = None
+    bandwidth: dict[str, Number] | None = None
 
 
 class StoredRun(_Open):
@@ -68,6 +72,12 @@ class StoredExample(_Open):
     prefill_s: Number = 0
     index_s: Number = 0
     step_s: list[Number] = Field(default_factory=list)
+    device_step_s: list[Number] = Field(default_factory=list)
+    mode: Literal["graph", "fixed", "eager"] | None = None
+    mode_reason: Text = ""
+    capture_s: Number | None = None
+    floor_s: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None
+    read_bytes: dict[str, Count] = Field(default_factory=dict)
     probed_step_s: list[Number] = Field(default_factory=list)
     bytes: dict[str, Number] = Field(default_factory=dict)
     peak_memory_bytes: Number | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from kvbench.contract.errors import KVBenchError, sentence
-from kvbench.engine.governor import token_bytes
+from kvbench.engine.governor import chosen_layers, token_bytes
 from kvbench.models import LoadedModel, check_device, load_model
 from kvbench.plugins import registry
 from kvbench.runs.memory import capacity
@@ -125,16 +125,19 @@ def _plan_cell(
                         task_options=task.options, context_length=length, examples=sweep.examples, seed=seed,
                         question=sweep.question, prefill_chunk=sweep.prefill_chunk, recall_k=sweep.recall_k,
                         probe_examples=sweep.probe_examples, probes=tuple(sweep.probes), batch_size=sweep.batch_size,
+                        decoding=sweep.decoding,
+                        dense_layers=sweep.dense_layers if policy.dense_layers is None else policy.dense_layers,
                     )  # fmt: skip
                     config = plan(request, loaded)
-                    _check_static_set(config, prompt, token_bytes(loaded.model))
+                    _check_static_set(config, prompt, loaded)
                     yield Planned(model, config)
 
 
-def _check_static_set(config: RunConfig, prompt: int, token: int) -> None:
+def _check_static_set(config: RunConfig, prompt: int, loaded: LoadedModel) -> None:
     if config.budget is None:
         return
     policy = registry().make("policy", config.policy, config.policy_options)
+    token = token_bytes(loaded.model, len(chosen_layers(loaded.model, policy, config.dense_layers)))
     least, size = sum(policy.static_tokens(prompt)), config.budget.size(prompt, token)
     if size < least:
         raise KVBenchError(

@@ -45,6 +45,13 @@ class Choice(_Strict):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class PolicyChoice(Choice):
+    """A policy of a sweep, with its options and, where it has its own, its number of dense first layers."""
+
+    dense_layers: int | None = Field(default=None, ge=0, le=LARGEST)
+
+
+Policies = Annotated[list[Annotated[PolicyChoice, BeforeValidator(_named)]], Field(min_length=1)]
 Models = Annotated[list[Annotated[Model, BeforeValidator(_named)]], Field(min_length=1)]
 Choices = Annotated[list[Annotated[Choice, BeforeValidator(_named)]], Field(min_length=1)]
 Length = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -54,7 +61,7 @@ Seed = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 class Sweep(_Strict):
     """The content of a sweep's file: every combination of models, policies, budgets, tasks, lengths and seeds."""
 
-    policies: Choices
+    policies: Policies
     models: Models = Field(default_factory=lambda: [Model(name=DEFAULT_MODEL)])
     budgets: list[Budget] = Field(default_factory=lambda: [Budget(ratio=0.1)], min_length=1)
     tasks: Choices = Field(default_factory=lambda: [Choice(name="niah_single_1")])
@@ -66,6 +73,8 @@ class Sweep(_Strict):
     recall_k: int = Field(default=100, ge=1, le=LARGEST)
     probe_examples: int = Field(default=1, ge=0, le=LARGEST)
     batch_size: int = Field(default=1, ge=1, le=LARGEST)
+    decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
+    dense_layers: int = Field(default=0, ge=0, le=LARGEST)
     probes: list[str] = Field(default_factory=list)
 
 

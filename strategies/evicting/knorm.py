@@ -11,8 +11,8 @@ from kvbench.strategies.evicting.eviction import DecodingEviction
 class KNorm(DecodingEviction):
     """Keeps, per key/value head, the keys of smallest L2 norm; at every step the largest key leaves.
 
-    The authors leave the first two layers whole; with `dense_layers=2` they are whole here too, beyond the
-    budget, and the results' density counts them.
+    The authors leave the first two layers whole; with `--dense-layers 2` they are whole here too, beyond
+    the budget, and the results' density counts them.
     """
 
     name = "knorm"
@@ -28,19 +28,10 @@ class KNorm(DecodingEviction):
         window: int = Field(
             1, ge=1, description="most recent tokens, never evicted; the paper spares none but the newest"
         )
-        dense_layers: int = Field(0, ge=0, description="first layers that keep everything, beyond the budget")
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The recent window."""
         return 0, self.options.window
-
-    def most_attended(self, layer: Layer) -> int | None:
-        """No limit in dense layers."""
-        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
-
-    def evicts(self, layer: Layer) -> bool:
-        """All layers but the dense ones."""
-        return super().evicts(layer) and layer.index >= int(self.options.dense_layers)
 
     def prompt_scores(self, layer: Layer, queries: Tensor, keys: Tensor) -> Tensor:
         """Minus the norms."""

@@ -20,7 +20,7 @@ class InfiniGen(KVCachePolicy):
     fetch the same number of tokens: the mean over heads of those within `alpha` of the head's highest speculated
     score, at most the budget. A group's score is its query heads' highest relative to their maxima. The first layer,
     which has none before it, speculates with its own queries. The paper leaves layers 0 and 1 dense and outside its
-    budget; with `dense_layers=2` they are dense here too, and the results' density counts them. The whole query is
+    budget; with `--dense-layers 2` they are so here too, and the results' density counts them. The whole query is
     computed for the prediction, not only its partial weights, so the prediction's time is an upper bound.
     """
 
@@ -39,19 +39,14 @@ class InfiniGen(KVCachePolicy):
 
         partial_weight_ratio: float = Field(0.2, gt=0, le=1, description="share of the dimensions that speculate")
         alpha: float = Field(4.0, gt=0, description="how far below the highest score a token may lie; 4 or 5 published")
-        dense_layers: int = Field(0, ge=0, description="first layers that attend to everything, beyond the budget")
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The newest token."""
         return 0, 1
 
-    def most_attended(self, layer: Layer) -> int | None:
-        """No limit in dense layers."""
-        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
-
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Offload all but the newest token; keep its keys' most telling dimensions after skewing."""
-        if layer.index < self.options.dense_layers or layer.tokens == 1:
+        if layer.tokens == 1:
             return
         grouped = queries.reshape(layer.rows, layer.kv_heads, -1, layer.head_dim).float()
         skew = torch.linalg.eigh(grouped.transpose(-1, -2) @ grouped).eigenvectors
@@ -80,7 +75,7 @@ class InfiniGen(KVCachePolicy):
         wanted = budget.beside(layer.store.static_tokens, available)
         if wanted in (0, available):
             return Selection(everything=wanted > 0, evaluations=0.0)
-        predicted = queries if layer.previous is None else layer.queries_for(layer.previous.hidden)  # type: ignore[arg-type]
+        predicted = queries if layer.hidden_before is None else layer.queries_for(layer.hidden_before)
         grouped = predicted.reshape(layer.rows, layer.kv_heads, -1, layer.head_dim) @ layer.state["projection"]
         speculated = (grouped @ layer.state["partial"].keys.transpose(-1, -2)).float() * layer.scaling
         below = (speculated - speculated.amax(-1, keepdim=True)).amax(2)

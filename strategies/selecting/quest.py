@@ -24,7 +24,7 @@ class Quest(KVCachePolicy):
     """Selects, per query head, the pages whose channel-wise minima and maxima allow the highest score.
 
     The page that is being filled is always attended. The paper leaves layers 0 and 1 dense and outside its budget;
-    with `dense_layers=2` they are dense here too, and the results' density counts them.
+    with `--dense-layers 2` (`attach(..., dense_layers=2)`) they are so here too, and the results' density counts them.
     """
 
     name = "quest"
@@ -37,21 +37,16 @@ class Quest(KVCachePolicy):
         """Options of Quest."""
 
         page_size: int = Field(16, ge=1, description="tokens in a page")
-        dense_layers: int = Field(0, ge=0, description="first layers that attend to everything, beyond the budget")
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The page that is being filled."""
         return 0, self.options.page_size
 
-    def most_attended(self, layer: Layer) -> int | None:
-        """No limit in dense layers."""
-        return None if layer.index < self.options.dense_layers else super().most_attended(layer)
-
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Set the full pages aside, on the device, and note the bounds of their keys."""
         size = self.options.page_size
         full = (layer.tokens - 1) // size * size
-        if layer.index < self.options.dense_layers or full == 0:
+        if full == 0:
             return
         layer.store.set_aside(0, full, offload=False)
         self._note_pages(layer, keys[:, :, :full])

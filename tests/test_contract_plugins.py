@@ -1,0 +1,165 @@
+"""What the contract carries beyond hooks at a decoding step, each shown by a third party's installed policy."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_plugins import installed
+from test_plugins import kvbench as command
+from test_session import generate, padded_batch
+from test_tasks import make_tokenizer
+from tiny import small_options, tiny_model, tokens
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+import kvbench
+from kvbench.contract.errors import KVBenchError
+from kvbench.engine.generation import generate_batch
+from kvbench.engine.prefill import prefill
+from kvbench.plugins import registry
+
+PACKAGE = Path(__file__).parent / "contract_plugins"
+sys.path.insert(0, str(PACKAGE))
+import kvbench_contract_plugins as plugins  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory):
+    return installed(PACKAGE, tmp_path_factory.mktemp("environment"))[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tokenizer, place = make_tokenizer(), tmp_path_factory.mktemp("model")
+    tiny_model(vocab_size=len(tokenizer), eos_token_id=1, num_hidden_layers=4).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def run(python, model, output, *arguments):
+    done = command(
+        python, "run", "--model", model, "--context-length", 512, "--examples", 1, "--output", output, "--json",
+        *arguments,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return {one["policy"]: one for one in json.loads(done.stdout)["runs"]}, done.stderr
+
+
+def refused(python, model, output, *arguments):
+    done = command(
+        python, "run", "--model", model, "--context-length", 512, "--examples", 1, "--output", output, *arguments
+    )
+    assert done.returncode == 2
+    return " ".join(done.stderr.split())
+
+
+def windowed(model, numbers, window, ids, mask=None, steps=20):
+    """Plain transformers' tokens where, after the prompt, the layers `numbers` see the last `window` tokens only."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        if query.shape[2] == 1 and module.layer_idx in numbers:
+            key, value = key[:, :, -window:], value[:, :, -window:]
+            attention_mask = None if attention_mask is None else attention_mask[..., -window:]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("windowed", attention)
+    AttentionMaskInterface.register("windowed", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("windowed")
+    try:
+        return generate(model, ids, mask, steps=steps)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+# -- which layers a policy governs -----------------------------------------------------------------------------------
+
+
+def test_a_policy_governs_the_layers_it_names_and_results_count_all(python, model, tmp_path):
+    done, _ = run(python, model, tmp_path, "--policy", "every_other", "--tokens", 50)
+    ours, full = done["every_other"], done["full"]
+    kept = ours["metrics"]["attended_tokens"]
+    context = full["metrics"]["attended_tokens"]
+    assert kept == pytest.approx((50 + context) / 2)
+    assert ours["metrics"]["density"] == pytest.approx((1 + 50 / context) / 2, rel=0.02)
+    resident = ours["metrics"]["bytes"]["resident"] / full["metrics"]["bytes"]["resident"]
+    assert 0.5 < resident < 0.75
+    assert ours["metrics"].get("over_budget") is None
+
+
+def test_dense_first_layers_are_a_setting_of_every_policy(python, model, tmp_path):
+    done, _ = run(python, model, tmp_path, "--policy", "streaming_llm", "--tokens", 40, "--dense-layers", 2)
+    ours, full = done["streaming_llm"], done["full"]
+    assert (ours["config"]["dense_layers"], full["config"]["dense_layers"]) == (2, 0)
+    context = full["metrics"]["attended_tokens"]
+    assert ours["metrics"]["attended_tokens"] == pytest.approx((2 * 40 + 2 * context) / 4)
+    assert "full-attention layers, so give 0 to 3" in refused(
+        python, model, tmp_path, "--policy", "quest", "--dense-layers", 4
+    )
+    told = refused(python, model, tmp_path, "--policy", "quest", "-o", "dense_layers=2")
+    assert "dense_layers is no option of policy 'quest' but a setting for every policy: use --dense-layers 2" in told
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize(("policy", "dense", "numbers"), [("every_other", 0, {1}), ("recent", 1, {1, 2})])
+def test_ungoverned_layers_attend_as_plain_transformers_do(batch, policy, dense, numbers):
+    ids, mask = (tokens(1, 60), None) if batch == "one" else padded_batch()
+    model = tiny_model()
+    expected = windowed(model, numbers, 12, ids, mask)
+    made = plugins.EveryOther()
+    if policy == "recent":
+        made.governs = lambda place: True
+    with kvbench.attach(model, policy=made, budget=12, dense_layers=dense) as session:
+        assert session.numbers == sorted(numbers)
+        assert torch.equal(generate(model, ids, mask), expected)
+
+
+@pytest.mark.parametrize("policy", ["quest", "knorm", "infinigen", "snapkv"])
+def test_dense_layers_from_a_shared_prefill_in_chunks_and_in_fixed_steps(policy):
+    model = tiny_model(pad_token_id=None)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61)]
+    options, before = small_options(registry().find("policy", policy)), prefill(model, prompts)
+    with kvbench.attach(model, policy=policy, budget=24, options=options, dense_layers=1) as session:
+        plain = generate_batch(session, prompts, max_new_tokens=[15] * 3)
+        chunked = generate_batch(session, prompts, max_new_tokens=[15] * 3, prefill_chunk=25)
+        shared = generate_batch(session, prompts, max_new_tokens=[15] * 3, prefilled=before)
+        assert [one.tokens for one in plain] == [one.tokens for one in chunked] == [one.tokens for one in shared]
+        assert plain[0].bytes == shared[0].bytes
+        if policy != "infinigen":
+            fixed = generate_batch(session, prompts, max_new_tokens=[15] * 3, decoding="fixed")
+            assert [one.tokens for one in fixed] == [one.tokens for one in plain]
+
+
+def test_infinigen_predicts_from_a_dense_layer_before_it():
+    model, prompt = tiny_model(), [tokens(1, 60)[0].tolist()]
+    seen = []
+
+    class Watching(registry().find("policy", "infinigen")):
+        def select(self, layer, queries, budget):
+            seen.append((layer.number, layer.previous is None, layer.hidden_before.shape))
+            return super().select(layer, queries, budget)
+
+    with kvbench.attach(model, policy=Watching(), budget=12, dense_layers=1) as session:
+        generate_batch(session, prompt, max_new_tokens=[3])
+    assert seen == [(1, True, (1, 1, 48)), (2, False, (1, 1, 48))] * 2
+
+
+def test_budgets_are_shared_over_the_governed_layers_and_bytes_are_theirs():
+    model = tiny_model(num_hidden_layers=6)
+    token = 2 * 2 * 8 * 4  # keys and values of 2 heads of 8 float32 numbers
+    ids = tokens(1, 60)
+    for budget in (kvbench.Budget(tokens=20, allocator="pyramid"), kvbench.Budget(bytes=20 * token * 4)):
+        with kvbench.attach(model, policy="snapkv", options={"window": 4}, budget=budget, dense_layers=2) as session:
+            model(ids)
+            assert session.cache.bytes()["resident"] == token * (2 * 60 + 4 * 20)
+
+
+def test_a_policy_that_governs_nothing_is_refused():
+    made = plugins.EveryOther()
+    made.governs = lambda place: False
+    with pytest.raises(KVBenchError, match="governs none of the 3 layers that it was offered"):
+        kvbench.attach(tiny_model(), policy=made, budget=12)
+    with pytest.raises(KVBenchError, match="dense_layers is 3: LlamaForCausalLM has 3 full-attention layers"):
+        kvbench.attach(tiny_model(), policy="quest", budget=12, dense_layers=3)
