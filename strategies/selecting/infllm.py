@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvbench.contract.budget import LayerBudget
 from kvbench.contract.extension import Options
+from kvbench.contract.host import host_empty
 from kvbench.contract.layer import Layer, Rotation
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
@@ -18,7 +19,6 @@ from kvbench.kernels.insert import insert
 from kvbench.kernels.merge import merge
 from kvbench.kernels.select import select_top
 from kvbench.kernels.steps import GrowingStep
-from kvbench.strategies.selecting.aside import host_tensor
 
 
 def _to_start(rotary: Rotation, keys: Tensor, first: int) -> Tensor:
@@ -233,7 +233,7 @@ class InfLLMStep(FixedStep):
         self._recent = keys.new_zeros(*shape, ring, keys.shape[3])
         self._first = [like.new_zeros(*shape, max(int(rows[:, 1].max()), 1), like.shape[3]) for like in (keys, values)]
         room = blocks * self._block
-        self._host = [host_tensor((*shape, room, like.shape[3]), like, device) for like in (keys, values)]
+        self._host = [host_empty((*shape, room, like.shape[3]), like.dtype, device).zero_() for like in (keys, values)]
         self._landmarks = keys.new_zeros(*shape, blocks, keys.shape[3])
         self._order = torch.arange(blocks, device=device)
         for part in parts:
