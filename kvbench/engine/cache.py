@@ -179,6 +179,8 @@ class PolicyCacheLayer(CacheLayerMixin):
         """Set once the prompt's attention is done."""
         self.readers: dict[nn.Module, list[Layer]] = {}
         """The layers of other attention modules that read this layer's tokens."""
+        self.prompt_states: dict[tuple[int, ...] | None, dict[str, Any]] = {}
+        """What the policy keeps between chunks of the prompt, by the rows of a group."""
         self.hidden: list[Tensor] = []
         """What the allocator keeps of the prompt's hidden states, call by call."""
 
@@ -326,6 +328,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                 ),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
                 most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense),
+                state=self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {}),
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:

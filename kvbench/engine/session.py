@@ -25,6 +25,7 @@ from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor
 from kvbench.engine.interface import answering, attached, capture, own_attention
 from kvbench.engine.prompt import Attends, Prefill
+from kvbench.engine.prompt_attention import prompt_attention
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
 
@@ -196,6 +197,11 @@ class Session(Governor):
 
         With `tokens`, only the first so many, which further calls continue up to the session's `prompt_tokens`.
         """
+        if self.own_prompt:
+            raise KVBenchError(
+                f"Policy '{self.policy.name}' computes the prompt's attention itself (attend_prompt), so it cannot "
+                "take over a prompt that was computed without it: let it read the prompt."
+            )
         whole = prompt.ids.shape[1]
         count = whole if tokens is None else tokens
         self._end_fixed()
@@ -321,7 +327,7 @@ class Session(Governor):
             cached.check_given(key, value)
         attends = Attends.of(module, query, kwargs)
         if cached.in_prompt:
-            output = own()
+            output = (self._own_prompt(cached, attends, query, own), None) if self.own_prompt and first else own()
             if first:
                 self._prompt_attended(cached, attends, query)
             return output
@@ -331,6 +337,17 @@ class Session(Governor):
             return self._exact_step(layers[0], query, key, value, first, lambda: own()[0]), None
         self._check_mask(mask, cached)
         return self._policy_steps(cached, layers, query, key, value, first), None
+
+    def _own_prompt(
+        self, cached: PolicyCacheLayer, attends: Attends, query: Tensor, own: Callable[[], tuple[Tensor, Any]]
+    ) -> Tensor:
+        """The prompt's attention by the policy, output [B, m, H, d]."""
+        if attends.softcap is not None or attends.sink_logits is not None:
+            raise KVBenchError(
+                f"{type(self.model).__name__} caps its scores or has attention sinks, which policy "
+                f"'{self.policy.name}' cannot follow in the prompt's attention: choose another model or policy."
+            )
+        return prompt_attention(cached, attends.module, query, attends.scaling, lambda: own()[0])
 
     def _prompt_attended(self, cached: PolicyCacheLayer, attends: Attends, query: Tensor) -> None:
         """Keep of the prompt's queries what the policy needs; the prompt may end here."""
