@@ -66,6 +66,7 @@ _SURVEYS: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Survey]] = WeakKey
 def survey(model: Any) -> Survey:
     """Run `model` over three tokens and find what a policy can govern; once for a model, its device and its dtype.
 
+    A model without weights, on PyTorch's meta device, shows its shapes; what its numbers would show counts as fine.
     Raises KVBenchError for a model that cannot run with a cache that is given to it.
     """
     config = text_config(model)
@@ -203,7 +204,7 @@ class _Surveyor:
             finally:
                 for handle in handles:
                     handle.remove()
-            if not torch.equal(before, again):
+            if not before.is_meta and not torch.equal(before, again):
                 raise KVBenchError(
                     f"{name} keeps what it knows of a context in itself, not in the cache that it is given, so kvbench "
                     "cannot follow it: choose another architecture."
@@ -236,7 +237,7 @@ class _Surveyor:
         given = self._cache.used(key)
         if given is not None:
             extra = [name for name, value in kwargs.items() if isinstance(value, Tensor | float) and name not in _KNOWN]
-            seen = mask is None or query.shape[2] > 1 or bool((mask if mask.dtype == torch.bool else mask == 0).all())
+            seen = mask is None or query.shape[2] > 1 or mask.is_meta or bool(_visible(mask).all())
             arguments = self._arguments.get(id(module), ((), {}))
             given.calls.append(_Call(module, key, value, query.shape[1], seen, extra, arguments))
         return own_attention(module, self._own)(module, query, key, value, mask, **kwargs)
@@ -269,13 +270,18 @@ class _Surveyor:
         return SurveyedLayer(modules, size, first.heads, first.key.shape[1], expand)
 
 
+def _visible(mask: Tensor) -> Tensor:
+    """Which tokens an attention mask leaves as they are."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
 def _by_token(expand: Expansion, given: _Given, call: _Call) -> bool:
     """Whether keys and values follow from what the cache holds of their own token alone."""
     parts = [expand(given.keys[:, :, place : place + 1], given.values[:, :, place : place + 1]) for place in (0, 1)]
     made = [torch.cat(part, dim=2) for part in zip(*parts, strict=True)]
     return all(
         one.shape == other.shape
-        and torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2 * float(other.abs().max()))
+        and (one.is_meta or torch.allclose(one.float(), other.float(), rtol=1e-2, atol=1e-2 * float(other.abs().max())))
         for one, other in zip(made, (call.key, call.value), strict=True)
     )
 
