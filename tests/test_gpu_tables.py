@@ -18,7 +18,8 @@ def test_the_page_holds_the_tables_of_the_committed_files():
 
 def test_a_file_becomes_a_table(tmp_path):
     row = {"policy": "full", "batch": 1, "tokens": 8192, "budget": None, "mode": "graph", "p50_s": 0.00728,
-           "p95_s": 0.0073, "wall_s": 0.0074, "floor_s": 0.00375, "floor_ratio": 1.94, "construction_s": 0.001}  # fmt: skip
+           "p95_s": 0.0073, "wall_s": 0.0074, "floor_s": 0.00375, "floor_ratio": 1.94,
+           "construction_s": 0.001}  # fmt: skip
     rows = [row, {**row, "policy": "quest", "budget": 2048, "p50_s": 0.00364, "eager_s": 0.06},
             {"policy": "h2o", "batch": 1, "tokens": 8192, "error": "OutOfMemoryError: too\nmuch"}]  # fmt: skip
     file = tmp_path / "decode-a.json"
