@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from kvbench.contract.attention import Attention
     from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget
     from kvbench.contract.extension import Extension, Options
-    from kvbench.contract.layer import Layer
-    from kvbench.contract.policy import KVCachePolicy, ModelView
+    from kvbench.contract.layer import Layer, PromptView
+    from kvbench.contract.policy import KVCachePolicy, ModelView, Place
     from kvbench.contract.probe import Probe
     from kvbench.contract.selection import Selection
     from kvbench.engine.attach import attach
@@ -32,7 +32,9 @@ _HOMES = {
     "Options": "contract.extension",
     "KVCachePolicy": "contract.policy",
     "Layer": "contract.layer",
+    "PromptView": "contract.layer",
     "ModelView": "contract.policy",
+    "Place": "contract.policy",
     "Probe": "contract.probe",
     "Selection": "contract.selection",
     "Session": "engine.session",
@@ -52,7 +54,9 @@ __all__ = [
     "LayerBudget",
     "ModelView",
     "Options",
+    "Place",
     "Probe",
+    "PromptView",
     "Selection",
     "Session",
     "attach",

@@ -163,3 +163,91 @@ def test_a_policy_that_governs_nothing_is_refused():
         kvbench.attach(tiny_model(), policy=made, budget=12)
     with pytest.raises(KVBenchError, match="dense_layers is 3: LlamaForCausalLM has 3 full-attention layers"):
         kvbench.attach(tiny_model(), policy="quest", budget=12, dense_layers=3)
+
+
+# -- the prompt's attention ------------------------------------------------------------------------------------------
+
+
+def block_sparse(model, ids, mask=None, steps=20, block=16, dense=0):
+    """Plain transformers' tokens with the plugin's pattern as an attention mask of the prompt, in float64."""
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        new, tokens = query.shape[2], key.shape[2]
+        share = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(share, 1).double(), value.repeat_interleave(share, 1).double()
+        logits = query.double() @ key.transpose(-1, -2) * kwargs["scaling"]
+        pads = torch.zeros(len(ids), dtype=torch.long) if mask is None else (mask == 0).sum(-1)
+        mine = (torch.arange(tokens - new, tokens) - pads[:, None])[:, None, :, None]
+        theirs = (torch.arange(tokens) - pads[:, None])[:, None, None]
+        seen = (theirs >= 0) & (theirs <= mine)
+        if new > 1 and module.layer_idx >= dense:
+            seen &= (theirs < block) | (mine // block - theirs // block <= 1)
+        weights = logits.masked_fill(~seen, -1e30).softmax(-1)
+        return (weights @ value).transpose(1, 2).to(query.dtype), None
+
+    AttentionInterface.register("block_sparse", attention)
+    AttentionMaskInterface.register("block_sparse", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("block_sparse")
+    try:
+        return generate(model, ids, mask, steps=steps)
+    finally:
+        model.set_attn_implementation("sdpa")
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize("dense", [0, 1])
+def test_a_policy_computes_the_prompts_attention(batch, dense):
+    ids, mask = (tokens(1, 75), None) if batch == "one" else padded_batch((60, 75, 52))
+    model = tiny_model()
+    expected = block_sparse(model, ids, mask, dense=dense)
+    assert not torch.equal(expected, generate(model, ids, mask))
+    with kvbench.attach(model, policy=plugins.BlockSparse(plugins.BlockSparse.Options(dense=dense))) as session:
+        assert torch.equal(generate(model, ids, mask), expected)
+        calls = [layer.state.get("calls") for cached in session.cache.governed for layer in cached.groups]
+        assert set(calls) == ({1} if not dense else {None, 1})
+        shown = torch.ones_like(ids) if mask is None else mask
+        prompts = [row[there.bool()].tolist() for row, there in zip(ids, shown, strict=True)]
+        chunked = generate_batch(session, prompts, max_new_tokens=[20] * len(prompts), prefill_chunk=25)
+        assert [one.tokens for one in chunked] == expected.tolist()
+        assert all(one.state["calls"] > 1 for one in session.cache.governed[-1].groups)
+
+
+def test_a_policy_of_the_prompt_takes_over_no_shared_prompt_and_answers_in_shape():
+    model, prompt = tiny_model(), tokens(1, 40)[0].tolist()
+    before = prefill(model, [prompt])
+    with (
+        kvbench.attach(model, policy=plugins.BlockSparse()) as session,
+        pytest.raises(KVBenchError, match="computes the prompt's attention itself"),
+    ):
+        session.resume(before)
+
+    class Short(plugins.BlockSparse):
+        def attend_prompt(self, layer, queries, keys, values):
+            return queries[:, :, 1:]
+
+    with kvbench.attach(model, policy=Short()), pytest.raises(KVBenchError, match=r"expected a tensor \[1, 6, 40, 8\]"):
+        model(torch.tensor([prompt]))
+
+    class Exact(plugins.BlockSparse):
+        exact = True
+
+    with pytest.raises(KVBenchError, match="defines attend_prompt and is exact"):
+        kvbench.attach(model, policy=Exact())
+
+
+def test_runs_say_whose_the_prompts_attention_is(python, model, tmp_path):
+    done, _ = run(python, model, tmp_path, "--policy", "block_sparse,snapkv", "--tokens", 100, "--share-prefill")
+    ours, full = done["block_sparse"], done["full"]
+    assert [done[name]["config"]["prompt_attention"] for name in ("block_sparse", "snapkv", "full")] == [
+        "policy", "exact", "exact",
+    ]  # fmt: skip
+    assert not ours["config"]["share_prefill"] and full["config"]["share_prefill"]
+    assert ours["metrics"]["density"] == 1.0
+    checks = {check["name"]: check for report in ours["conformance"] for check in report["checks"]}
+    assert checks["two runs are equal"]["status"] == "passed"
+    assert "the prompt's attention is sparse" in checks["exact when covering"]["detail"]
+    shown = command(
+        python, "run", "--policy", "block_sparse", "--model", model, "--context-length", 512, "--examples", 1,
+        "--output", tmp_path,
+    ).stdout  # fmt: skip
+    assert "the prompt's attention of block_sparse is the policy's own" in " ".join(shown.split())

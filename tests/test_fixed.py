@@ -9,6 +9,8 @@ from tiny import small_options, tiny_model, tokens
 import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.host import Slabs
+from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.plugins import registry
 
@@ -100,6 +102,35 @@ def test_a_covering_budget_is_exact_in_fixed_steps(policy):
     with attach(model, policy, 1.0) as session:
         found = generate(session, PROMPTS[1], max_new_tokens=12, decoding="fixed")
     assert found.tokens == exact[0, len(PROMPTS[1]) :].tolist()
+
+
+def test_memory_with_room_for_the_steps_is_taken_over(monkeypatch):
+    """As pinned memory has it on a GPU."""
+    set_aside, rooms = KVStore.set_aside, []
+
+    def with_room(self, *arguments, **options):
+        set_aside(self, *arguments, **options)
+        longer = [torch.nn.functional.pad(part, (0, 0, 0, 40)) for part in (self.aside_keys, self.aside_values)]
+        rooms.append(longer[0])
+        self._aside = TokenBuffer(*longer, length=self.aside_stop - self.aside_start)
+
+    model = tiny_model(pad_token_id=None)
+    with attach(model, "flat") as session:
+        expected = generate(session, PROMPTS[1], max_new_tokens=20, decoding="eager")
+        monkeypatch.setattr(KVStore, "set_aside", with_room)
+        found = generate(session, PROMPTS[1], max_new_tokens=20, decoding="fixed")
+    assert found.tokens == expected.tokens
+    assert all(bool(room[:, :, 51 : 51 + 19].any(-1).all()) for room in rooms)  # the steps wrote to it
+
+
+def test_slabs_are_cut_in_pieces_that_overlap_nowhere():
+    slabs = Slabs(1024, pin=False)
+    pieces = [slabs.empty((3, 5), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32) * 3]
+    pieces.append(slabs.empty((4, 500), torch.float32))
+    for number, piece in enumerate(pieces):
+        piece.fill_(number)
+    assert all(bool((piece == number).all()) for number, piece in enumerate(pieces))
+    assert {piece.untyped_storage().nbytes() for piece in pieces} == {1024, 8000}
 
 
 def test_a_second_generation_begins_anew_and_the_model_is_restored():

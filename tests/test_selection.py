@@ -7,7 +7,7 @@ import torch
 from drive import Driven, Vectors, drive, random_vectors
 from tiny import small_options
 
-from kvbench.indexes.kmeans import kmeans
+from kvbench.indexes.kmeans import cluster_sums, kmeans, products
 from kvbench.indexes.lsh import HashTables, collision_probability
 from kvbench.plugins import registry
 
@@ -55,6 +55,16 @@ def test_kmeans_of_many_sets_equals_lloyds_of_each(spherical):
         expected, labels = lloyd(points[number], 9, 10, spherical)
         torch.testing.assert_close(centroids[number].double(), expected, atol=1e-5, rtol=1e-4)
         assert torch.equal(assigned[number], labels)
+
+
+def test_points_are_added_up_by_products_as_one_by_one(monkeypatch):
+    monkeypatch.setattr("kvbench.indexes.kmeans.BLOCK", 3 * 9 * 50)
+    points = torch.randn(3, 120, 8, generator=torch.Generator().manual_seed(0))
+    assigned = torch.randint(9, (3, 120), generator=torch.Generator().manual_seed(1))
+    sums, sizes = products(points, assigned, 9)
+    expected, counts = cluster_sums(points, assigned, 9)
+    torch.testing.assert_close(sums, expected)
+    assert torch.equal(sizes, counts)
 
 
 DRIVEN = [

@@ -256,8 +256,13 @@ def _provenance(documents: list[dict[str, Any]]) -> str:
         + f", seed {config['seed']}, question {config['question']}, "
         f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
         f"{environment['device_name']}, {environment['threads']} threads; "
-        f"times, bytes and answers are of undisturbed generations{_overhead(documents)}"
+        f"{_own_prompts(documents)}times, bytes and answers are of undisturbed generations{_overhead(documents)}"
     )
+
+
+def _own_prompts(documents: list[dict[str, Any]]) -> str:
+    own = [d["policy"] for d in documents if d["config"]["prompt_attention"] == "policy"]
+    return f"the prompt's attention of {', '.join(own)} is the policy's own; " if own else ""
 
 
 def _overhead(documents: list[dict[str, Any]]) -> str:

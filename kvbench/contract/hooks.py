@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvbench.contract.attention import Attention
     from kvbench.contract.budget import BudgetAllocator, LayerBudget
     from kvbench.contract.extension import Extension
-    from kvbench.contract.layer import Layer
+    from kvbench.contract.layer import Layer, PromptView
     from kvbench.contract.policy import KVCachePolicy, Replay
     from kvbench.contract.probe import Probe
     from kvbench.contract.selection import Selection
@@ -59,9 +59,18 @@ class Registration:
 class PolicyHooks:
     """Called by the session while the model runs; probes wrap these same hooks."""
 
+    @hookspec(firstresult=True)
+    def attend_prompt(self, layer: PromptView, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor | None:
+        """Compute the prompt's attention in a layer in place of the model's own, which is exact: output [B, H, m, d].
+
+        `keys` and `values` [B, G, n, d] are the prompt's tokens so far, `queries` [B, H, m, d] those of the last m:
+        all n, or with a prompt in chunks the chunk's. Query i belongs to token n - m + i and may see no later token.
+        None leaves the attention exact. A policy with this hook reads every prompt itself: none is shared with others.
+        """
+
     @hookspec
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Take over the prompt, once per layer, after its exact attention.
+        """Take over the prompt, once per layer, after its attention.
 
         `queries` [B, H, m, d] are the last m of the prompt (`KVCachePolicy.query_window`; all by default), `keys`
         and `values` [B, G, n, d] the whole prompt, which `layer.store` already holds. The policy evicts

@@ -23,6 +23,26 @@ class Rotation(Protocol):
         """Undo `rotate`."""
 
 
+@dataclass(frozen=True)
+class PromptView:
+    """A governed layer while its prompt passes, for one group of equally long rows (`attend_prompt`).
+
+    `index`, `count` and `number` are as in `Layer`. `state` is the policy's: it lasts from chunk to chunk, and becomes
+    `layer.state` when the prompt ends.
+    """
+
+    index: int
+    count: int
+    number: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+    rows: int
+    module: nn.Module
+    state: dict[str, Any]
+
+
 @dataclass
 class Layer:
     """One attention layer, for one group of equally long rows, as policies and probes see it.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvbench.contract.layer import Layer
     from kvbench.contract.step import Clock, FixedStep, Part
 
-POLICY_HOOKS = ("prefill", "after_prompt", "select", "attend", "insert")
+POLICY_HOOKS = ("attend_prompt", "prefill", "after_prompt", "select", "attend", "insert")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Pluggable(Extension):
 class KVCachePolicy(Pluggable):
     """Decides which past tokens a model attends to.
 
-    Subclasses define any of the hooks `prefill`, `after_prompt`, `select`, `attend` and `insert` (see
+    Subclasses define any of the hooks `attend_prompt`, `prefill`, `after_prompt`, `select`, `attend` and `insert` (see
     `kvbench.contract.hooks.PolicyHooks` for arguments and shapes). The static set that stays attended is whatever they
     neither evict nor set aside.
     """

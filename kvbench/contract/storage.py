@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.attention import scores, weighted_sum
+from kvbench.contract.host import copy_to_host, host_empty, pins
 
 HOST = torch.device("cpu")
+ROOM = 64
+"""Tokens that pinned memory has room for beside those offloaded, or a sixteenth of these where that is more: a decoding
+step in fixed shapes adds to it in place."""
 
 
 def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
@@ -82,15 +86,20 @@ StorageFactory = Callable[[Tensor, Tensor], Storage]
 class TokenBuffer(Storage):
     """Keys and values of a growing number of tokens, [B, G, t, d], in memory that grows by a sixteenth at a time."""
 
-    def __init__(self, keys: Tensor, values: Tensor, room: int = 64) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, room: int = 64, length: int | None = None) -> None:
         """Take over `keys` and `values` [B, G, t, d] without a copy where they are contiguous.
 
-        Memory that has to grow gets room for at least `room` more tokens.
+        Memory that has to grow gets room for at least `room` more tokens. Only the first `length` tokens are in use.
         """
         self._room = room
         self._keys = keys.contiguous()
         self._values = values.contiguous()
-        self.length = keys.shape[2]
+        self.length = keys.shape[2] if length is None else length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is memory for."""
+        return self._keys.shape[2]
 
     @property
     def keys(self) -> Tensor:
@@ -105,7 +114,9 @@ class TokenBuffer(Storage):
     @property
     def nbytes(self) -> int:
         """Bytes of the memory held, spare room included."""
-        return self._keys.untyped_storage().nbytes() + self._values.untyped_storage().nbytes()
+        held = (self._keys, self._values)
+        # pinned tensors share their memory with others
+        return sum(part.nbytes if part.is_pinned() else part.untyped_storage().nbytes() for part in held)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add tokens at the end."""
@@ -119,7 +130,8 @@ class TokenBuffer(Storage):
         self.length = stop
 
     def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+        shape = (*old.shape[:2], capacity, old.shape[3])
+        new = host_empty(shape, old.dtype, torch.device("cuda")) if old.is_pinned() else old.new_empty(shape)
         new[:, :, : self.length] = old[:, :, : self.length]
         return new
 
@@ -222,6 +234,11 @@ class KVStore:
         return torch.cat([self._ragged_kept, self._static_ids.expand(*self._ragged_kept.shape[:2], -1)], dim=-1)
 
     @property
+    def holds_aside(self) -> bool:
+        """Whether the set-aside tokens are here: some were, and no other structure has taken them over."""
+        return self._aside is not None
+
+    @property
     def aside(self) -> Storage:
         """The set-aside tokens `aside_start` to `aside_stop` − 1, in order, where they lie."""
         assert self._aside is not None, "no tokens are set aside"
@@ -302,15 +319,25 @@ class KVStore:
         keys, values, ids = self._static.keys, self._static.values, self._static_ids
         device = HOST if offload else keys.device
         if self._ragged is None and ids.shape == (self.tokens,) and bool((ids.diff() > 0).all()):
-            aside = [part[:, :, start:stop].to(device, copy=True) for part in (keys, values)]
+            moved = [part[:, :, start:stop] for part in (keys, values)]
+            pinned = offload and pins(keys.device)
+            room = max(ROOM, (stop - start) // 16) if pinned and storage is TokenBuffer else 0
+            aside = tuple(copy_to_host(part, room) if pinned else part.to(device, copy=True) for part in moved)
             rest = torch.cat([ids[:start], ids[stop:]])
             self._static, self._static_ids = TokenBuffer(keys[:, :, rest], values[:, :, rest]), rest
         else:
+            pinned = False
             slots = self._slots(torch.arange(start, stop, device=ids.device))
-            aside = [part.to(device) for part in self._picked(slots)]
+            aside = tuple(part.to(device) for part in self._picked(slots))
             self._drop(slots)
         self._device, self._offloaded = device, offload
-        self._aside = storage(*aside)
+        if pinned:
+            torch.cuda.current_stream(keys.device).synchronize()
+        held_keys, held_values = aside
+        if storage is TokenBuffer:
+            self._aside = TokenBuffer(held_keys, held_values, length=stop - start)
+        else:
+            self._aside = storage(held_keys, held_values)
         self.aside_start, self.aside_stop = start, stop
 
     def append(self, keys: Tensor, values: Tensor) -> None:

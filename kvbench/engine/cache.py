@@ -147,6 +147,8 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.new: tuple[Tensor, Tensor] | None = None
         self.waiting: tuple[nn.Module, float, int] | None = None
         """Attention module, scaling and query heads, once the prompt's attention is done."""
+        self.prompt_states: dict[tuple[int, ...] | None, dict[str, Any]] = {}
+        """What the policy keeps between chunks of the prompt, by the rows of a group."""
         self.hidden: list[Tensor] = []
         """What the allocator keeps of the prompt's hidden states, call by call."""
 
@@ -276,6 +278,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                 rotary=Rotary(session.model, session.config, module, self.number),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
                 most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense),
+                state=self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {}),
             )  # fmt: skip
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:

@@ -52,6 +52,11 @@ class Governor:
     ) -> None:  # fmt: skip
         check_instance(policy, KVCachePolicy)
         check_hooks(type(policy))
+        if policy.exact and hasattr(policy, "attend_prompt"):
+            raise KVBenchError(
+                f"Policy '{policy.name}' defines attend_prompt and is exact, which means the model's own attention "
+                "throughout: leave `exact` out, since a policy that evicts nothing keeps everything."
+            )
         for probe in probes:
             check_instance(probe, Probe)
             check_hooks(type(probe))
@@ -91,6 +96,11 @@ class Governor:
         for device in self._devices:
             torch.cuda.synchronize(device)
         return time.perf_counter()
+
+    @property
+    def own_prompt(self) -> bool:
+        """Whether the prompt's attention is in the hands of the policy, or of a probe."""
+        return bool(self.hook.attend_prompt.get_hookimpls())
 
     def drop(self, probe: Probe) -> None:
         """Take a probe off, so that what follows is undisturbed."""

@@ -91,7 +91,7 @@ def can_record(session: Session, window: int | None, chunk: int | None) -> bool:
 
     Layers that the policy leaves exact are not shown to probes, so a pass with any is not recorded.
     """
-    if session.dense:
+    if session.dense or session.own_prompt:
         return False
     own = session.query_window(0)
     enough = own is None or (window is not None and window <= own)

@@ -28,6 +28,7 @@ from kvbench.engine.calls import check_continued, check_replaceable, left_paddin
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor
 from kvbench.engine.prompt import Prefill
+from kvbench.engine.prompt_attention import prompt_attention
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
 
@@ -233,6 +234,11 @@ class Session(Governor):
 
         With `tokens`, only the first so many, which further calls continue up to the session's `prompt_tokens`.
         """
+        if self.own_prompt:
+            raise KVBenchError(
+                f"Policy '{self.policy.name}' computes the prompt's attention itself (attend_prompt), so it cannot "
+                "take over a prompt that was computed without it: let it read the prompt."
+            )
         whole = prompt.ids.shape[1]
         count = whole if tokens is None else tokens
         self._end_fixed()
@@ -367,7 +373,12 @@ class Session(Governor):
         if not cached.groups:
             if cached.waiting is not None:
                 raise KVBenchError(f"{type(self.model).__name__} calls layer {cached.number} twice in a forward pass.")
-            output, weights = own(module, query, key, value, mask, **kwargs)
+            if self.own_prompt:
+                self._check_known(kwargs)
+                exact = lambda: own(module, query, key, value, mask, **kwargs)[0]  # noqa: E731
+                output, weights = prompt_attention(cached, module, query, scaling, exact), None
+            else:
+                output, weights = own(module, query, key, value, mask, **kwargs)
             window = self.query_window(cached.number)
             if window is None:
                 cached.prompt_queries.append(query)
@@ -379,13 +390,16 @@ class Session(Governor):
             return output, weights
         if self.policy.exact:
             return self._exact_step(cached, query, lambda: own(module, query, key, value, mask, **kwargs)[0]), None
+        self._check_known(kwargs)
+        return self._policy_steps(module, cached, query), None
+
+    def _check_known(self, kwargs: dict[str, Any]) -> None:
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
                 raise KVBenchError(
                     f"{type(self.model).__name__} uses '{name}' in its attention, which policies do not support yet: "
                     "choose another model, or policy 'full'."
                 )
-        return self._policy_steps(module, cached, query), None
 
     def _exact_step(self, cached: PolicyCacheLayer, query: Tensor, own: Callable[[], Tensor]) -> Tensor:
         layer = cached.groups[0]

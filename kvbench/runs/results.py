@@ -79,6 +79,8 @@ class RunConfig(BaseModel):
     share_prefill: bool = False
     dense_layers: int = Field(0, ge=0, le=LARGEST)
     """First full-attention layers that keep everything and attend to it, whatever the policy; beyond the budget."""
+    prompt_attention: Literal["exact", "policy"] = "exact"
+    """Whose the prompt's attention is: the model's own, or the policy's (`attend_prompt`)."""
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""

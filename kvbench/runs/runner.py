@@ -108,7 +108,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
             "and prompts unshared."
         )
     wanted = request.batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
-    share_prefill = wanted and policy.cached
+    own_prompt = hasattr(policy, "attend_prompt")
+    share_prefill = wanted and policy.cached and not own_prompt
     if budget is not None:
         allocator = found.make("budget", budget.allocator, budget.options)
         check_head_budgets(policy, allocator)
@@ -136,7 +137,7 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
         batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
-        decoding=request.decoding,
+        prompt_attention="policy" if own_prompt else "exact", decoding=request.decoding,
         plugins=_plugins(request, budget),
     )  # fmt: skip
 
@@ -222,7 +223,7 @@ def execute(
 
 def _alike(config: RunConfig) -> str:
     """The same for configurations that share prompts and differ in policy and budget alone."""
-    own: dict[str, Any] = {"policy": "", "policy_options": {}, "budget": None, "plugins": {}}
+    own: dict[str, Any] = {"policy": "", "policy_options": {}, "budget": None, "plugins": {}, "dense_layers": 0}
     return config.model_copy(update=own).hash if config.share_prefill else config.hash
 
 

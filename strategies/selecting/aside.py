@@ -10,8 +10,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from kvbench.contract.host import host_empty
 from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.storage import TokenBuffer
 from kvbench.kernels.attention import Segment, attend
 from kvbench.kernels.insert import insert
 from kvbench.kernels.score import scores
@@ -25,11 +27,6 @@ class SettingAside(Protocol):
 
     def period(self, layer: Layer, most: int) -> int:
         """How many tokens leave the window at a time."""
-
-
-def host_tensor(shape: Sequence[int], like: Tensor, device: torch.device) -> Tensor:
-    """Zeros in the host's memory with the dtype of `like`, pinned where a GPU at `device` shall read them in place."""
-    return torch.zeros(tuple(shape), dtype=like.dtype, pin_memory=device.type == "cuda")
 
 
 @dataclass(frozen=True)
@@ -100,43 +97,59 @@ class AsideStep(FixedStep):
         self.start = _start(parts, periods, clock, self.kv_heads)
         offload = store.aside_keys.device.type != device.type or policy.offload
         shape, capacity = (clock.batch, layer.kv_heads), max(part.layer.tokens for part in parts) + clock.new_tokens
-        ring = self.recent + max(periods) - 1 if offload else None
-        held = self.sinks + ring if ring is not None else capacity
+        self._ring = self.recent + max(periods) - 1 if offload else None
+        held = capacity if self._ring is None else self.sinks + self._ring
         sample = store.static_parts()[0][:2]
         self.keys, self.values = (like.new_zeros(*shape, held, like.shape[3]) for like in sample)
-        self.aside_keys, self.aside_values = (
-            host_tensor((*shape, capacity - self.sinks, like.shape[3]), like, device) if offload
-            else whole[:, :, self.sinks :]
-            for like, whole in zip(sample, (self.keys, self.values), strict=True)
-        )  # fmt: skip
-        self._ring = ring
         self.capacity = capacity - self.sinks
+        self._host = self._host_memory(parts, sample) if offload else ()
+        if offload:
+            self.aside_keys, self.aside_values = (part[:, :, : self.capacity] for part in self._host)
+        else:
+            self.aside_keys, self.aside_values = (part[:, :, self.sinks :] for part in (self.keys, self.values))
         for part in parts:
             self._take(part)
         longest = self.sinks + self.recent + max(periods) - 1
         share = self.heads // self.kv_heads if self.per_head else 1
         key = (
-            "window", self.sinks, longest, ring, share,
+            "window", self.sinks, longest, self._ring, share,
             *(tuple(part.flatten().tolist()) for part in vars(self.start).values()),
         )  # fmt: skip
         self._first = key not in clock.shared
         if self._first:
-            clock.shared[key] = Window(clock, self.start, self.sinks, longest, ring, share)
+            clock.shared[key] = Window(clock, self.start, self.sinks, longest, self._ring, share)
         self.window: Window = clock.shared[key]
         room = int(self.start.budget.max()) - self.sinks - self.recent
         self.most = max(min(room, self.capacity), 1)
         self._all = all(part.layer.budget.covers_all for part in parts)
 
+    def _host_memory(self, parts: Sequence[Part], sample: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The memory of the tokens on the host: what holds them already, where that is all rows' and has the room."""
+        aside = parts[0].layer.store.aside
+        if parts[0].rows is None and isinstance(aside, TokenBuffer) and aside.capacity >= self.capacity:
+            memory = list(aside.take(0))
+            parts[0].layer.store.release_aside()
+        else:
+            shape = (self.batch, self.kv_heads, self.capacity)
+            device = self._clock.positions.device
+            memory = [host_empty((*shape, like.shape[3]), like.dtype, device) for like in sample]
+        for part in memory:
+            part[:, :, int(self.start.aside.min()) :].zero_()
+        return memory
+
     def _take(self, part: Part) -> None:
         """Move a part's tokens where they shall lie, and empty its store."""
         store = part.layer.store
-        for held, aside, given, tokens in (
-            (self.keys, self.aside_keys, store.aside_keys, store.static_parts()[0][0]),
-            (self.values, self.aside_values, store.aside_values, store.static_parts()[0][1]),
+        rows = torch.arange(self.batch) if part.rows is None else part.rows.cpu()
+        static, moved = store.static_ids.cpu(), store.aside_stop - store.aside_start
+        if store.holds_aside:
+            for aside, given in ((self.aside_keys, store.aside_keys), (self.aside_values, store.aside_values)):
+                _place(aside, rows, torch.arange(moved), given)
+        keys, values, _ = store.static_parts()[0]
+        for held, aside, tokens in (
+            (self.keys, self.aside_keys, keys),
+            (self.values, self.aside_values, values),
         ):
-            rows = torch.arange(self.batch) if part.rows is None else part.rows.cpu()
-            static = store.static_ids.cpu()
-            _place(aside, rows, torch.arange(given.shape[2]), given)
             slots = static
             if self._ring is not None:
                 late = static >= self.sinks
@@ -182,7 +195,7 @@ class AsideStep(FixedStep):
 
     def bytes(self) -> dict[str, int]:
         """Keys and values on the device and the host, and the index."""
-        offloaded = 0 if self._ring is None else self.aside_keys.nbytes + self.aside_values.nbytes
+        offloaded = sum(part.nbytes for part in self._host)
         resident = self.keys.nbytes + self.values.nbytes
         return {"resident": resident, "offloaded": offloaded, "index": self.index_bytes()}
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional
 
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
@@ -81,10 +80,18 @@ class RetroInfer(SelectingPolicy):
 
     def clusters(self, keys: Tensor, values: Tensor, mean: Tensor) -> dict[str, Tensor]:
         """Cluster `keys` [B, G, n, d] and `values`: mean `keys`, `values`, `sizes`, and each token's in `assigned`."""
-        points = functional.normalize((keys.float() - mean).flatten(0, 1), dim=-1)
+        points = keys.float().flatten(0, 1) - mean.flatten(0, 1)
+        points /= points.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        segment = min(self.options.segment, points.shape[1])
+        whole = points.shape[1] // segment * segment
+        # all full segments of all heads at once, and the rest
+        parts = points[:, :whole].reshape(-1, segment, points.shape[2]), points[:, whole:]
         centroids = [
-            kmeans(part, self.number(part.shape[1]), self.options.rounds - 1, spherical=True)[0]
-            for part in torch.split(points, self.options.segment, dim=1)
+            kmeans(part, self.number(part.shape[1]), self.options.rounds - 1, spherical=True)[0].view(
+                len(points), -1, points.shape[2]
+            )
+            for part in parts
+            if part.shape[1]
         ]
         assigned = nearest(points, torch.cat(centroids, dim=1))
         number = sum(part.shape[1] for part in centroids)

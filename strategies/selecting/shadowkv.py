@@ -24,7 +24,11 @@ class _LowRankKeys(Storage):
         """`plain` are the `keys` before rotation; `outliers` [B, G, o] the chunks that are kept exact."""
         batch, heads, self.length, dim = keys.shape
         rows = plain.transpose(1, 2).flatten(2).double()
-        basis = torch.linalg.eigh(rows.transpose(1, 2) @ rows).eigenvectors[..., -min(rank, heads * dim) :]
+        squares = rows.transpose(1, 2) @ rows
+        # a GPU is many times slower in float64, and keys of 16 bits have no use for it
+        narrow = keys.is_cuda and keys.element_size() == 2
+        found = torch.linalg.eigh(squares.float() if narrow else squares).eigenvectors
+        basis = found[..., -min(rank, heads * dim) :].double()
         self._coefficients = (rows @ basis).to(keys.dtype)
         self._basis = basis.transpose(1, 2).reshape(batch, -1, heads, dim).transpose(1, 2).to(keys.dtype).contiguous()
         self._chunk, self._rotate = chunk, rotate

@@ -37,7 +37,37 @@ class EveryOther(kvbench.KVCachePolicy):
             layer.store.evict(layer.tokens - layer.budget.tokens - keys.shape[2], keys.shape[2])
 
 
+class BlockSparse(kvbench.KVCachePolicy):
+    """The prompt's queries see the first block of tokens, their own and the one before it; decoding is exact."""
+
+    name = "block_sparse"
+    summary = "Block-sparse attention over the prompt; keeps everything."
+    takes_budget = False
+    never_exact = "the prompt's attention is sparse"
+    query_window = 0
+
+    class Options(kvbench.Options):
+        """Options of the policy."""
+
+        block: int = Field(16, ge=1, description="tokens in a block")
+        dense: int = Field(0, ge=0, description="first layers whose prompt attention stays exact")
+
+    def attend_prompt(self, layer, queries, keys, values):
+        """Softmax over the blocks that a query's own block may see."""
+        if layer.index < self.options.dense:
+            return None
+        layer.state["calls"] = layer.state.get("calls", 0) + 1
+        tokens, new, size = keys.shape[2], queries.shape[2], self.options.block
+        mine = torch.arange(tokens - new, tokens)[:, None]
+        theirs = torch.arange(tokens)
+        near = (mine // size - theirs // size <= 1) | (theirs < size)
+        grouped = queries.unflatten(1, (layer.kv_heads, -1)).flatten(2, 3)
+        logits = (grouped @ keys.transpose(-1, -2)).unflatten(2, (-1, new)) * layer.scaling
+        weights = logits.masked_fill(~near | (theirs > mine), -torch.inf).softmax(-1)
+        return (weights.flatten(2, 3) @ values).unflatten(2, (-1, new)).flatten(1, 2)
+
+
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther]
+    return [EveryOther, BlockSparse]

@@ -25,7 +25,7 @@ from kvbench.contract.probe import Probe
 from kvbench.engine.conformance.covering import Covering
 from kvbench.engine.conformance.report import Check, Report
 from kvbench.engine.conformance.watch import ConformanceError, Watch, distance, first_difference
-from kvbench.engine.prefill import prefill
+from kvbench.engine.prefill import forward, prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
 from kvbench.plugins import registry
@@ -289,7 +289,7 @@ class Conformance:
         session = Session(self.model, policy, budget, [watch], tokenizer=self.tokenizer)
         torch.manual_seed(0)
         with session:
-            session.resume(prompt.prefill)
+            self._begin(session, prompt.prefill)
             return watch, self._logits(prompt.prefill.ids, prompt.prefill.mask, AFTER, past=session.cache)
 
     def _in_fixed_steps(self, policy: KVCachePolicy, budget: Budget | None, prompt: _Prompt, logits: Tensor) -> Check:
@@ -298,7 +298,7 @@ class Conformance:
         session = Session(self.model, policy, budget, tokenizer=self.tokenizer)
         torch.manual_seed(0)
         with session, torch.no_grad():
-            session.resume(prompt.prefill)
+            self._begin(session, prompt.prefill)
             decoder = session.fixed(self._answer[:, 0], STEPS, graph=self.device.type == "cuda")
             if isinstance(decoder, str):
                 return Check(name, "skipped", f"none: {decoder}")
@@ -315,6 +315,14 @@ class Conformance:
             return Check(name, "passed", detail, error, tolerance)
         detail = f"their logits are {error:.2g} off those of steps hook by hook (rounding allows {tolerance:.2g})"
         return Check(name, "failed", detail, error, tolerance)
+
+    def _begin(self, session: Session, prompt: Prefill) -> None:
+        """Let a policy take over the prompt, or read it where it computes the prompt's attention itself."""
+        if session.own_prompt:
+            with torch.no_grad():
+                forward(session, prompt.ids, prompt.mask, 0)
+        else:
+            session.resume(prompt)
 
     def _prompt(self, policy: KVCachePolicy) -> _Prompt:
         """The exact pass over a prompt that is long enough for the policy's static set."""
