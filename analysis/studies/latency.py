@@ -120,10 +120,9 @@ class LatencyBreakEven(Analysis):
                 ends = sorted({row["tokens"] for row in rows})
                 axis.plot(ends, [1e3 * bar.seconds(end) for end in ends], color=figures.REFERENCE, linestyle=":",
                           label=bar.text)  # fmt: skip
-            figures.logarithmic(axis, "x")
-            figures.logarithmic(axis, "y")
-            axis.set_xlabel("context (tokens, log)")
-            axis.set_ylabel("decoding step (ms, log)")
+            axis.set_ylim(bottom=0)  # both axes linear, as the break-evens are interpolated
+            axis.set_xlabel("context (tokens)")
+            axis.set_ylabel("decoding step (ms)")
             axis.set_title(f"{where}, batch {batch}", loc="left")
         handles = {
             label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)

@@ -34,7 +34,8 @@ def table(found: dict[str, Any], name: str) -> str:
         f"### {found['device']}: [{name}](measurements/{name})",
         "",
         f"{found['layers']} layers of Llama-3-8B's shape with random weights{compiled}; commit {found['commit']}, "
-        f"torch {found['torch']}, transformers {found['transformers']}; measured: {rate['device'] / 1e12:.2f} TB/s on the device, {rate['host'] / 1e9:.0f} GB/s from pinned host memory. Times in milliseconds.",
+        f"torch {found['torch']}, transformers {found['transformers']}; measured: {rate['device'] / 1e12:.2f} TB/s "
+        f"on the device, {rate['host'] / 1e9:.0f} GB/s from pinned host memory. Times in milliseconds.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         f"|{'|'.join(['--:', '--:', '---', '--:', '---', *['--:'] * (len(HEADINGS) - 5)])}|",
