@@ -527,7 +527,8 @@ def _paint_latency(
             step.plot([1000 * value] * 2, [place - 0.48, place + 0.48], color="#000000", linewidth=1.2)
     for (run, _), place in zip(splits, places, strict=True):
         bar = _bar(run)
-        marks = ((run.metrics["floor_s"], "--"), (bar and bar.seconds(run.config["context_length"]), ":"))
+        theirs = None if bar is None else bar.seconds(run.config["context_length"])
+        marks = ((run.metrics["floor_s"], "--"), (theirs, ":"))
         for value, dashes in marks:
             if value is not None:
                 step.plot([1000 * value] * 2, [place - 0.48, place + 0.48], color=figures.REFERENCE, linestyle=dashes)
