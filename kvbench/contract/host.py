@@ -35,9 +35,14 @@ class Slabs:
 _slabs = Slabs()
 
 
+def pins(device: torch.device) -> bool:
+    """Whether memory that `device` is to read is pinned."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
 def host_empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised tensor in the host's memory, pinned where `device`, which is to read it, is a GPU."""
-    return _slabs.empty(shape, dtype) if device.type == "cuda" else torch.empty(tuple(shape), dtype=dtype)
+    """An uninitialised tensor in the host's memory, pinned where `device`, which is to read it, is a GPU (`pins`)."""
+    return _slabs.empty(shape, dtype) if pins(device) else torch.empty(tuple(shape), dtype=dtype)
 
 
 def copy_to_host(tokens: Tensor, room: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.attention import scores, weighted_sum
-from kvbench.contract.host import copy_to_host, host_empty
+from kvbench.contract.host import copy_to_host, host_empty, pins
 
 HOST = torch.device("cpu")
 ROOM = 64
@@ -320,7 +320,7 @@ class KVStore:
         device = HOST if offload else keys.device
         if self._ragged is None and ids.shape == (self.tokens,) and bool((ids.diff() > 0).all()):
             moved = [part[:, :, start:stop] for part in (keys, values)]
-            pinned = offload and keys.is_cuda
+            pinned = offload and pins(keys.device)
             room = max(ROOM, (stop - start) // 16) if pinned and storage is TokenBuffer else 0
             aside = tuple(copy_to_host(part, room) if pinned else part.to(device, copy=True) for part in moved)
             rest = torch.cat([ids[:start], ids[stop:]])

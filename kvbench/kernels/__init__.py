@@ -6,9 +6,11 @@ each can be captured in a CUDA graph. B is the batch, H query heads, G key/value
 
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
+from kvbench.kernels.columns import column_sums
 from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
@@ -21,6 +23,7 @@ __all__ = [
     "attend",
     "attend_kivi",
     "attention_weights",
+    "column_sums",
     "compiled",
     "decode",
     "gather",
@@ -33,6 +36,7 @@ __all__ = [
     "replace_worst",
     "scores",
     "select_top",
+    "settle_kivi",
     "update_bounds",
     "using",
 ]
