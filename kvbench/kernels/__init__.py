@@ -11,6 +11,7 @@ from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
+from kvbench.kernels.received import received
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
@@ -30,6 +31,7 @@ __all__ = [
     "page_scores",
     "pq_scores",
     "ragged",
+    "received",
     "replace_worst",
     "scores",
     "select_top",

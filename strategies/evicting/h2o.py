@@ -1,32 +1,12 @@
 """H2O (arXiv 2306.14048): keep the heavy hitters, the tokens that have gathered most attention, and the recent ones."""
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
+from kvbench.kernels.received import received
 from kvbench.strategies.evicting.eviction import AttentionEviction
-
-BLOCK = 2**22
-"""Attention weights computed at a time, so that no matrix of all queries by all keys is ever in memory."""
-
-
-def accumulated_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
-    """Sum over all the prompt's queries [B, H, n, d] of their softmax weights over keys [B, G, n, d]: [B, G, n]."""
-    batch, heads, tokens, dim = queries.shape
-    groups = keys.shape[1]
-    grouped = queries.reshape(batch, groups, heads // groups, tokens, dim)
-    total = keys.new_zeros(batch, groups, tokens, dtype=torch.float32)
-    step = max(BLOCK // (batch * heads * tokens), 1)
-    for start in range(0, tokens, step):
-        stop = min(start + step, tokens)
-        block = grouped[:, :, :, start:stop].flatten(2, 3)
-        logits = (block @ keys[:, :, :stop].transpose(-1, -2)).float() * scaling
-        logits = logits.view(batch, groups, -1, stop - start, stop)
-        future = torch.ones(stop - start, stop, dtype=torch.bool, device=keys.device).triu(start + 1)
-        total[..., :stop] += logits.masked_fill_(future, -torch.inf).softmax(-1).sum((2, 3))
-    return total
 
 
 class H2O(AttentionEviction):
@@ -57,7 +37,7 @@ class H2O(AttentionEviction):
 
     def prompt_scores(self, layer: Layer, queries: Tensor, keys: Tensor) -> Tensor:
         """The attention that each token of the prompt gathered from it and from later ones."""
-        return accumulated_attention(queries, keys, layer.scaling)
+        return received(queries, keys, layer.scaling)
 
     def updated(self, layer: Layer, scores: Tensor, weights: Tensor) -> Tensor:
         """Add the step's weights, summed over the group's query heads."""
