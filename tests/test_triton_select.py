@@ -75,15 +75,3 @@ def test_attention_weights_are_those_of_a_float64_softmax(groups, share, dim, he
     lse = logits.logsumexp(-1).flatten(1, 2).float()
     found = kernels.attention_weights(*(x.to(DEVICE) for x in (queries, keys, lse, lengths)), 0.2)
     torch.testing.assert_close(found.cpu().double(), logits.softmax(-1).flatten(1, 2), rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("n", "heads", "groups", "dim"), [(1, 2, 2, 16), (70, 6, 2, 20), (129, 4, 1, 64)])
-def test_received_attention_is_the_sum_of_all_later_queries_weights(n, heads, groups, dim):
-    queries, keys = torch.randn(2, heads, n, dim), torch.randn(2, groups, n, dim)
-    found = kernels.received(queries.to(DEVICE), keys.to(DEVICE), 0.3).cpu()
-    logits = queries.double() @ keys.double().repeat_interleave(heads // groups, dim=1).transpose(-1, -2) * 0.3
-    weights = logits.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(-1)
-    expected = weights.sum(2).view(2, groups, -1, n).sum(2).float()
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(KVBenchError, match="not of one prompt"):
-        kernels.received(queries.to(DEVICE), keys[:, :, : n // 2].to(DEVICE), 0.3)

@@ -6,12 +6,13 @@ each can be captured in a CUDA graph. B is the batch, H query heads, G key/value
 
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
+from kvbench.kernels.columns import column_sums
 from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
-from kvbench.kernels.received import received
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
@@ -22,6 +23,7 @@ __all__ = [
     "attend",
     "attend_kivi",
     "attention_weights",
+    "column_sums",
     "compiled",
     "decode",
     "gather",
@@ -31,10 +33,10 @@ __all__ = [
     "page_scores",
     "pq_scores",
     "ragged",
-    "received",
     "replace_worst",
     "scores",
     "select_top",
+    "settle_kivi",
     "update_bounds",
     "using",
 ]

@@ -249,7 +249,8 @@ def _twin(
     weights = (joined - torch.where(lse.isfinite(), lse, 0)[..., None]).exp()
     total, first = torch.zeros((), device=queries.device), 0
     for logits, values in zip(all_logits, all_values, strict=True):
-        part = weights[..., first : first + logits.shape[2]].reshape(len(values), values.shape[1], -1, logits.shape[2])
+        part = weights[..., first : first + logits.shape[2]]
+        part = part.reshape(len(values), values.shape[1], heads // values.shape[1], logits.shape[2])
         total = total + (part @ values).flatten(1, 2)
         first += logits.shape[2]
     output.copy_(total[:, :, None])

@@ -55,8 +55,8 @@ def insert(
 
     Token i of the m goes to slot p = `positions` + i, int32 [B] or [B, G]; with a `window`, a ring behind the first
     `sinks` slots, to slot p where p < sinks and to sinks + (p − sinks) mod window otherwise (m at most the window).
-    Tokens at negative positions, and at slots beyond the capacity, are not written. Raises KVBenchError where shapes,
-    strides or the ring do not fit.
+    Stores that are expanded over rows and heads (strides of 0) are one flat store. Tokens at negative positions, and at
+    slots beyond the capacity, are not written. Raises KVBenchError where shapes, strides or the ring do not fit.
     """
     batch, groups, new = keys.shape[:3]
     check_rows("new keys", keys, batch, groups)
@@ -92,4 +92,8 @@ def insert(
         place = row, group, at[..., i : i + 1]
         for store, rows in ((key_store, keys), (value_store, values)):
             added = rows[:, :, i : i + 1].to(store.device, store.dtype)
-            store[place] = torch.where(fits[:, :, i : i + 1], added, store[place])
+            if max(store.stride(0) * (batch - 1), store.stride(1) * (groups - 1)) == 0 and batch * groups > 1:
+                written = fits[:, :, i, 0]
+                store[0, 0][at[..., i][written]] = added[:, :, 0][written]
+            else:
+                store[place] = torch.where(fits[:, :, i : i + 1], added, store[place])

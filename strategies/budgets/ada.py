@@ -10,7 +10,7 @@ from kvbench.contract.budget import BudgetAllocator, BudgetRequest, PromptLayer,
 from kvbench.contract.extension import Options
 from kvbench.strategies.budgets.pyramid import Pyramid
 from kvbench.strategies.budgets.uniform import Uniform
-from kvbench.strategies.evicting.snapkv import pooled, window_attention
+from kvbench.strategies.evicting.snapkv import pooled, window_votes
 
 
 class Ada(BudgetAllocator):
@@ -48,7 +48,7 @@ class Ada(BudgetAllocator):
     def share_heads(self, prompt: PromptLayer, request: BudgetRequest, tokens: int) -> Tensor:
         """Count each head's scores among the best of its layer, over the tokens that the policy chooses from."""
         groups, beside = prompt.keys.shape[1], tokens - request.minimum
-        votes = window_attention(prompt.queries, prompt.keys, prompt.scaling).sum(2)
+        votes = window_votes(prompt.queries, prompt.keys, prompt.scaling)
         votes = votes[..., request.minimum - request.window : request.context - request.window]
         scores = pooled(votes, groups, self.options.kernel, self.options.pooling)
         best = scores.flatten(1).topk(min(groups * beside, scores[0].numel()), dim=-1).indices // scores.shape[2]

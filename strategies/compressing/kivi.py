@@ -1,5 +1,6 @@
 """KIVI (arXiv 2402.02750): 2-bit keys per channel, 2-bit values per token, recent tokens in full precision."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +15,10 @@ from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.contract.storage import Storage, TokenBuffer
+from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_settle import settle_kivi
 
 
 def quantise(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,7 +59,7 @@ class _KIVIBuffer(Storage):
     def __init__(self, options: Any, keys: Tensor, values: Tensor) -> None:
         self.length, dim = keys.shape[2:]
         self._bits, self._group, self._residual = options.bits, options.group, options.residual
-        self._value_group = min(self._group, dim)
+        self._value_group: int = min(self._group, dim)
         self._late_keys, self._late_values = keys, values
         self._key_groups: TokenBuffer | None = None
         self._value_rows: TokenBuffer | None = None
@@ -88,6 +92,31 @@ class _KIVIBuffer(Storage):
             return TokenBuffer(*new, room=room)
         known.append(*new)
         return known
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of what is not quantised."""
+        return self._late_keys.dtype
+
+    @property
+    def value_group(self) -> int:
+        """Channels that share a scale."""
+        return self._value_group
+
+    def hand_over(self, store: KIVICodes, rows: slice | Tensor) -> None:
+        """Copy everything into the `rows` of a store of fixed shapes, whose late tokens lie in a ring."""
+        for known, codes, scales in (
+            (self._key_groups, store.key_codes, store.key_scales),
+            (self._value_rows, store.value_codes, store.value_scales),
+        ):
+            if known is not None:
+                codes[rows, :, : known.length], scales[rows, :, : known.length] = known.keys, known.values
+        ring = store.late_keys.shape[2]
+        for late, target in ((self._late_keys, store.late_keys), (self._late_values, store.late_values)):
+            slots = torch.arange(self.length - late.shape[2], self.length, device=late.device) % ring
+            spread = target[rows]
+            spread[:, :, slots] = late
+            target[rows] = spread
 
     @property
     def nbytes(self) -> int:
@@ -166,6 +195,10 @@ class KIVI(KVCachePolicy):
             )
         layer.store.set_aside(0, layer.tokens, offload=False, storage=partial(_KIVIBuffer, self.options))
 
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Codes in place; late tokens in a ring."""
+        return KIVIStep(parts, clock, self.options)
+
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Hand the new token to the quantised storage, which keeps it in full precision for a while."""
         layer.store.advance(keys.shape[2])
@@ -173,3 +206,57 @@ class KIVI(KVCachePolicy):
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
         """Attend to everything."""
         return Selection(everything=True)
+
+
+class KIVIStep(FixedStep):
+    """KIVI's step in fixed shapes: a kernel takes the token in and quantises, another attends to the codes."""
+
+    def __init__(self, parts: Sequence[Part], clock: Clock, options: Any) -> None:
+        layer, first = parts[0].layer, parts[0].layer.store.aside
+        assert isinstance(first, _KIVIBuffer)
+        self._positions, self._residual, self._scaling = clock.positions, options.residual, layer.scaling
+        device, shape, dim = clock.positions.device, (clock.batch, layer.kv_heads), layer.head_dim
+        bits, group, channels = options.bits, options.group, first.value_group
+        tokens = max(part.layer.tokens for part in parts) + clock.new_tokens
+        values = max(tokens - self._residual, 1)
+        groups = max(tokens // self._residual, 1) * (self._residual // group)
+        codes = partial(torch.zeros, dtype=torch.uint8, device=device)
+        scales = partial(torch.zeros, dtype=torch.float16, device=device)
+        counts = partial(torch.zeros, clock.batch, dtype=torch.int32, device=device)
+        late = partial(torch.zeros, *shape, self._residual + 1, dim, dtype=first.dtype, device=device)
+        self._store = KIVICodes(
+            codes(*shape, groups, dim * group * bits // 8), scales(*shape, groups, 2 * dim),
+            codes(*shape, values, dim * bits // 8), scales(*shape, values, 2 * dim // channels),
+            late(), late(), counts(), counts(), counts(), bits, group, channels,
+        )  # fmt: skip
+        for part in parts:
+            aside = part.layer.store.aside
+            assert isinstance(aside, _KIVIBuffer)
+            aside.hand_over(self._store, slice(None) if part.rows is None else part.rows.to(device))
+            part.layer.store.release_aside()
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Take the token in, quantise what has waited long enough, and attend to everything."""
+        settle_kivi(self._store, keys, values, self._positions, self._residual)
+        return attend_kivi(queries, self._store, scaling=self._scaling, dtype=queries.dtype)[0]
+
+    def _coded(self) -> list[Tensor]:
+        store = self._store
+        return [store.key_codes, store.key_scales, store.value_codes, store.value_scales]
+
+    def bytes(self) -> dict[str, int]:
+        """Codes, scales and late tokens, on the device."""
+        held = sum(part.nbytes for part in (*self._coded(), self._store.late_keys, self._store.late_values))
+        return {"resident": held, "offloaded": 0, "index": 0}
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """The codes of the tokens that are quantised at that length, and the late tokens."""
+        keys, values = tokens // self._residual * self._residual, max(tokens - self._residual, 0)
+        counts = (keys // self._store.group, keys // self._store.group, values, values)
+        coded = sum(part.nbytes // part.shape[2] * count for part, count in zip(self._coded(), counts, strict=True))
+        late = self._store.late_keys.nbytes // self._store.late_keys.shape[2]
+        return {"device": coded + late * (2 * tokens - keys - values), "host": 0}
+
+    def changed(self) -> Sequence[Tensor]:
+        """Nothing: lengths follow from the positions, and a repeated step writes the same codes to the same place."""
+        return []

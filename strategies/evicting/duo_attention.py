@@ -1,5 +1,6 @@
 """DuoAttention (arXiv 2410.10819): retrieval heads attend to everything, streaming heads to sinks and recent tokens."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,11 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Replay
 from kvbench.contract.reading import parse_json, read_bytes, reading
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.contract.storage import Storage, TokenBuffer
+from kvbench.kernels.attention import ragged
+from kvbench.kernels.insert import insert
+from kvbench.kernels.steps import GrowingStep
 from kvbench.strategies.evicting.snapkv import window_attention
 
 
@@ -133,13 +138,17 @@ class DuoAttention(KVCachePolicy):
                 )
         elif self._profile is None:
             sinks, recent = layer.static
-            weights = window_attention(queries, keys, layer.scaling)
             key = torch.arange(layer.tokens, device=keys.device)
-            query = key[-weights.shape[2] :, None]
-            streamed = weights * ((key < sinks) | (key > query - recent))
-            change = weights - streamed / streamed.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-            moved = change.view(layer.rows, layer.kv_heads, -1, layer.tokens) @ values.float()
-            layer.state["score"] = moved.square().sum((2, 3), dtype=torch.float64) / len(query)
+            query = key[-queries.shape[2] :, None]
+            kept = (key < sinks) | (key > query - recent)
+            scores = []
+            for group, own in enumerate(queries.chunk(layer.kv_heads, dim=1)):  # one by one, to spare memory
+                weights = window_attention(own, keys[:, group : group + 1], layer.scaling)
+                streamed = weights * kept
+                streamed /= streamed.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+                moved = weights.sub_(streamed) @ values[:, group : group + 1].float()
+                scores.append(moved.square().sum((1, 2, 3), dtype=torch.float64) / len(query))
+            layer.state["score"] = torch.stack(scores, dim=1)
 
     def after_prompt(self, layers: list[Layer], ids: Tensor, replay: Replay) -> None:
         """Make the best heads of the model retrieval heads and cut the others down."""
@@ -165,6 +174,11 @@ class DuoAttention(KVCachePolicy):
             storage = partial(_SomeHeads, layer.state["heads"])
             layer.store.set_aside(sinks, tokens - recent, offload=False, storage=storage)
 
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Heads of unequal length in one flat store."""
+        streams = any("heads" in part.layer.state for part in parts)
+        return DuoStep(parts, clock) if streams else GrowingStep(parts, clock)
+
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Move what leaves the recent window to the retrieval heads; the others forget it."""
         if "heads" in layer.state:
@@ -175,3 +189,85 @@ class DuoAttention(KVCachePolicy):
         if "heads" not in layer.state:
             return Selection()
         return Selection(everything=True, heads=layer.state["heads"])
+
+
+class DuoStep(FixedStep):
+    """The step in fixed shapes: each head has its own rows of one flat store, to which it appends or whose last rows
+    are its ring of recent tokens."""
+
+    def __init__(self, parts: Sequence[Part], clock: Clock) -> None:
+        first = parts[0].layer
+        shape = clock.batch, first.kv_heads
+        self._scaling = first.scaling
+        held = torch.zeros(shape, dtype=torch.int64)
+        # a new token goes to row `begin` + `count` mod `window` of its head
+        begin, count, window = torch.zeros_like(held), torch.zeros_like(held), torch.full_like(held, 2**30)
+        for part in parts:
+            layer, rows = part.layer, slice(None) if part.rows is None else part.rows.cpu()
+            static, recent = layer.store.static_tokens, layer.static[1]
+            whole = layer.state["heads"].cpu() if "heads" in layer.state else torch.ones(layer.rows, shape[1]).bool()
+            held[rows] = torch.where(whole, layer.tokens, static)
+            begin[rows] = torch.where(whole, 0, static - recent)
+            count[rows] = torch.where(whole, layer.tokens, 0)
+            window[rows] = torch.where(whole, 2**30, recent)
+        self._grows = window == 2**30
+        capacity = held + self._grows * clock.new_tokens
+        offsets = (capacity.flatten().cumsum(0) - capacity.flatten()).view(shape)
+        keys, values, _ = first.store.static_parts()[0]
+        self._keys, self._values = (like.new_zeros(int(capacity.sum()), like.shape[3]) for like in (keys, values))
+        for part in parts:
+            self._take(part, offsets)
+        device = clock.positions.device
+        self._begin, self._count, self._window, self._lengths, self._more = (
+            numbers.to(device, torch.int32) for numbers in (begin + offsets, count, window, held, self._grows)
+        )
+        self._offsets = offsets.to(device)
+        self._fixed = int(held[~self._grows].sum())
+
+    def _take(self, part: Part, offsets: Tensor) -> None:
+        """Copy a part's tokens to their rows, a retrieval head's in their order, and empty its store."""
+        store = part.layer.store
+        (keys, values, _), ids = store.static_parts()[0], store.static_ids
+        order = ids.argsort()
+        aside = (store.aside_keys, store.aside_values) if store.aside_stop > store.aside_start else None
+        numbers = range(part.layer.rows) if part.rows is None else part.rows.tolist()
+        before = int((ids < store.aside_start).sum()) if aside else 0
+        for row, number in enumerate(numbers):
+            for group in range(keys.shape[1]):
+                grows, start = bool(self._grows[number, group]), int(offsets[number, group])
+                for place, (target, static) in enumerate(((self._keys, keys), (self._values, values))):
+                    own = static[row, group][order]
+                    pieces = [own[:before], aside[place][row, group], own[before:]] if aside and grows else [own]
+                    for piece in pieces:
+                        target[start : start + len(piece)] = piece
+                        start += len(piece)
+                    start = int(offsets[number, group])
+        store.release_static(0)
+        store.release_aside()
+        part.layer.state.clear()
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Append in retrieval heads, replace the oldest recent token in the others, and attend."""
+        wide = (*keys.shape[:2], -1, -1)
+        insert(
+            self._keys[None, None].expand(wide), self._values[None, None].expand(wide), keys, values,
+            self._begin + self._count.remainder(self._window),
+        )  # fmt: skip
+        self._count.add_(1)
+        self._lengths.add_(self._more)
+        return ragged(
+            queries, self._keys, self._values, self._offsets, self._lengths, scaling=self._scaling, dtype=queries.dtype
+        )[0]
+
+    def bytes(self) -> dict[str, int]:
+        """Keys and values, on the device."""
+        return {"resident": self._keys.nbytes + self._values.nbytes, "offloaded": 0, "index": 0}
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """The streaming heads' tokens, and all of the others'."""
+        token = (self._keys.nbytes + self._values.nbytes) // len(self._keys)
+        return {"device": token * (self._fixed + int(self._grows.sum()) * tokens), "host": 0}
+
+    def changed(self) -> Sequence[Tensor]:
+        """Places and lengths: a repeated step replaces the same token by the same one."""
+        return [self._count, self._lengths]

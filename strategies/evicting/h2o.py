@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
-from kvbench.kernels.received import received
+from kvbench.kernels.columns import column_sums
 from kvbench.strategies.evicting.eviction import AttentionEviction
 
 
@@ -37,7 +37,7 @@ class H2O(AttentionEviction):
 
     def prompt_scores(self, layer: Layer, queries: Tensor, keys: Tensor) -> Tensor:
         """The attention that each token of the prompt gathered from it and from later ones."""
-        return received(queries, keys, layer.scaling)
+        return column_sums(queries, keys, layer.scaling)
 
     def updated(self, layer: Layer, scores: Tensor, weights: Tensor) -> Tensor:
         """Add the step's weights, summed over the group's query heads."""

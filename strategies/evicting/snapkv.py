@@ -17,9 +17,17 @@ def window_attention(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     batch, heads, window, dim = queries.shape
     groups, tokens = keys.shape[1], keys.shape[2]
     grouped = queries.reshape(batch, groups, heads // groups * window, dim)
-    logits = (grouped @ keys.transpose(-1, -2)).float().view(batch, heads, window, tokens) * scaling
+    logits = (grouped @ keys.transpose(-1, -2)).float().view(batch, heads, window, tokens).mul_(scaling)
     future = torch.ones(window, tokens, dtype=torch.bool, device=keys.device).triu(tokens - window + 1)
     return logits.masked_fill_(future, -torch.inf).softmax(-1)
+
+
+def window_votes(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
+    """Sums [B, H, n] of `window_attention` over the window, one key/value head after the other to spare memory."""
+    heads = queries.chunk(keys.shape[1], dim=1)
+    return torch.cat(
+        [window_attention(own, keys[:, group : group + 1], scaling).sum(2) for group, own in enumerate(heads)], dim=1
+    )
 
 
 def pooled(votes: Tensor, kv_heads: int, kernel: int, pooling: Literal["avg", "max"]) -> Tensor:
@@ -58,5 +66,5 @@ class SnapKV(KVCachePolicy):
         if layer.budget.covers_all:
             return
         before = layer.tokens - queries.shape[2]
-        votes = window_attention(queries, keys, layer.scaling)[..., :before].sum(2)
+        votes = window_votes(queries, keys, layer.scaling)[..., :before]
         layer.keep_top(pooled(votes, layer.kv_heads, self.options.kernel, self.options.pooling))

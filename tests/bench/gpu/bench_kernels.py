@@ -298,6 +298,33 @@ def sq8_case(batch: int, tokens: int, attention_too: bool) -> Case:
     return Case(name, batch, tokens, [lambda x=x: call(*x) for x in inputs], expected, nbytes, tolerance=tolerance)
 
 
+def column_case(batch: int, tokens: int) -> Case:
+    """Bound by arithmetic, not by bytes: its floor says nothing; the torch twin stands beside it."""
+    inputs = [(randn(batch, H, tokens, D), big(batch, tokens)) for _ in range(2)]
+
+    def expected() -> Tensor:
+        q, k = inputs[0]
+        total = torch.zeros(batch, G, tokens, dtype=torch.float64, device=DEVICE)
+        for b in range(batch):
+            for h in range(H):
+                for first in range(0, tokens, 4096):
+                    stop = min(first + 4096, tokens)
+                    logits = q[b, h, first:stop].double() @ k[b, h // R, :stop].double().T * D**-0.5
+                    future = torch.ones_like(logits, dtype=torch.bool).triu(first + 1)
+                    total[b, h // R, :stop] += logits.masked_fill_(future, -torch.inf).softmax(-1).sum(0)
+        return total
+
+    def twin(q: Tensor, k: Tensor) -> Tensor:
+        with kernels.using("torch"):
+            return kernels.column_sums(q, k, D**-0.5)
+
+    return Case(
+        "column_sums", batch, tokens, [lambda x=x: kernels.column_sums(*x, D**-0.5) for x in inputs], expected,
+        batch * ((2.0 * H + G) * tokens * D * 2 + G * tokens * 4),
+        baselines={"torch": [lambda: twin(*inputs[0])]} if tokens <= 8192 else {},
+    )  # fmt: skip
+
+
 def kivi_case(batch: int, tokens: int, bits: int) -> Case:
     group, at, late = 32, (batch, G), 128
     nbytes = 2.0 * batch * G * tokens * D * (bits / 8 + 4 / group)
@@ -358,6 +385,8 @@ def builders(batch: int, tokens: int) -> Iterator[tuple[str, Callable[[], Case]]
     yield "pq_scores", lambda: pq_case(batch, tokens, 4, 256)
     yield "scores of SQ8", lambda: sq8_case(batch, tokens, False)
     yield "decode of SQ8", lambda: sq8_case(batch, tokens, True)
+    if batch == 1:
+        yield "column_sums", lambda: column_case(batch, tokens)
     yield "kivi", lambda: kivi_case(batch, tokens, 2)
     yield "kivi", lambda: kivi_case(batch, tokens, 4)
 
