@@ -156,6 +156,21 @@ def test_what_has_no_fixed_step_says_why():
         generate(session, PROMPTS[0], max_new_tokens=8, decoding="graph")
 
 
+def test_a_policy_that_chooses_otherwise_does_not_step_as_its_base_does():
+    class Worst(registry().find("policy", "oracle_topk")):
+        name = "worst"
+
+        def choose(self, layer, queries, wanted):
+            return super().choose(layer, -queries, wanted)
+
+    model = tiny_model(pad_token_id=None)
+    with (
+        kvbench.attach(model, policy=Worst(), budget=Budget(tokens=24)) as session,
+        pytest.raises(KVBenchError, match="policy 'worst' has no step of fixed shapes"),
+    ):
+        generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
+
+
 def test_fixed_steps_state_what_they_hold_and_must_read():
     model = tiny_model(pad_token_id=None)
     for policy in FIXED:
