@@ -302,12 +302,12 @@ class Session(Governor):
         if not self._projecting and self._replay is None:
             self._calls[module.layer_idx] = args, kwargs
 
-    def _project(self, module: Any, lane: Lane, step: int, hidden: Tensor) -> Tensor:
-        """The queries of `module` at this call for `hidden` [B, 1, D] in place of its own input of the lane's rows."""
+    def _project(self, module: Any, lane: Lane, now: slice, hidden: Tensor) -> Tensor:
+        """The queries of `module` at this call for `hidden` [B, m, D] in place of its own input of the lane's rows."""
         args, kwargs = self._calls[module.layer_idx]
         rows = slice(None) if lane.rows is None else lane.rows
         inputs = _hidden(args, kwargs).clone()
-        inputs[rows, step] = hidden[:, 0].to(inputs.device)
+        inputs[rows, now] = hidden.to(inputs.device)
         args = tuple(None if value is self.cache else value for value in args)
         kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
         self._projecting = True
@@ -317,7 +317,7 @@ class Session(Governor):
             else:
                 module(**{**kwargs, "hidden_states": inputs})
         except _Projected as found:
-            return lane.take(found.queries)[:, :, step : step + 1]
+            return lane.take(found.queries)[:, :, now]
         finally:
             self._projecting = False
         raise AssertionError("an attention module that came through the attention interface left it")
@@ -417,10 +417,11 @@ class Session(Governor):
         hidden = _hidden(*self._calls[module.layer_idx]) if self.policy.uses_hidden else None
         dense = self._dense_before(cached) if self.policy.uses_hidden else None
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], values.shape[3])
+        count = query.shape[2]
+        blocks = [slice(0, count)] if self.blocks else [slice(step, step + 1) for step in range(count)]
         for lane, layer in zip(self.cache.lanes, cached.groups, strict=True):  # type: ignore[union-attr]
             lane_queries, lane_keys, lane_values = lane.take(query), lane.take(keys), lane.take(values)
-            for step in range(query.shape[2]):
-                now = slice(step, step + 1)
+            for now in blocks:
                 new_keys, new_values, queries = lane_keys[:, :, now], lane_values[:, :, now], lane_queries[:, :, now]
                 if hidden is not None:
                     layer.hidden = lane.take(hidden)[:, now]
@@ -429,16 +430,16 @@ class Session(Governor):
                         layer.hidden_before = lane.take(dense)[:, now]
                     elif before is not None:
                         layer.hidden_before = before.hidden
-                    layer.project = functools.partial(self._project, module, lane, step)
+                    layer.project = functools.partial(self._project, module, lane, now)
                 layer.store.append(new_keys, new_values)
                 self.call("insert", layer=layer, keys=new_keys, values=new_values)
                 selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
-                part = result.squeeze(2).to(output.dtype)
+                part = result.transpose(1, 2).to(output.dtype)
                 if lane.rows is None:
-                    output[:, step] = part
+                    output[:, now] = part
                 else:
-                    output[lane.rows, step] = part
+                    output[lane.rows, now] = part
                 layer.project = None
         self._calls.pop(module.layer_idx, None)
         return output
