@@ -2,6 +2,7 @@
 
 from kvbench.analysis.probes.standard import Density, Latency, OutputError, Overlap, Recall, Recovery, Sparsity
 from kvbench.analysis.studies.construction import Construction
+from kvbench.analysis.studies.latency import LatencyBreakEven
 from kvbench.analysis.studies.ood import OOD
 from kvbench.analysis.studies.overlap import OverlapOfSets
 from kvbench.analysis.studies.recall import RecallOverSteps
@@ -21,4 +22,4 @@ def kvbench_probes() -> list[type[Probe]]:
 @hookimpl
 def kvbench_analyses() -> list[type[Analysis]]:
     """Register the built-in analyses."""
-    return [OOD, RecoveryByK, RecallOverSteps, SparsityProfile, OverlapOfSets, Construction]
+    return [OOD, RecoveryByK, RecallOverSteps, SparsityProfile, OverlapOfSets, Construction, LatencyBreakEven]

@@ -16,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kvbench
+from kvbench.contract import attend
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import generate_batch
 from kvbench.engine.prefill import prefill
@@ -251,3 +252,96 @@ def test_runs_say_whose_the_prompts_attention_is(python, model, tmp_path):
         "--output", tmp_path,
     ).stdout  # fmt: skip
     assert "the prompt's attention of block_sparse is the policy's own" in " ".join(shown.split())
+
+
+# -- blocks of queries -----------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def turns(model, session, ids, mask, sizes):
+    """Logits of all tokens after the prompt, which come in calls of `sizes` tokens."""
+    prompt, found = ids.shape[1] - sum(sizes), []
+    positions = None if mask is None else (mask.cumsum(1) - 1).clamp_min(0)
+    past, start = None, 0
+    for stop in (prompt, *(prompt + sum(sizes[: turn + 1]) for turn in range(len(sizes)))):
+        extra = {} if mask is None else {
+            "attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]
+        }  # fmt: skip
+        out = model(ids[:, start:stop], past_key_values=past, use_cache=True, **extra)
+        past, start = out.past_key_values, stop
+        found.append(out.logits)
+    return torch.cat(found[1:], dim=1)
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+@pytest.mark.parametrize(
+    ("policy", "allocator"),
+    [("snapkv", "uniform"), ("snapkv", "ada"), ("expected_attention", "ada"), ("top_in_blocks", "uniform")],
+)
+def test_a_block_of_tokens_is_one_call_and_equals_token_by_token(policy, allocator, batch, monkeypatch):
+    monkeypatch.setenv("KVBENCH_CHECK", "1")
+    ids, mask = (tokens(1, 75), None) if batch == "one" else padded_batch((60, 75, 60))
+    model, budget = tiny_model(pad_token_id=None), kvbench.Budget(tokens=20, allocator=allocator)
+    if policy == "top_in_blocks":
+        made = plugins.TopInBlocks
+    else:
+        cls = registry().find("policy", policy)
+        made = lambda: cls(cls.Options(**small_options(cls)))  # noqa: E731
+
+    def take(sizes, probes=()):
+        with kvbench.attach(model, policy=made(), budget=budget, probes=probes) as session:
+            logits = turns(model, session, ids, mask, sizes)
+            return logits, [layer for cached in session.cache.governed for layer in cached.groups]
+
+    singly, _ = take([1] * 16)
+    together, layers = take([7, 1, 8])
+    torch.testing.assert_close(together, singly, rtol=1e-4, atol=1e-4)
+    if policy == "top_in_blocks":
+        assert {tuple(layer.state["blocks"]) for layer in layers} == {(7, 1, 8)}
+        probed, layers = take([7, 1, 8], probes=["density"])  # a probe that takes one token at a time
+        assert {tuple(layer.state["blocks"]) for layer in layers} == {(1,) * 16}
+        torch.testing.assert_close(probed, singly, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_block_is_attended_in_parts_and_weights_sum_to_one(monkeypatch):
+    ids, model = tokens(1, 75), tiny_model()
+    seen = []
+
+    class Weighing(plugins.TopInBlocks):
+        def attend(self, layer, queries, selection):
+            result = attend.attend(layer, queries, selection, with_weights=True)
+            seen.append(result.weights.sum(-1))
+            assert result.lse.shape == queries.shape[:3]
+            return result
+
+    found = []
+    for most in (2**26, 3 * 6 * 75):
+        monkeypatch.setattr(attend, "MOST_LOGITS", most)
+        with kvbench.attach(model, policy=Weighing(), budget=20) as session:
+            found.append(turns(model, session, ids, None, [10]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    for sums in seen:
+        torch.testing.assert_close(sums, torch.ones(1, 6, 10))
+
+
+def test_the_loop_stays_for_policies_that_do_not_take_blocks():
+    ids, model = tokens(1, 75), tiny_model()
+    options = small_options(registry().find("policy", "quest"))
+    with kvbench.attach(model, policy="quest", budget=20, options=options) as session:
+        assert not session.blocks
+        together = turns(model, session, ids, None, [16])
+        torch.testing.assert_close(turns(model, session, ids, None, [1] * 16), together, rtol=1e-5, atol=1e-5)
+    with kvbench.attach(model, policy="snapkv", budget=20, options={"window": 4}) as session:
+        assert session.blocks
+
+
+def test_a_blocks_ids_of_the_wrong_shape_are_named():
+    class Wrong(plugins.TopInBlocks):
+        def select(self, layer, queries, budget):
+            return kvbench.Selection(super().select(layer, queries, budget).ids[:, :, 1:])
+
+    with (
+        kvbench.attach(tiny_model(), policy=Wrong(), budget=20) as session,
+        pytest.raises(KVBenchError, match="heads and 7 queries, or one set"),
+    ):
+        turns(session.model, session, tokens(1, 75), None, [7])

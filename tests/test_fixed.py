@@ -13,6 +13,7 @@ from kvbench.contract.host import Slabs
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.plugins import registry
+from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
@@ -123,6 +124,15 @@ def test_memory_with_room_for_the_steps_is_taken_over(monkeypatch):
     assert all(bool(room[:, :, 51 : 51 + 19].any(-1).all()) for room in rooms)  # the steps wrote to it
 
 
+def test_the_best_of_long_rows_are_those_of_short_ones(monkeypatch):
+    found, counts = torch.randn(2, 3, 200), torch.tensor([[0, 4, 7], [2, 30, 9]], dtype=torch.int32)
+    found[1, 1, 20:] = -torch.inf
+    expected = best_of(found, counts, 30)
+    monkeypatch.setattr("kvbench.strategies.selecting.aside.IN_REGISTERS", 100)
+    assert best_of(found, counts, 30).sort().values.tolist() == expected.sort().values.tolist()
+    assert (expected >= 0).sum(-1).tolist() == [[0, 4, 7], [2, 20, 9]]
+
+
 def test_slabs_are_cut_in_pieces_that_overlap_nowhere():
     slabs = Slabs(1024, pin=False)
     pieces = [slabs.empty((3, 5), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float32) * 3]
@@ -154,6 +164,21 @@ def test_what_has_no_fixed_step_says_why():
         generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
     with attach(model, "quest") as session, pytest.raises(KVBenchError, match=r"CUDA graph needs a GPU, and .* cpu"):
         generate(session, PROMPTS[0], max_new_tokens=8, decoding="graph")
+
+
+def test_a_policy_that_chooses_otherwise_does_not_step_as_its_base_does():
+    class Worst(registry().find("policy", "oracle_topk")):
+        name = "worst"
+
+        def choose(self, layer, queries, wanted):
+            return super().choose(layer, -queries, wanted)
+
+    model = tiny_model(pad_token_id=None)
+    with (
+        kvbench.attach(model, policy=Worst(), budget=Budget(tokens=24)) as session,
+        pytest.raises(KVBenchError, match="policy 'worst' has no step of fixed shapes"),
+    ):
+        generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
 
 
 def test_fixed_steps_state_what_they_hold_and_must_read():

@@ -66,6 +66,26 @@ def analyse_runs(name: str, folders: Sequence[Path], options: Mapping[str, Any])
     )
 
 
+def analyse_times(
+    name: str, benchmarks: Sequence[Path], folders: Sequence[Path], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Run the analysis called `name` on the times of benchmarks' files and of finished runs; the JSON document."""
+    analysis: Analysis = registry().make("analysis", name, options)
+    if not analysis.reads_times:
+        raise KVBenchError(f"Analysis '{name}' reads no benchmark's file: leave --benchmark out.")
+    if not benchmarks and not folders:
+        raise KVBenchError(
+            f"Analysis '{name}' compares measured times: give a file of tests/bench/gpu/decode.py with --benchmark, or "
+            "finished runs with --run."
+        )
+    tables, notes = analysis.read_times(benchmarks, folders)
+    source = {
+        "title": "; ".join(dict.fromkeys(row["where"] for row in tables["rows"])),
+        "runs": [str(folder) for folder in folders], "benchmarks": [str(file) for file in benchmarks],
+    }  # fmt: skip
+    return _document(analysis, tables, analysis.summarise(tables), notes, source)
+
+
 def _document(
     analysis: Analysis, tables: Tables, summary: list[Row], notes: list[str], source: dict[str, Any]
 ) -> dict[str, Any]:
@@ -109,7 +129,7 @@ def tables_of(document: Mapping[str, Any]) -> Tables:
 def draw(figure: Figure, document: Mapping[str, Any], analysis: Analysis) -> None:
     """Draw a document, with a title that says what is partial."""
     tables = tables_of(document)
-    if "runs" in document["source"]:
+    if "runs" in document["source"] and not analysis.reads_times:
         runs.draw(figure, tables, type(analysis))
     else:
         analysis.draw(figure, tables)

@@ -45,6 +45,10 @@ def analyze(
     run: Annotated[
         list[Path] | None, typer.Option(help="Folder of a finished run, for its traces; again for more runs.")
     ] = None,
+    benchmark: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of tests/bench/gpu/decode.py, for `latency`; again for more."),
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all]")] = None,
     heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
     option: Annotated[
@@ -66,7 +70,7 @@ def analyze(
     ),
     as_json: Json = False,
 ) -> None:
-    """Analyse a model over a text, a capture, or runs: a table, its CSV and its figure."""
+    """Analyse a model over a text, a capture, runs or benchmarks: a table, its CSV and its figure."""
     check_output(output)
     found = load_registry()
     given = grouped(pairs(option), "index_options")
@@ -80,7 +84,11 @@ def analyze(
     from kvbench.analysis.studies import documents as studies  # noqa: PLC0415
     from kvbench.capture.files import load_capture  # noqa: PLC0415
 
-    if run:
+    if benchmark or found.find("analysis", name).reads_times:
+        if capture is not None:
+            raise KVBenchError(f"Analysis '{name}' compares measured times: leave --capture out.")
+        document = studies.analyse_times(name, benchmark or (), run or (), given)
+    elif run:
         document = studies.analyse_runs(name, run, given)
     else:
         chosen, chosen_heads = numbers("--layers", layers), numbers("--heads", heads)

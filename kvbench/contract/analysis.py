@@ -10,6 +10,8 @@ from pydantic import BaseModel, BeforeValidator, Field
 from kvbench.contract.extension import Extension
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
 
 
@@ -45,6 +47,8 @@ class Analysis(Extension):
     size: ClassVar[tuple[float, float]] = (7.0, 3.6)
     probe: ClassVar[str] = ""
     panels: ClassVar[tuple[Panel, ...]] = ()
+    reads_times: ClassVar[bool] = False
+    """True for an analysis of the times of benchmarks and runs, by `read_times`, instead of vectors."""
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options: Any = options if options is not None else self.Options()
@@ -53,6 +57,10 @@ class Analysis(Extension):
         self, capture: Any, layers: Sequence[int], heads: Sequence[int], progress: Callable[[str], None]
     ) -> Tables:
         """Measure a capture (`kvbench.capture.files.Capture`); raises KVBenchError where it cannot serve."""
+        raise NotImplementedError
+
+    def read_times(self, benchmarks: Sequence[Path], runs: Sequence[Path]) -> tuple[Tables, list[str]]:
+        """The tables from benchmarks' files and folders of finished runs, and what is partial, a sentence each."""
         raise NotImplementedError
 
     def summarise(self, tables: Tables) -> list[Row]:

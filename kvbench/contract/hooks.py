@@ -90,13 +90,15 @@ class PolicyHooks:
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:  # type: ignore[empty-body]
         """Choose the set-aside tokens that each head attends to, for `queries` [B, H, 1, d], at each decoding step.
 
+        With `KVCachePolicy.blocks` a call may bring m queries [B, H, m, d], those of the newest m tokens.
+
         The static set (all that was neither evicted nor set aside) is attended in any case and counts towards
         `budget`. The first plugin's answer wins; without one, only the static set is attended.
         """
 
     @hookspec(firstresult=True)
     def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Attention:  # type: ignore[empty-body]
-        """Compute the attention of `queries` [B, H, 1, d] over the static set and the selection.
+        """Compute the attention of `queries` [B, H, 1, d], or m of them, over the static set and the selection.
 
         The first plugin's answer wins; the default (`kvbench.contract.attend.attend`) merges the partial attentions.
         """

@@ -102,6 +102,11 @@ class KVCachePolicy(Pluggable):
     """True for a policy that shares the model's whole budget over the layers itself: a layer may exceed its own."""
     derived: ClassVar[bool] = False
     """True for a policy made from an index alone; a policy of the same name that a plugin registers replaces it."""
+    blocks: ClassVar[bool] = False
+    """True for a policy whose `insert`, `select` and `attend` take m tokens at once, as a question or a turn brings.
+
+    Others are called token by token, unless they define none of these hooks.
+    """
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
     never_exact: str = ""

@@ -21,6 +21,8 @@ class Probe(Pluggable):
     """
 
     _wrapper = True
+    blocks: ClassVar[bool] = False
+    """True for a probe whose hooks take m tokens at once; beside others, a policy is called token by token."""
     alone: ClassVar[bool] = False
     """True for a probe that measures time: it gets a generation of its own, which no other probe slows down."""
 

@@ -11,11 +11,12 @@ from torch import Tensor
 class Selection:
     """The set-aside tokens that each head attends to beside the static set.
 
-    `ids` [B, H, k] or [B, G, k] (one set for the group's query heads), int64 token ids, −1 for none where `padded`; no
-    ids select nothing, unless `everything` selects all that is set aside, for the key/value heads in `heads`, bool
+    `ids` [B, H, k] or [B, G, k] (one set for the group's query heads), or [B, H, m, k] for a block of m queries that
+    have a set each (`log_weights` and the logits of `summary` likewise), int64 token ids, −1 for none where `padded`;
+    no ids select nothing, unless `everything` selects all that is set aside, for the key/value heads in `heads`, bool
     [B or 1, G], where given. `queries` [B, H, 1, d] meet the set-aside tokens in place of the step's own (another
-    position encoding). `log_weights` [B, H, k] are added to the scaled scores (importance sampling). `summary`: logits,
-    float32 [B, H, s], and values [B, H or G, s, d] of rows that stand for many tokens (estimation zones).
+    position encoding). `log_weights` [B, H, k] are added to the scaled scores (importance sampling). `summary`:
+    logits, float32 [B, H, s], and values [B, H or G, s, d] of rows that stand for many tokens (estimation zones).
     `evaluations`: distance evaluations per query head that finding the tokens took, for the scanned fraction.
     """
 

@@ -32,7 +32,7 @@ def attach(
     a ratio of the context (float); policies whose size follows from something else ignore it. The first
     `dense_layers` full-attention layers are left exact, beyond the budget, which the others share, as many papers have
     it. The first forward call is the whole prompt unless `prompt_tokens` says how many tokens belong to it: then it may
-    come in chunks, and tokens beyond it go through the policy one by one, however many a call brings. `tokenizer`, a
+    come in chunks, and tokens beyond it go through the policy singly, but for one that takes `blocks`. `tokenizer`, a
     transformers tokenizer, is for policies that put a text of their own before the model (KVzip). `check` proves first,
     once for each model and policy, that both give what they promise (`kvbench.engine.conformance`), and raises
     KVBenchError where they do not; the session's `conformance` has what was found.

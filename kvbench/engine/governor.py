@@ -97,6 +97,12 @@ class Governor:
         return time.perf_counter()
 
     @property
+    def blocks(self) -> bool:
+        """Whether several new tokens are one call of each hook."""
+        takes = self.policy.blocks or not any(hasattr(self.policy, hook) for hook in ("insert", "select", "attend"))
+        return takes and all(probe.blocks for probe in self.probes)
+
+    @property
     def own_prompt(self) -> bool:
         """Whether the prompt's attention is in the hands of the policy, or of a probe."""
         return bool(self.hook.attend_prompt.get_hookimpls())

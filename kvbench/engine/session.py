@@ -259,12 +259,12 @@ class Session(Governor):
         if not self._projecting and self._replay is None:
             self._calls[module] = args, kwargs
 
-    def _project(self, module: Any, lane: Lane, step: int, hidden: Tensor) -> Tensor:
-        """The queries of `module` at this call for `hidden` [B, 1, D] in place of its own input of the lane's rows."""
+    def _project(self, module: Any, lane: Lane, now: slice, hidden: Tensor) -> Tensor:
+        """The queries of `module` at this call for `hidden` [B, m, D] in place of its own input of the lane's rows."""
         args, kwargs = self._calls[module]
         rows = slice(None) if lane.rows is None else lane.rows
         inputs = _hidden(args, kwargs).clone()
-        inputs[rows, step] = hidden[:, 0].to(inputs.device)
+        inputs[rows, now] = hidden.to(inputs.device)
         args = tuple(None if value is self.cache else value for value in args)
         kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
         self._projecting = True
@@ -276,7 +276,7 @@ class Session(Governor):
             )
         finally:
             self._projecting = False
-        return lane.take(found.query)[:, :, step : step + 1]
+        return lane.take(found.query)[:, :, now]
 
     def _end_fixed(self) -> None:
         if self._fixed is not None:
@@ -386,11 +386,12 @@ class Session(Governor):
         hidden = _hidden(*self._calls[module]) if self.policy.uses_hidden else None
         dense = self._dense_before(cached) if self.policy.uses_hidden else None
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+        count = query.shape[2]
+        blocks = [slice(0, count)] if self.blocks else [slice(step, step + 1) for step in range(count)]
         for lane, layer in zip(self.cache.lanes, layers, strict=True):
             lane_queries, lane_keys, lane_values = lane.take(query), lane.take(key), lane.take(value)
             held_keys, held_values = (lane.take(part) for part in cached.new)
-            for step in range(query.shape[2]):
-                now = slice(step, step + 1)
+            for now in blocks:
                 queries = lane_queries[:, :, now]
                 if hidden is not None:
                     layer.hidden = lane.take(hidden)[:, now]
@@ -399,17 +400,17 @@ class Session(Governor):
                         layer.hidden_before = lane.take(dense)[:, now]
                     elif before is not None:
                         layer.hidden_before = before.hidden
-                    layer.project = functools.partial(self._project, module, lane, step)
+                    layer.project = functools.partial(self._project, module, lane, now)
                 if first:
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
                     self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
                 selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
-                part = result.squeeze(2).to(output.dtype)
+                part = result.transpose(1, 2).to(output.dtype)
                 if lane.rows is None:
-                    output[:, step] = part
+                    output[:, now] = part
                 else:
-                    output[lane.rows, step] = part
+                    output[lane.rows, now] = part
                 layer.project = None
         self._calls.pop(module, None)
         return output

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,8 +87,8 @@ class Answers:
         self._policy = policy
         self._always = os.environ.get("KVBENCH_CHECK") == "1"
 
-    def _values(self, layer: Layer) -> bool:
-        return self._always or layer.tokens == layer.prompt_tokens + 1
+    def _values(self, layer: Layer, queries: Tensor) -> bool:
+        return self._always or layer.tokens == layer.prompt_tokens + queries.shape[2]
 
     @hookimpl(wrapper=True, trylast=True)
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
@@ -97,9 +98,10 @@ class Answers:
             if not isinstance(selection, Selection):
                 raise KVBenchError(f"select gave {told(selection)}; expected a kvbench.Selection")
             if selection.ids is not None:
-                _check_shape(layer, selection.ids)
-            if self._values(layer):
-                attended(layer, selection)
+                _check_shape(layer, selection.ids, queries.shape[2])
+            if self._values(layer, queries):
+                for one in of_each_query(selection):
+                    attended(layer, one)
         except KVBenchError as fault:
             raise self._named(layer, str(fault)) from None
         return selection
@@ -113,7 +115,7 @@ class Answers:
         output, shape = result.output, list(queries.shape[:3])
         if not isinstance(output, Tensor) or output.dim() != 4 or list(output.shape[:3]) != shape:
             raise self._named(layer, f"attend gave {told(output)} as output; expected a tensor {[*shape, 'd']}")
-        if self._values(layer) and not bool(torch.isfinite(output).all()):
+        if self._values(layer, queries) and not bool(torch.isfinite(output).all()):
             raise self._named(layer, "attend gave an output that is NaN or infinite; expected finite numbers")
         return result
 
@@ -138,7 +140,22 @@ def told(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _check_shape(layer: Layer, ids: Any) -> None:
+def of_each_query(selection: Selection) -> list[Selection]:
+    """A block's selection as one for each query, where they differ."""
+    ids = selection.ids
+    if ids is None or ids.dim() != 4:
+        return [selection]
+    return [replace(selection, ids=ids[:, :, query]) for query in range(ids.shape[2])]
+
+
+def _check_shape(layer: Layer, ids: Any, block: int) -> None:
+    if isinstance(ids, Tensor) and ids.dim() == 4 and block > 1:
+        if ids.shape[1:3] != (layer.heads, block):
+            raise KVBenchError(
+                f"select gave ids {list(ids.shape)} for {block} queries; expected {layer.rows} rows, {layer.heads} "
+                f"heads and {block} queries, or one set for all queries of a head"
+            )
+        ids = ids[:, :, 0]
     if not isinstance(ids, Tensor) or ids.dim() != 3 or ids.dtype != torch.int64:
         raise KVBenchError(f"select gave {told(ids)} as ids; expected a tensor [rows, heads, k] of int64")
     if ids.shape[0] != layer.rows or ids.shape[1] not in (layer.heads, layer.kv_heads):

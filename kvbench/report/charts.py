@@ -15,6 +15,7 @@ import numpy as np
 from kvbench import figures, spreadsheet
 from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting, budget_text, labels
 from kvbench.report.commands import analyze_command, run_command
+from kvbench.runs.published import Bar, published
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -446,6 +447,9 @@ def _latency(found: Collection) -> list[Chart]:
         splits = [(run, _split(run)) for run in ordered]
         rows = [
             {**_base(run, names[id(run)]), **split, "tpot_p50_s": run.metrics["tpot_s"]["p50"],
+             **{key: run.metrics[key] for key in ("mode", "mode_reason", "floor_s", "floor_ratio")},
+             "device_tpot_p50_s": run.metrics["device_tpot_s"]["p50"],
+             "published_s": bar.seconds(run.config["context_length"]) if (bar := _bar(run)) else None,
              "device": run.environment.get("device_name"), "threads": run.environment.get("threads")}
             for run, split in splits
         ]  # fmt: skip
@@ -465,6 +469,13 @@ def _latency(found: Collection) -> list[Chart]:
             paint=partial(_paint_latency, splits=splits, names=names),
             size=(WIDTH, 1.3 + 0.24 * len(runs) + 0.12 * len({run.config["context_length"] for run in runs})),
         )  # fmt: skip
+        if any(run.metrics["floor_s"] is not None for run in runs):
+            chart.caption += (
+                " The dashed tick is the floor: the time that the bytes take which a step must read, at the bandwidths "
+                "measured on that device."
+            )
+        bars = dict.fromkeys(bar.text for bar in map(_bar, runs) if bar is not None)
+        chart.caption += "".join(f" The dotted tick: {text}." for text in bars)
         lack = [run for run, split in splits if "unsplit_s" in split]
         if lack:
             chart.missing = (
@@ -478,6 +489,12 @@ def _latency(found: Collection) -> list[Chart]:
             )
         result.append(chart)
     return result
+
+
+def _bar(run: ReportRun) -> Bar | None:
+    """What was published for just this model and card."""
+    config = run.config
+    return published(config["model"], config["dtype"], run.environment.get("device_name"), config["batch_size"])
 
 
 def _paint_latency(
@@ -508,6 +525,13 @@ def _paint_latency(
     for value, place in medians:
         if value is not None:
             step.plot([1000 * value] * 2, [place - 0.48, place + 0.48], color="#000000", linewidth=1.2)
+    for (run, _), place in zip(splits, places, strict=True):
+        bar = _bar(run)
+        theirs = None if bar is None else bar.seconds(run.config["context_length"])
+        marks = ((run.metrics["floor_s"], "--"), (theirs, ":"))
+        for value, dashes in marks:
+            if value is not None:
+                step.plot([1000 * value] * 2, [place - 0.48, place + 0.48], color=figures.REFERENCE, linestyle=dashes)
     first.set_yticks(places, ticks)
     first.set_ylim(y - 0.4, -0.6)
     first.set_xlabel("time to first token (s)")

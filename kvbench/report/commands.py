@@ -50,10 +50,12 @@ def run_command(config: Mapping[str, Any], output: Path | None = None, *, probes
 
 
 def analyze_command(name: str, source: Mapping[str, Any], options: Mapping[str, Any], output: Path) -> str:
-    """The `kvbench analyze` line behind an analysis of a capture or of runs."""
+    """The `kvbench analyze` line behind an analysis of a capture, of runs or of benchmarks."""
     words = ["kvbench", "analyze", name]
     for folder in source.get("runs", ()):
         words += ["--run", str(folder)]
+    for file in source.get("benchmarks", ()):
+        words += ["--benchmark", str(file)]
     if "runs" not in source:
         words += ["--capture", str(source.get("folder", "DIR"))]
         words += _pairs("--option", "analysis", name, options)

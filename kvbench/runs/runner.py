@@ -31,7 +31,7 @@ from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
-from kvbench.runs.memory import PeakMemory, method, release
+from kvbench.runs.memory import PeakMemory, method, quick_release, release
 from kvbench.runs.results import Run, RunConfig, environment, processor
 from kvbench.runs.sharing import (
     STANDARD_PROBES,
@@ -214,10 +214,11 @@ def execute(
         else:
             together.setdefault(_alike(run.config), []).append(run)
     proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed)
-    for group in together.values():
-        proven = [run for run in group if run.config.hash in proofs]
-        if proven:
-            _execute(proven, loaded, progress, proofs, failed)
+    with quick_release():
+        for group in together.values():
+            proven = [run for run in group if run.config.hash in proofs]
+            if proven:
+                _execute(proven, loaded, progress, proofs, failed)
     return [run for run in runs if run.status == "complete"]
 
 

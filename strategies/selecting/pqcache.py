@@ -76,7 +76,10 @@ class PQCache(SelectingPolicy):
         entries = (codes.int() + first).view(rows * groups, m, -1).transpose(1, 2)
         logits = functional.embedding_bag(entries.flatten(0, 1), table.flatten(0, 1), mode="sum")
         weights = logits.view(rows, groups, -1, share).softmax(2).sum(-1)
-        best = weights.topk(wanted, dim=-1).indices
+        if weights.is_cuda:  # of tokens with equal codes the first, as in a fixed step; a sort is no slower there
+            best = weights.sort(dim=-1, descending=True, stable=True).indices[..., :wanted]
+        else:
+            best = weights.topk(wanted, dim=-1).indices
         return Selection(best + layer.store.aside_start, evaluations=float(weights.shape[2]))
 
     def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:

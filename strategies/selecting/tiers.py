@@ -15,6 +15,8 @@ from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.kernels.steps import GrowingStep
 
+_DECIDING = ("prefill", "build", "select", "choose", "room", "attend", "insert", "grow", "after_prompt", "offload")
+
 
 class SelectingPolicy(KVCachePolicy):
     """Sets all but sinks and window aside and chooses from it, at each step, what the budget leaves beside them.
@@ -100,9 +102,18 @@ class SelectingPolicy(KVCachePolicy):
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
         """The step that `aside_step` gives; None where only some rows of the layer have tokens set aside."""
         aside = {part.layer.store.aside_stop > part.layer.store.aside_start for part in parts}
-        if len(aside) > 1 or type(self).aside_step is SelectingPolicy.aside_step:
+        if len(aside) > 1 or not self._steps_as_it_chooses():
             return None
         return self.aside_step(parts, clock) if aside.pop() else GrowingStep(parts, clock)
+
+    def _steps_as_it_chooses(self) -> bool:
+        """Whether `aside_step` was written for this policy's hooks, not for those of a class that it changes."""
+        for kind in type(self).__mro__:
+            if "aside_step" in vars(kind):
+                return kind is not SelectingPolicy
+            if any(name in vars(kind) for name in _DECIDING):
+                return False
+        return False
 
     def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
         """The step of fixed shapes for parts that have set tokens aside; None where the policy has none."""

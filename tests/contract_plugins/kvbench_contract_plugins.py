@@ -67,7 +67,38 @@ class BlockSparse(kvbench.KVCachePolicy):
         return (weights.flatten(2, 3) @ values).unflatten(2, (-1, new)).flatten(1, 2)
 
 
+class TopInBlocks(kvbench.KVCachePolicy):
+    """Sets all but the last tokens aside and chooses the best for each query, however many come at once."""
+
+    name = "top_in_blocks"
+    summary = "Exact top-k of the prompt for every query of a block; new tokens stay."
+    grows = True
+    blocks = True
+    query_window = 0
+
+    class Options(kvbench.Options):
+        """Options of the policy."""
+
+        window: int = Field(8, ge=1, description="last tokens of the prompt, always attended")
+
+    def static_tokens(self, context):
+        """The window."""
+        return 0, self.options.window
+
+    def prefill(self, layer, queries, keys, values):
+        """Set all but the window aside."""
+        layer.store.set_aside(0, layer.tokens - self.options.window, offload=False)
+
+    def select(self, layer, queries, budget):
+        """A set for each query."""
+        layer.state.setdefault("blocks", []).append(queries.shape[2])
+        keys = layer.store.aside_keys.repeat_interleave(layer.heads // layer.kv_heads, dim=1)
+        count = budget.beside(self.options.window, keys.shape[2])
+        ids = (queries @ keys.transpose(-1, -2)).topk(count, dim=-1).indices
+        return kvbench.Selection(ids if queries.shape[2] > 1 else ids[:, :, 0])
+
+
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther, BlockSparse]
+    return [EveryOther, BlockSparse, TopInBlocks]

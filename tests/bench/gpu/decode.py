@@ -12,7 +12,7 @@ import json
 import statistics
 import subprocess
 import time
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import transformers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvbench.contract.budget import Budget
+from kvbench.engine.bandwidth import bandwidth
 from kvbench.engine.prompt import Prefill, PrefilledLayer
 from kvbench.engine.session import Session
 from kvbench.plugins import registry
@@ -48,45 +49,17 @@ def made_up(model: Any, batch: int, tokens: int, whole: bool = False) -> Prefill
     return Prefill(ids, None, tokens, layers, {}, logits, 0.0)
 
 
-def bandwidths(device: torch.device) -> dict[str, float]:
-    """Bytes a second: copies within the device, read and written bytes counted, and from pinned host memory."""
-    there = torch.empty(2**32, dtype=torch.uint8, device=device).random_()
-    other = torch.empty_like(there)
-    host = torch.empty(2**30, dtype=torch.uint8, pin_memory=True)
-    return {
-        "device": 2 * there.nbytes / seconds(lambda: other.copy_(there), 10),
-        "host": host.nbytes / seconds(lambda: there[: 2**30].copy_(host, non_blocking=True), 10),
-    }
-
-
-def seconds(action: Any, count: int) -> float:
-    """The median time of an action by device events."""
-    action()
-    found = []
-    for _ in range(count):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        action()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(found)
-
-
 def timed(decoder: Any, steps: int) -> dict[str, float]:
     """A decoder's steps by device events and by wall clock, the first few apart."""
     for _ in range(5):
         decoder.step()
     torch.cuda.synchronize()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     began = time.perf_counter()
-    events[0].record()
-    for event in events[1:]:
+    for _ in range(steps):
         decoder.step()
-        event.record()
     torch.cuda.synchronize()
     wall = (time.perf_counter() - began) / steps
-    each = sorted(a.elapsed_time(b) / 1e3 for a, b in pairwise(events))
+    each = sorted(decoder.device_s()[-steps:])
     return {"p50_s": statistics.median(each), "p95_s": each[int(0.95 * len(each))], "wall_s": wall}
 
 
@@ -157,6 +130,8 @@ def main() -> None:
         torch.set_default_dtype(torch.bfloat16)
         model = LlamaForCausalLM(config).eval()
         torch.set_default_dtype(torch.float32)
+    rate = bandwidth(device)
+    assert rate is not None, "too little free memory on the GPU"
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -164,11 +139,10 @@ def main() -> None:
         "commit": arguments.commit or commit(),
         "layers": arguments.layers,
         "compiled": arguments.compile,
-        "bandwidth": bandwidths(device),
+        "bandwidth": asdict(rate),
         "rows": [],
     }
-    rate = found["bandwidth"]
-    print(f"{found['device']}: {rate['device'] / 1e12:.2f} TB/s, host {rate['host'] / 1e9:.0f} GB/s", flush=True)
+    print(f"{found['device']}: {rate.device / 1e12:.2f} TB/s, host {rate.host / 1e9:.0f} GB/s", flush=True)
     print(f"{'tokens':>7} {'batch':>5} {'policy':20} {'step ms':>8} {'p95':>7} {'wall':>7} {'floor':>6} {'x':>5} "
           f"{'eager':>7} {'constr s':>8} {'capture':>7} {'GiB':>6}")  # fmt: skip
     for tokens in map(int, arguments.contexts.split(",")):
@@ -187,8 +161,7 @@ def main() -> None:
                         "error": f"{type(error).__name__}: {error}",
                     }
                 if "p50_s" in row:
-                    row["floor_s"] = (row["read_weights"] + row["read_device"]) / rate["device"]
-                    row["floor_s"] += row["read_host"] / rate["host"]
+                    row["floor_s"] = rate.floor_s({tier: row[f"read_{tier}"] for tier in ("weights", "device", "host")})
                     row["floor_ratio"] = row["p50_s"] / row["floor_s"]
                 found["rows"].append(row)
                 show(row)
