@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tiny import small_options, tiny_model, tokens
@@ -24,7 +24,9 @@ from kvbench.engine.fixed import FixedDecoder
 from kvbench.kernels.support import observing
 from kvbench.plugins import registry
 
-PROMPT, STEPS, BUDGET = 120, 40, 40
+PROMPT, STEPS, BUDGET = 120, 32, 40
+LAYERS = 2, 4
+"""Of the two models whose difference says what a layer takes."""
 _WAITS = {
     "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "equal", "_unique2", "unique_dim",
     "unique_consecutive", "is_nonzero",
@@ -100,23 +102,47 @@ def counting() -> Iterator[Counter]:
         yield counter
 
 
+class Count(NamedTuple):
+    """Operations of one more layer, those that a step takes apart from its layers, and waits per layer and step."""
+
+    a_layer: float
+    a_step: float
+    synchronisations: float
+    mode: str = "eager"
+
+    def beyond(self, other: Count) -> dict[str, Any]:
+        """The difference in operations, rounded, as a row of the table."""
+        return {
+            "mode": self.mode, "a_layer": round(self.a_layer - other.a_layer, 2),
+            "a_step": round(self.a_step - other.a_step, 2), "synchronisations": round(self.synchronisations, 3),
+        }  # fmt: skip
+
+
+def plain() -> Count:
+    """What plain transformers takes, the next token's choice included."""
+    return _count([_plain(layers) for layers in LAYERS])
+
+
+def measured(name: str) -> Count:
+    """What a policy takes: in its fixed steps where it has them, hook by hook otherwise."""
+    return _count([_measured(name, layers) for layers in LAYERS])
+
+
 @torch.inference_mode()
-def plain() -> tuple[float, float]:
-    """Operations and synchronisations per layer and step of plain transformers, the next token's choice included."""
-    model = tiny_model()
+def _plain(layers: int) -> tuple[str, Counter]:
+    model = tiny_model(num_hidden_layers=layers)
     out = model(tokens(1, PROMPT), use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
     with counting() as counter:
         for _ in range(STEPS):
             out = model(token, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
-    return _each(counter, model)
+    return "eager", counter
 
 
 @torch.inference_mode()
-def measured(name: str) -> tuple[str, float, float]:
-    """Mode, operations and synchronisations per layer and step of a policy: its fixed steps where it has them."""
-    model, policy = tiny_model(), registry().find("policy", name)
+def _measured(name: str, layers: int) -> tuple[str, Counter]:
+    model, policy = tiny_model(num_hidden_layers=layers), registry().find("policy", name)
     budget = Budget(tokens=BUDGET) if policy.takes_budget else None
     with kvbench.attach(model, policy=name, budget=budget, options=small_options(policy)) as session:
         out = model(tokens(1, PROMPT), use_cache=True, logits_to_keep=1)
@@ -126,14 +152,16 @@ def measured(name: str) -> tuple[str, float, float]:
             with counting() as counter:
                 for _ in range(STEPS):
                     decoder.step()
-            return (decoder.mode, *_each(counter, model))
+            return decoder.mode, counter
         with counting() as counter:
             for _ in range(STEPS):
                 out = model(token, past_key_values=session.cache, use_cache=True, logits_to_keep=1)
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
-    return ("eager", *_each(counter, model))
+    return "eager", counter
 
 
-def _each(counter: Counter, model: Any) -> tuple[float, float]:
-    steps = STEPS * model.config.num_hidden_layers
-    return round(counter.operations / steps, 3), round(counter.synchronisations / steps, 3)
+def _count(found: list[tuple[str, Counter]]) -> Count:
+    (_, few), (mode, many) = found
+    a_layer = (many.operations - few.operations) / (LAYERS[1] - LAYERS[0])
+    a_step = many.operations - LAYERS[1] * a_layer
+    return Count(a_layer / STEPS, a_step / STEPS, many.synchronisations / (LAYERS[1] * STEPS), mode)

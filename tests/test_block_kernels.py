@@ -119,3 +119,12 @@ def test_column_sums_says_what_does_not_fit():
         kernels.column_sums(randn(1, 2, 5, 16), randn(1, 1, 6, 16), 1.0)
     with pytest.raises(KVBenchError, match=r"queries \[1, 3, 5, 16\] and keys \[1, 2, 5, 16\] are not"):
         kernels.column_sums(randn(1, 3, 5, 16), randn(1, 2, 5, 16), 1.0)
+
+
+def test_attention_beside_a_segment_without_tokens_is_that_of_the_other():
+    queries, keys, values = randn(2, 6, 1, 64), randn(2, 2, 9, 64), randn(2, 2, 9, 64)
+    empty = kernels.Segment(keys, values, torch.zeros(2, dtype=torch.int32, device=DEVICE))
+    expected = kernels.decode(queries, keys, values, None)
+    for parts in ((empty, kernels.Segment(keys, values)), (kernels.Segment(keys, values), empty)):
+        for found, known in zip(kernels.attend(queries, *parts), expected, strict=True):
+            assert torch.allclose(found, known, atol=1e-6)

@@ -13,6 +13,7 @@ from kvbench.contract.host import Slabs
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.plugins import registry
+from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
@@ -121,6 +122,15 @@ def test_memory_with_room_for_the_steps_is_taken_over(monkeypatch):
         found = generate(session, PROMPTS[1], max_new_tokens=20, decoding="fixed")
     assert found.tokens == expected.tokens
     assert all(bool(room[:, :, 51 : 51 + 19].any(-1).all()) for room in rooms)  # the steps wrote to it
+
+
+def test_the_best_of_long_rows_are_those_of_short_ones(monkeypatch):
+    found, counts = torch.randn(2, 3, 200), torch.tensor([[0, 4, 7], [2, 30, 9]], dtype=torch.int32)
+    found[1, 1, 20:] = -torch.inf
+    expected = best_of(found, counts, 30)
+    monkeypatch.setattr("kvbench.strategies.selecting.aside.IN_REGISTERS", 100)
+    assert best_of(found, counts, 30).sort().values.tolist() == expected.sort().values.tolist()
+    assert (expected >= 0).sum(-1).tolist() == [[0, 4, 7], [2, 20, 9]]
 
 
 def test_slabs_are_cut_in_pieces_that_overlap_nowhere():

@@ -9,6 +9,9 @@ import torch
 from kvbench.compare.leaderboard import query
 from kvbench.engine.bandwidth import Bandwidth, bandwidth
 from kvbench.engine.generation import Generation
+from kvbench.report.charts import charts, write
+from kvbench.report.collect import collect
+from kvbench.report.page import compose, markdown
 from kvbench.runs.results import RunConfig, read, summarise
 from kvbench.runs.rows import fault, read_rows, split
 from kvbench.runs.timing import step_row
@@ -37,6 +40,14 @@ def test_a_run_states_mode_floor_and_ratio(kvbench, tmp_path):
         assert metrics["floor_ratio"] > 0.5 and metrics["device_tpot_s"] == {"p50": None, "p95": None}
     modes, _ = query(tmp_path, columns=["policy", "mode", "floor_ratio"], where=["mode=fixed", "floor_ratio>0"])
     assert len(modes.fetchall()) == 3
+    # the report: column, figure's rows and tick, and the command that makes the run again
+    collection = collect([tmp_path])
+    latency = next(chart for chart in charts(collection) if chart.name == "latency")
+    assert {row["mode"] for row in latency.rows} == {"fixed"} and "dashed tick is the floor" in latency.caption
+    assert all(row["floor_s"] > 0 and row["published_s"] is None for row in latency.rows)
+    assert write(latency, tmp_path)
+    page = markdown(compose(collection, [latency], "kvbench report"))
+    assert "Times the floor" in page and "--decoding fixed" in page
 
 
 @pytest.mark.real

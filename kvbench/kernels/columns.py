@@ -66,7 +66,7 @@ def _column_sums(
     keys = tl.load(k + row * kb + group * kg + j.to(tl.int64)[None, :] * kt + c[:, None], mask=mask, other=0.0)
     if UPCAST:
         keys = keys.to(tl.float32)
-    total = tl.zeros((KEYS,), tl.float32)
+    total = tl.zeros((QUERIES, KEYS), tl.float32)
     start = block * KEYS // QUERIES * QUERIES
     for r in range(0, R):
         head = group * R + r
@@ -79,8 +79,8 @@ def _column_sums(
             norms = tl.load(lse_of + i, mask=i < tokens, other=float("inf"))
             scores = tl.dot(queries.to(keys.dtype), keys, input_precision="ieee") * scale
             weights = tl.exp2(scores - norms[:, None])
-            total += tl.sum(tl.where(i[:, None] >= j[None, :], weights, 0.0), 0)
-    tl.store(sums + tl.program_id(1).to(tl.int64) * tokens + j, total, mask=j < tokens)
+            total += tl.where(i[:, None] >= j[None, :], weights, 0.0)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * tokens + j, tl.sum(total, 0), mask=j < tokens)
 
 
 def column_sums(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:

@@ -47,7 +47,7 @@ LARGEST = 2**31 - 1
 BEYOND = "tokens_beyond_budget"
 """Name under which the density probe says how far a step went beyond what its budget and its policy allow."""
 
-LATER = ("dense_layers", "decoding")
+LATER = ("dense_layers", "prompt_attention", "decoding")
 """Fields of a configuration that earlier versions did not have, and whose defaults are what these did."""
 
 

@@ -17,7 +17,7 @@ from kvbench.contract.storage import TokenBuffer
 from kvbench.kernels.attention import Segment, attend
 from kvbench.kernels.insert import insert
 from kvbench.kernels.score import scores
-from kvbench.kernels.select import select_top
+from kvbench.kernels.select import IN_REGISTERS, select_top
 
 
 class SettingAside(Protocol):
@@ -216,6 +216,16 @@ class AsideStep(FixedStep):
         return [] if self._ring is None else [self.keys, self.values]
 
 
+def best_of(found: Tensor, counts: Tensor, most: int) -> Tensor:
+    """`select_top`; of long rows the best `most` first, which torch finds with many programs a row."""
+    if found.shape[2] <= IN_REGISTERS:
+        return select_top(found, counts, most)
+    first = found.topk(most, dim=-1, sorted=False)
+    places = select_top(first.values, counts, most)
+    ids = first.indices.gather(-1, places.long().clamp_min(0))
+    return torch.where(places < 0, -1, ids).int()
+
+
 class TopStep(AsideStep):
     """Chooses the set-aside tokens of the best scores."""
 
@@ -225,7 +235,7 @@ class TopStep(AsideStep):
 
     def choose(self, queries: Tensor) -> Sequence[Segment]:
         """The best tokens, as many as the budget leaves."""
-        best = select_top(self.scores(queries), self.window.left, self.most)
+        best = best_of(self.scores(queries), self.window.left, self.most)
         return [Segment(self.aside_keys, self.aside_values, ids=best)]
 
 

@@ -31,19 +31,18 @@ class _DistantTokens(TokenBuffer):
     """Tokens whose keys have lost their positions."""
 
     def __init__(self, rotary: Rotation, keys: Tensor, values: Tensor) -> None:
+        """Take over `keys` [B, G, t, d], rotated to position 0 already, and `values`."""
         self._rotary = rotary
-        super().__init__(_to_start(rotary, keys, 0), values)
+        super().__init__(keys, values)
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         super().append(_to_start(self._rotary, keys, self.length), values)
 
 
-def _landmarks(
-    layer: Layer, first: int, keys: Tensor, queries: Tensor, local: int, block: int, representatives: int
-) -> Tensor:
-    """The sum [B, G, t / block, d] of each block's representatives, for `keys` [B, G, t, d] from token `first` on.
+def _landmarks(keys: Tensor, distant: Tensor, queries: Tensor, local: int, block: int, representatives: int) -> Tensor:
+    """The sum [B, G, t / block, d] of each block's representatives, for `keys` [B, G, t, d] of successive tokens.
 
-    `queries` [B, G, m, d] are the heads' sums of those from `first` on; positions are left out of the sums.
+    `distant` are the keys rotated to position 0, `queries` [B, G, m, d] the heads' sums from the first token on.
     """
     running = torch.nn.functional.pad(queries.double().cumsum(2), (0, 0, 1, 0))
     begin = torch.arange(1, keys.shape[2] + 1, device=keys.device)
@@ -51,9 +50,8 @@ def _landmarks(
     following = (running[:, :, end] - running[:, :, begin]) / (end - begin).clamp_min(1)[:, None]
     marks = (following * keys).sum(-1).view(*keys.shape[:2], -1, block)
     best = marks.topk(min(representatives, block), dim=-1).indices[..., None]
-    assert layer.rotary is not None
-    blocks = _to_start(layer.rotary, keys, first).view(*marks.shape, layer.head_dim)
-    return blocks.gather(3, best.expand(-1, -1, -1, -1, layer.head_dim)).sum(3)
+    blocks = distant.reshape(*marks.shape, keys.shape[3])
+    return blocks.gather(3, best.expand(-1, -1, -1, -1, keys.shape[3])).sum(3)
 
 
 class InfLLM(KVCachePolicy):
@@ -111,15 +109,16 @@ class InfLLM(KVCachePolicy):
             return
         assert layer.rotary is not None
         rotary = layer.rotary
-        layer.store.set_aside(0, stop, offload=True, storage=lambda k, v: _DistantTokens(rotary, k, v))
+        distant = _to_start(rotary, keys[:, :, :stop], 0)  # where the keys are, not on the host
+        layer.store.set_aside(0, stop, offload=True, storage=lambda k, v: _DistantTokens(rotary, k.copy_(distant), v))
         summed = queries.view(layer.rows, layer.kv_heads, -1, *queries.shape[2:]).sum(2)
         layer.state["recent"] = summed[:, :, -(local + block) :].clone()
-        self._note_blocks(layer, init, keys[:, :, init:stop], summed[:, :, init:])
+        self._note_blocks(layer, keys[:, :, init:stop], distant[:, :, init:], summed[:, :, init:])
 
-    def _note_blocks(self, layer: Layer, first: int, keys: Tensor, queries: Tensor) -> None:
-        """Append the blocks of `keys`, tokens from `first` on, given the heads' summed `queries` from there on."""
+    def _note_blocks(self, layer: Layer, keys: Tensor, distant: Tensor, queries: Tensor) -> None:
+        """Append the blocks of `keys`, `distant` at position 0, given the heads' summed `queries` from there on."""
         _, local, block = layer.state["sizes"]
-        landmarks = _landmarks(layer, first, keys, queries, local, block, self.options.representatives)
+        landmarks = _landmarks(keys, distant, queries, local, block, self.options.representatives)
         known = layer.state.get("landmarks", landmarks[:, :, :0])
         layer.state["landmarks"] = torch.cat([known, landmarks], dim=2)
         layer.store.index_bytes = layer.state["landmarks"].nbytes + layer.state["recent"].nbytes
@@ -137,7 +136,9 @@ class InfLLM(KVCachePolicy):
         if "landmarks" in layer.state and layer.store.static_tokens >= local + block:
             first = layer.store.aside_stop
             moved, _ = layer.store.advance(block)
-            self._note_blocks(layer, first, moved, layer.state["recent"][:, :, -(local + block - 1) :])
+            assert layer.rotary is not None
+            distant = _to_start(layer.rotary, moved, first)
+            self._note_blocks(layer, moved, distant, layer.state["recent"][:, :, -(local + block - 1) :])
 
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
         """Take the initial tokens and the blocks whose representatives match the query of all heads best."""
@@ -286,12 +287,13 @@ class InfLLMStep(FixedStep):
             later = torch.arange(first, tokens - 1, device=self._recent.device) % ring
             slots = later[: self._block]
             keys, values = (part[rows][:, :, slots] for part in self._ring)
-            self._landmarks[rows, :, full - 1] = _landmarks(
-                self._layer, first, keys, self._recent[rows][:, :, later], local, self._block, self._representatives
-            )[:, :, 0]
             assert self._layer.rotary is not None
+            distant = _to_start(self._layer.rotary, keys, first)
+            self._landmarks[rows, :, full - 1] = _landmarks(
+                keys, distant, self._recent[rows][:, :, later], local, self._block, self._representatives
+            )[:, :, 0]
             host_rows = rows if isinstance(rows, slice) else rows.cpu()
-            for host, tokens_of in zip(self._host, (_to_start(self._layer.rotary, keys, first), values), strict=True):
+            for host, tokens_of in zip(self._host, (distant, values), strict=True):
                 host[host_rows, :, first - init : first - init + self._block] = tokens_of.to(host.device)
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
