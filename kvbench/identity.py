@@ -68,6 +68,20 @@ def identity(cls: type, origin: Distribution | None = None, *, loaded: float | N
     )
 
 
+def combined(parts: Sequence[Identity]) -> Identity:
+    """The identity of what several pieces of code make together."""
+
+    def joined(values: list[str | None]) -> str | None:
+        return "+".join(dict.fromkeys(str(value) for value in values)) if None not in values else None
+
+    sources = [part.source for part in parts]
+    text = joined(sources)
+    return Identity(
+        distribution=joined([part.distribution for part in parts]), version=joined([part.version for part in parts]),
+        source=None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16],
+    )  # fmt: skip
+
+
 def differences(old: Mapping[str, Identity], new: Mapping[str, Identity]) -> list[str]:
     """Say, for each extension of a run, how it differs from an older run's; nothing where none does."""
     told = []

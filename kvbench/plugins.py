@@ -15,10 +15,10 @@ import pluggy
 from pydantic import ValidationError
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.extension import Extension
+from kvbench.contract.extension import JOIN, Extension, option_names
 from kvbench.contract.hooks import Registration
 from kvbench.contract.markers import PROJECT
-from kvbench.identity import Identity, identity
+from kvbench.identity import Identity, combined, identity
 
 KINDS = {
     "policy": "kvbench_policies",
@@ -45,11 +45,21 @@ class Registry:
     distributions: dict[type[Any], Distribution] = field(default_factory=dict)
     """The distributions whose entry points registered the classes."""
     loaded: float = field(default_factory=time.time)
+    _composed: dict[str, type[Any]] = field(default_factory=dict)
     _identities: dict[type[Any], Identity] = field(default_factory=dict)
 
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
         classes = self.classes[kind]
+        if kind == "policy" and JOIN in name:
+            if name not in self._composed:
+                from kvbench.contract.composition import compose  # noqa: PLC0415  it imports torch
+
+                names = name.split(JOIN)
+                if len(names) != 2:
+                    raise KVBenchError(f"Policy '{name}' has {len(names)} parts: one that selects and one that holds.")
+                self._composed[name] = compose(*(self.find(kind, part) for part in names))
+            return self._composed[name]
         if name not in classes:
             raise unknown(kind, name, classes, self.failures)
         return classes[name]
@@ -68,7 +78,7 @@ class Registry:
                     "and in lm-eval)."
                 ) from None
             option = ".".join(str(part) for part in first["loc"])
-            known = ", ".join(cls.Options.model_fields) or "none"
+            known = ", ".join(option_names(cls)) or "none"
             raise KVBenchError(
                 f"Option {option}={first.get('input')!r} of {kind} '{name}' is not valid: {first['msg']}; "
                 f"its options are: {known}."
@@ -81,6 +91,9 @@ class Registry:
     def identity(self, kind: str, name: str) -> Identity:
         """Identify the code of the extension called `name`; computed once in a process."""
         cls = self.find(kind, name)
+        if cls not in self._identities and cls.name in self._composed:
+            own = [self.identity(kind, part.name) for part in cls.parts]
+            self._identities[cls] = combined(own)
         if cls not in self._identities:
             origin = self.distributions.get(cls)
             self._identities[cls] = identity(cls, origin, loaded=None if origin is None else self.loaded)

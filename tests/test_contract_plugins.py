@@ -17,6 +17,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kvbench
 from kvbench.contract import attend
+from kvbench.contract.composition import compose
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import generate_batch
 from kvbench.engine.prefill import prefill
@@ -345,3 +346,79 @@ def test_a_blocks_ids_of_the_wrong_shape_are_named():
         pytest.raises(KVBenchError, match="heads and 7 queries, or one set"),
     ):
         turns(session.model, session, tokens(1, 75), None, [7])
+
+
+# -- one policy's choice in another's storage ------------------------------------------------------------------------
+
+
+def test_a_selection_meets_what_the_other_policy_holds():
+    """quest+halves is quest over keys and values that went through float16."""
+    model, ids = tiny_model(), tokens(1, 75)
+    quest = registry().find("policy", "quest")
+
+    class Rounded(quest):
+        def prefill(self, layer, queries, keys, values):
+            super().prefill(layer, queries, keys, values)
+            for part in (layer.store.aside.keys, layer.store.aside.values):
+                part.copy_(part.half())
+
+        def insert(self, layer, keys, values):
+            before = layer.store.aside.length
+            super().insert(layer, keys, values)
+            for part in (layer.store.aside.keys[:, :, before:], layer.store.aside.values[:, :, before:]):
+                part.copy_(part.half())
+
+    both = compose(quest, plugins.Halves)
+    found = {}
+    for name, made in (("rounded", Rounded(quest.Options(page_size=4))), ("both", both(both.Options(page_size=4)))):
+        with kvbench.attach(model, policy=made, budget=24) as session:
+            found[name] = turns(model, session, ids, None, [15]), session.cache.bytes()
+    torch.testing.assert_close(found["both"][0], found["rounded"][0], rtol=1e-5, atol=1e-5)
+    assert found["both"][1]["resident"] < 0.62 * found["rounded"][1]["resident"]
+
+
+@pytest.mark.parametrize("policy", ["quest", "retrieval", "infinigen", "oracle_topk"])
+def test_kivi_holds_what_other_policies_select_and_everything_selected_is_kivi_itself(policy):
+    model, ids = tiny_model(), tokens(1, 75)
+    kivi = {"bits": 2, "group": 8, "residual": 8}
+    options = {**small_options(registry().find("policy", policy))}
+    with kvbench.attach(model, policy=policy, budget=24, options=options) as session:
+        generate_batch(session, [ids[0].tolist()], max_new_tokens=[20])
+        plain = session.cache.bytes()
+    given = {policy: options, **{f"kivi.{key}": value for key, value in kivi.items()}}
+    with kvbench.attach(model, policy=f"{policy}+kivi", budget=24, options=given) as session:
+        (made,) = generate_batch(session, [ids[0].tolist()], max_new_tokens=[20])
+        stores = session.cache.stores()
+        assert {type(store.aside).__name__ for store in stores} == {"_KIVIBuffer"}
+        tier = "offloaded" if plain["offloaded"] else "resident"
+        assert made.bytes[tier] < 0.7 * plain[tier]
+        assert made.bytes["index"] == plain["index"] or policy == "retrieval"
+
+
+def test_compositions_from_the_command_line(python, model, tmp_path):
+    done, _ = run(
+        python, model, tmp_path, "--policy", "quest+halves,quest", "--tokens", 100, "-o", "quest.page_size=8", "-o",
+        "page_size=8", "-o", "halves.kind=bfloat16",
+    )  # fmt: skip
+    ours, plain = done["quest+halves"], done["quest"]
+    assert ours["config"]["policy_options"] == {"quest": {"page_size": 8}, "halves": {"kind": "bfloat16"}}
+    assert ours["config"]["plugins"]["policy"]["distribution"] == "kvbench+kvbench-contract-plugins"
+    assert ours["metrics"]["bytes"]["resident"] < 0.6 * plain["metrics"]["bytes"]["resident"]
+    assert ours["metrics"]["bytes"]["index"] == plain["metrics"]["bytes"]["index"]
+    assert ours["status"] == "complete"
+    for policy, options, told in (
+        ("snapkv+kivi", [], "'snapkv' selects nothing from tokens that 'kivi' could hold"),
+        ("quest+snapkv", [], "'snapkv' has no storage for other policies' tokens"),
+        ("quest+kivi+kivi", [], "has 3 parts: one that selects and one that holds"),
+        ("quest+nothing", [], "Unknown policy 'nothing'"),
+        ("quest+kivi", ["-o", "kivi.bit=2"], "kivi.bits"),
+    ):
+        assert told in refused(python, model, tmp_path, "--policy", policy, "--tokens", 100, *options)
+
+
+def test_an_option_of_both_parts_must_say_whose_it_is():
+    both = compose(registry().find("policy", "quest"), plugins.HalvesOfPages)
+    with pytest.raises(KVBenchError, match=r"is one of both quest and halves_of_pages: say quest.page_size or"):
+        both.Options(page_size=4)
+    made = both.Options(**{"quest.page_size": 4, "halves_of_pages.page_size": 2})
+    assert (made.quest.page_size, made.halves_of_pages.page_size) == (4, 2)

@@ -11,6 +11,7 @@ import typer
 from kvbench.cli.common import Json, app, byte_size, err, interruptible, load_registry, mib, out, pairs
 from kvbench.cli.table import MOST_COLUMNS, results_table
 from kvbench.contract.errors import KVBenchError, check_output, sentence
+from kvbench.contract.extension import option_names
 
 if TYPE_CHECKING:
     from kvbench.plugins import Registry
@@ -199,9 +200,9 @@ def _print_runs(documents: list[dict[str, Any]], task: type[Any], setting: str) 
 
 def policy_options(found: Registry, name: str, names: list[str], pairs: dict[str, str]) -> dict[str, str]:
     """The options given with -o that are this policy's; with several policies each takes those it knows."""
-    known = set(found.find("policy", name).Options.model_fields)
+    known = set(option_names(found.find("policy", name)))
     mine = pairs if len(names) == 1 else {key: value for key, value in pairs.items() if key in known}
-    everyone = {field for other in names for field in found.find("policy", other).Options.model_fields}
+    everyone = {field for other in names for field in option_names(found.find("policy", other))}
     for key, value in pairs.items():
         if len(names) > 1 and key not in everyone:
             raise KVBenchError(f"Option {key}={value} is an option of none of {', '.join(names)}.")

@@ -8,6 +8,10 @@ LARGEST = 2**31 - 1
 """Of an option's whole numbers: what compiled code takes."""
 
 
+JOIN = "+"
+"""Between the names of two policies that are composed."""
+
+
 class Options(BaseModel):
     """Options of an extension: typed, validated, unknown names refused; numbers are finite and have 32 bits."""
 
@@ -32,3 +36,12 @@ class Extension:
     summary: ClassVar[str]
     reference: ClassVar[str] = ""
     Options: ClassVar[type[BaseModel]] = Options
+
+
+def option_names(cls: type[Extension]) -> list[str]:
+    """The options of a class by the names that users give; of a composition part.option, and option alone."""
+    parts = getattr(cls, "parts", ())
+    if not parts:
+        return list(cls.Options.model_fields)
+    own = [(part.name, field) for part in parts for field in part.Options.model_fields]
+    return [f"{part}.{field}" for part, field in own] + [field for _, field in own]

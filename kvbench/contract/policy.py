@@ -15,6 +15,7 @@ from kvbench.contract.markers import hookimpl
 if TYPE_CHECKING:
     from kvbench.contract.layer import Layer
     from kvbench.contract.step import Clock, FixedStep, Part
+    from kvbench.contract.storage import StorageFactory
 
 POLICY_HOOKS = ("attend_prompt", "prefill", "after_prompt", "select", "attend", "insert")
 
@@ -122,6 +123,19 @@ class KVCachePolicy(Pluggable):
         (`attach(..., dense_layers=2)`), so this is for choices that belong to the policy itself.
         """
         return True
+
+    def storage(self, layer: Layer) -> StorageFactory:
+        """Give what holds set-aside tokens in this policy's format, for other policies' selections (`quest+this`).
+
+        Only policies that define it can be the second part of a composition.
+        """
+        raise NotImplementedError
+
+    @property
+    def given(self) -> BaseModel:
+        """The options that a user gave."""
+        found: BaseModel = self.options
+        return found
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""

@@ -218,6 +218,8 @@ class KVStore:
         self._offloaded = False
         self._device = keys.device
         self.index_bytes = 0
+        self.storage: StorageFactory = TokenBuffer
+        """What makes the storage of tokens that are set aside without one."""
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -335,12 +337,17 @@ class KVStore:
     def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory | None = None) -> None:
         """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
 
-        `storage` makes what holds them from then on, from copies of their keys and values [B, G, t, d] on the device
-        where they shall lie. Called once, in `prefill` or `after_prompt`; later tokens follow with `advance`.
+        `storage` (by default the store's own) makes what holds them from then on, from copies of their keys and values
+        [B, G, t, d] on the device where they shall lie. Called once, in `prefill` or `after_prompt`; later tokens
+        follow with `advance`.
         ValueError where tokens were set aside before, or where one of these is not static in every head.
         """
         if self._aside is not None:
             raise ValueError(f"tokens {self.aside_start} to {self.aside_stop - 1} were set aside before")
+        if storage is not None and self.storage is not TokenBuffer:
+            raise ValueError("the policy holds tokens in a format of its own, so another policy cannot hold them")
+        if storage is None and self.storage is not TokenBuffer:
+            storage = self.storage
         if not 0 <= start <= stop <= self.tokens:
             raise ValueError(f"tokens {start} to {stop - 1} cannot be set aside: there are {self.tokens} tokens")
         ids = self._static_ids

@@ -67,6 +67,11 @@ def _pairs(flag: str, kind: str, name: str, options: Mapping[str, Any]) -> list[
         defaults = registry().options(kind, name, {}).model_dump(mode="json")
     except (KVBenchError, KeyError):  # the plugin is not installed here, or has no defaults
         defaults = {}
+    parts = {key: value for key, value in options.items() if isinstance(value, Mapping)}
+    defaults |= {f"{part}.{key}": value for part in parts for key, value in (defaults.get(part) or {}).items()}
+    options = {key: value for key, value in options.items() if key not in parts} | {
+        f"{part}.{key}": value for part, values in parts.items() for key, value in values.items()
+    }
     return [
         word
         for key, value in options.items() if value is not None and defaults.get(key) != value

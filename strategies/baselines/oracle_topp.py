@@ -4,9 +4,9 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from kvbench.contract import extension
 from kvbench.contract.attention import scores
 from kvbench.contract.budget import LayerBudget
-from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
 from kvbench.strategies.selecting.tiers import SelectingPolicy
@@ -28,7 +28,7 @@ class OracleTopP(SelectingPolicy):
     batch = 1
     query_window = 0
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of the oracle."""
 
         p: float = Field(0.95, gt=0, le=1, description="share of the attention mass to reach")

@@ -16,7 +16,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
-from kvbench.contract.storage import Storage, TokenBuffer
+from kvbench.contract.storage import Storage, StorageFactory, TokenBuffer
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_settle import settle_kivi
 
@@ -186,14 +186,18 @@ class KIVI(KVCachePolicy):
         group: int = Field(32, ge=8, multiple_of=8, description="numbers that share a scale and a minimum")
         residual: int = Field(128, ge=8, description="recent tokens in full precision; a multiple of group")
 
-    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Quantise all but the residual."""
+    def storage(self, layer: Layer) -> StorageFactory:
+        """Codes of all but the residual, for any policy that sets tokens aside."""
         if self.options.residual % self.options.group or layer.head_dim % min(self.options.group, layer.head_dim):
             raise KVBenchError(
                 f"KIVI's residual of {self.options.residual} tokens and the heads' {layer.head_dim} channels are not "
                 f"both multiples of the group of {self.options.group}: choose -o group and -o residual accordingly."
             )
-        layer.store.set_aside(0, layer.tokens, offload=False, storage=partial(_KIVIBuffer, self.options))
+        return partial(_KIVIBuffer, self.options)
+
+    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Quantise all but the residual."""
+        layer.store.set_aside(0, layer.tokens, offload=False, storage=self.storage(layer))
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
         """Codes in place; late tokens in a ring."""

@@ -4,7 +4,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvbench.contract.extension import Options
+from kvbench.contract import extension
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 
@@ -29,7 +29,7 @@ class ExpectedAttention(KVCachePolicy):
     grows = True
     head_budgets = True
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of Expected Attention."""
 
         future: int = Field(

@@ -3,7 +3,7 @@
 from pydantic import Field
 from torch import Tensor
 
-from kvbench.contract.extension import Options
+from kvbench.contract import extension
 from kvbench.contract.layer import Layer
 from kvbench.kernels.columns import column_sums
 from kvbench.strategies.evicting.eviction import AttentionEviction
@@ -23,7 +23,7 @@ class H2O(AttentionEviction):
         "arXiv 2306.14048"
     )
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of H2O."""
 
         recent: float = Field(0.5, ge=0, lt=1, description="share of the budget that the most recent tokens take")

@@ -4,8 +4,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvbench.contract import extension
 from kvbench.contract.budget import LayerBudget
-from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
@@ -34,7 +34,7 @@ class InfiniGen(KVCachePolicy):
     adaptive = True
     head_budgets = True
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of InfiniGen."""
 
         partial_weight_ratio: float = Field(0.2, gt=0, le=1, description="share of the dimensions that speculate")

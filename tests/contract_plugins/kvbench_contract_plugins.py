@@ -1,9 +1,13 @@
 """Policies of a third party, each of which needs one more part of the contract than hooks at a decoding step."""
 
+from functools import partial
+from typing import Literal
+
 import torch
 from pydantic import Field
 
 import kvbench
+from kvbench.contract.storage import Storage
 
 
 class EveryOther(kvbench.KVCachePolicy):
@@ -98,7 +102,76 @@ class TopInBlocks(kvbench.KVCachePolicy):
         return kvbench.Selection(ids if queries.shape[2] > 1 else ids[:, :, 0])
 
 
+class _HalfBuffer(Storage):
+    def __init__(self, dtype, keys, values):
+        self._dtype, self._like = dtype, keys.dtype
+        self._held = [keys.to(dtype), values.to(dtype)]
+
+    @property
+    def length(self):
+        return self._held[0].shape[2]
+
+    @property
+    def nbytes(self):
+        return sum(part.nbytes for part in self._held)
+
+    @property
+    def keys(self):
+        return self._held[0].to(self._like)
+
+    @property
+    def values(self):
+        return self._held[1].to(self._like)
+
+    def append(self, keys, values):
+        new = (keys.to(self._dtype), values.to(self._dtype))
+        self._held = [torch.cat(pair, dim=2) for pair in zip(self._held, new, strict=True)]
+
+
+class Halves(kvbench.KVCachePolicy):
+    """Holds every token in 16 bits, its own or those that another policy sets aside."""
+
+    name = "halves"
+    summary = "Keeps every token in 16 bits."
+    takes_budget = False
+    never_exact = "keys and values are held in 16 bits"
+    query_window = 0
+
+    class Options(kvbench.Options):
+        """Options of the policy."""
+
+        kind: Literal["float16", "bfloat16"] = Field("float16", description="how numbers are held")
+
+    def storage(self, layer):
+        """Tensors of 16 bits."""
+        return partial(_HalfBuffer, getattr(torch, self.options.kind))
+
+    def prefill(self, layer, queries, keys, values):
+        """Set everything aside."""
+        layer.store.set_aside(0, layer.tokens, offload=False, storage=self.storage(layer))
+
+    def insert(self, layer, keys, values):
+        """Set the new token aside."""
+        layer.store.advance(keys.shape[2])
+
+    def select(self, layer, queries, budget):
+        """Attend to everything."""
+        return kvbench.Selection(everything=True)
+
+
+class HalvesOfPages(Halves):
+    """The same with an option that another policy has, too."""
+
+    name = "halves_of_pages"
+
+    class Options(kvbench.Options):
+        """Options of the policy."""
+
+        page_size: int = Field(4, ge=1, description="not used")
+        kind: Literal["float16", "bfloat16"] = Field("float16", description="how numbers are held")
+
+
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther, BlockSparse, TopInBlocks]
+    return [EveryOther, BlockSparse, TopInBlocks, Halves, HalvesOfPages]

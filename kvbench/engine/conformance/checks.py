@@ -188,7 +188,7 @@ class Conformance:
 
     def check_policy(self, policy: KVCachePolicy) -> Report:
         """Prove what a policy promises, on this model and with its options."""
-        key = type(policy), policy.name, policy.options.model_dump_json()
+        key = type(policy), policy.name, policy.given.model_dump_json()
         if key not in self._known.policies:
             self.check_model()
             start = time.perf_counter()
