@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import Distribution, EntryPoint, entry_points
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pluggy
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import JOIN, Extension, option_names
@@ -68,7 +68,7 @@ class Registry:
         """Validate options of the extension `name`: unknown names and wrong types raise, naming the value."""
         cls = self.find(kind, name)
         try:
-            return cls.Options.model_validate(dict(values), strict=False)
+            return cls.Options.model_validate(_with_numbers(cls.Options, values), strict=False)
         except ValidationError as error:
             first = error.errors()[0]
             if kind == "policy" and first["loc"] == ("dense_layers",):
@@ -98,6 +98,17 @@ class Registry:
             origin = self.distributions.get(cls)
             self._identities[cls] = identity(cls, origin, loaded=None if origin is None else self.loaded)
         return self._identities[cls]
+
+
+def _with_numbers(options: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with texts as numbers where an option is a choice of whole numbers: pydantic leaves them texts."""
+    found = dict(values)
+    for name, value in values.items():
+        field = options.model_fields.get(name)
+        choices = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+        if isinstance(value, str) and value in {str(choice) for choice in choices if isinstance(choice, int)}:
+            found[name] = int(value)
+    return found
 
 
 def unknown(kind: str, name: str, known: Collection[str], failures: Sequence[str]) -> KVBenchError:

@@ -23,6 +23,7 @@ from kvbench.runs import runner
 from kvbench.runs.measured import probed_trace, probed_values
 from kvbench.runs.results import REPLACED, Run, find_runs, over_budget_text, read, replace
 from kvbench.runs.rows import fault, read_rows
+from kvbench.strategies.evicting.streaming_llm import StreamingLLM
 
 
 class Gives(kvbench.Probe):
@@ -306,9 +307,24 @@ def test_a_run_planned_with_other_code_is_refused(run, loaded, monkeypatch):
         runner.execute([changed], loaded, "nowhere", lambda *_: None)
 
 
+class Hoards(StreamingLLM):
+    """Keeps within its budget where the conformance check looks; evicts nothing from the shorter prompts of these runs."""
+
+    def prefill(self, layer, queries, keys, values):
+        if layer.prompt_tokens > 129:
+            super().prefill(layer, queries, keys, values)
+
+    def insert(self, layer, keys, values):
+        if layer.prompt_tokens > 129:
+            super().insert(layer, keys, values)
+
+    def fixed_step(self, parts, clock):
+        return None
+
+
 def hoarder(**more):
-    """A policy that takes a budget and never evicts anything."""
-    return type("Hoarder", (kvbench.KVCachePolicy,), {"name": "hoarder", "summary": "Keeps all.", **more})
+    """A policy that takes a budget and never evicts anything from these runs' prompts."""
+    return type("Hoarder", (Hoards,), {"name": "hoarder", "summary": "Keeps all.", **more})
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ import pytest
 from test_tasks import make_tokenizer
 from tiny import tiny_model
 
+from kvbench.contract.errors import KVBenchError
+from kvbench.plugins import registry
+
 PACKAGE = Path(__file__).parent / "plugin_package"
 
 
@@ -122,3 +125,9 @@ def test_the_plugin_is_about_thirty_lines_of_policy():
         if line.strip() and not line.strip().startswith(('"""', "#"))
     ]  # fmt: skip
     assert len(code) <= 35
+
+
+def test_a_choice_of_numbers_takes_the_text_of_the_command_line():
+    assert registry().options("policy", "kivi", {"bits": "4"}).bits == 4
+    with pytest.raises(KVBenchError, match="bits='5'"):
+        registry().options("policy", "kivi", {"bits": "5"})

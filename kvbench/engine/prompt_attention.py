@@ -24,7 +24,7 @@ def prompt_attention(
     """
     assert cached.prompt is not None
     cache, governor = cached.cache, cached.session
-    keys, values = cached.prompt.keys, cached.prompt.values
+    keys, values = cached.decode(*cached.prompt.raw)
     new, before = queries.shape[2], keys.shape[2] - queries.shape[2]
     output: Tensor | None = None
     found: list[tuple[slice | Tensor, int, Tensor]] = []

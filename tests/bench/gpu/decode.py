@@ -149,7 +149,7 @@ def main() -> None:
         for batch in map(int, arguments.batches.split(",")):
             if tokens * batch > arguments.most_tokens:
                 continue
-            prompt = made_up(model, batch, tokens)
+            prompt = made_up(model, batch, tokens, whole=True)
             for name in arguments.policies.split(","):
                 try:
                     row = measure(model, prompt, name, arguments.budget, arguments.steps, arguments)
