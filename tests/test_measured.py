@@ -308,7 +308,7 @@ def test_a_run_planned_with_other_code_is_refused(run, loaded, monkeypatch):
 
 
 class Hoards(StreamingLLM):
-    """Keeps within its budget where the conformance check looks; evicts nothing from the shorter prompts of these runs."""
+    """Keeps within its budget where the conformance check looks; evicts nothing from shorter prompts."""
 
     def prefill(self, layer, queries, keys, values):
         if layer.prompt_tokens > 129:

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvbench.contract.budget import Budget
 from kvbench.engine.bandwidth import bandwidth
-from kvbench.engine.prompt import Prefill, PrefilledLayer
+from kvbench.engine.prompt import Attends, Prefill, PrefilledLayer
 from kvbench.engine.session import Session
 from kvbench.plugins import registry
 
@@ -43,7 +43,9 @@ def made_up(model: Any, batch: int, tokens: int, whole: bool = False) -> Prefill
         )
         if whole:  # the same queries for every token, which takes no memory
             queries = queries[:, :, :1].expand(-1, -1, tokens, -1)
-        layers[number] = PrefilledLayer(keys, values, queries, layer.self_attn, config.head_dim**-0.5)
+        layers[number] = PrefilledLayer(
+            keys, values, queries, Attends(layer.self_attn, config.num_attention_heads, config.head_dim**-0.5)
+        )
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     logits = torch.zeros(batch, config.vocab_size, device=device)
     return Prefill(ids, None, tokens, layers, {}, logits, 0.0)
