@@ -1,4 +1,4 @@
-"""The best scores of each row, as many as the device says, by a search for the threshold eight bits at a time."""
+"""The best scores of each row, as many as the device says, by a search for the threshold bit by bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:
     tl = None
 
 IN_REGISTERS = 16384
-"""Most scores of a row that one program holds in registers; longer rows are read again five times."""
+"""Most scores of a row that one program holds in registers; longer rows are read again for every bit."""
 LONGEST = 2**21 - 1
 """Most scores of a row."""
 
@@ -24,17 +24,6 @@ def _ordered(x: tl.tensor) -> tl.tensor:
     """Floats as unsigned integers of the same order."""
     bits = x.to(tl.int32, bitcast=True)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
-
-
-@jit
-def _counts(x: tl.tensor, prefix: tl.tensor, shift: tl.constexpr, first: tl.constexpr) -> tl.tensor:
-    """How often each value of the eight bits at `shift` occurs among the scores whose higher bits are `prefix`."""
-    key = _ordered(x)
-    digit = ((key >> shift) & 255).to(tl.int32)
-    counted = x > float("-inf")
-    if not first:
-        counted = counted & ((key >> (shift + 8)) == prefix)
-    return tl.histogram(tl.where(counted, digit, 256), 512)
 
 
 @jit
@@ -56,21 +45,15 @@ def _select(
         there += tl.sum((x > float("-inf")).to(tl.int32), 0)
     want = tl.maximum(tl.minimum(count, there), 0)
     key = _ordered(first)
-    bins = tl.arange(0, 512)
     threshold = tl.zeros((), tl.uint32)
-    left = want
-    for step in tl.static_range(4):  # eight bits at a time, the highest first
-        counts_of = _counts(first, threshold, 24 - 8 * step, step == 0)
+    for step in range(32):
+        candidate = threshold | (tl.full((), 0x80000000, tl.uint32) >> step)
+        found = tl.sum((key >= candidate).to(tl.int32), 0)
         for chunk in range(1, CHUNKS):
             at = chunk * BLOCK + place
             x = tl.load(source + at, mask=at < n, other=float("-inf"))
-            counts_of += _counts(x, threshold, 24 - 8 * step, step == 0)
-        counts_of = tl.where(bins < 256, counts_of, 0)
-        below = tl.cumsum(counts_of, 0)
-        at_least = tl.sum(counts_of, 0) - below + counts_of
-        digit = tl.max(tl.where((at_least >= left) & (bins < 256), bins, 0), 0)
-        left -= tl.sum(tl.where(bins == digit, at_least - counts_of, 0), 0)
-        threshold = (threshold << 8) | digit.to(tl.uint32)
+            found += tl.sum((_ordered(x) >= candidate).to(tl.int32), 0)
+        threshold = tl.where(found >= want, candidate, threshold)
     above = tl.sum((key > threshold).to(tl.int32), 0)
     for chunk in range(1, CHUNKS):
         at = chunk * BLOCK + place
