@@ -7,6 +7,7 @@ from fake_devices import FakeDevices, spread
 from tiny import small_options, tiny_model, tokens
 
 import kvbench
+from kvbench import kernels
 from kvbench.engine.generation import force, generate
 from kvbench.engine.prefill import prefill
 from kvbench.plugins import registry
@@ -18,6 +19,13 @@ PLACES = {
     "model.layers.1": "cuda:1", "model.layers.2": "cuda:0", "model.norm": "cuda:1", "lm_head": "cuda:1",
 }  # fmt: skip
 POLICIES = sorted(name for name, policy in registry().classes["policy"].items() if policy.cached)
+
+
+@pytest.fixture(autouse=True)
+def torch_kernels():
+    """Pretended GPUs cannot launch Triton's kernels."""
+    with kernels.using("torch"):
+        yield
 
 
 def session(model, policy, allocator="uniform"):

@@ -382,7 +382,9 @@ def test_the_command_that_is_named_makes_that_run(run_folder, kvbench, monkeypat
 
     monkeypatch.setattr("kvbench.runs.runner.execute", execute)
     assert kvbench(*words[1:])[0] == 2
-    assert planned == [{**config, "probes": ["overlap", "sparsity"]}]
+    (plugins,) = (one["plugins"] for one in planned)
+    assert {name: found for name, found in plugins.items() if name != "probe sparsity"} == config["plugins"]
+    assert planned == [{**config, "probes": ["overlap", "sparsity"], "plugins": plugins}]
 
 
 def test_an_unfinished_run_is_marked_partial_and_an_empty_one_refused(run_folder, tmp_path):

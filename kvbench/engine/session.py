@@ -256,7 +256,8 @@ class Session(Governor):
             cache.index_s += self.now() - start
 
     def _note_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._projecting and self._replay is None:
+        decoding = self.cache is not None and self.cache.complete
+        if decoding and not self._projecting and self._replay is None:
             self._calls[module] = args, kwargs
 
     def _project(self, module: Any, lane: Lane, now: slice, hidden: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ class KeyNorm(kvbench.KVCachePolicy):
         "Devoto et al., A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression, arXiv 2406.11430"
     )
     query_window = 0  # this policy never looks at queries
+    grows = True  # what is generated stays, beyond the budget
 
     class Options(kvbench.Options):
         """Options of the policy."""
