@@ -14,6 +14,7 @@ from kvbench.contract.budget import Budget
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import PrefilledLayers
+from kvbench.engine.survey import survey
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs import runner
@@ -156,7 +157,7 @@ def test_runs_in_batches_and_with_a_shared_prefill_give_the_answers_of_plain_run
 
 @pytest.fixture
 def passes(loaded, monkeypatch):
-    """The lengths of all first calls over a prompt; warm-ups and the model's checks are left out."""
+    """The lengths of all first calls over a prompt; warm-ups, the model's survey and its checks are left out."""
     found = []
 
     def note(model, args, kwargs):
@@ -166,6 +167,7 @@ def passes(loaded, monkeypatch):
 
     monkeypatch.setattr(runner, "_warm_up", lambda *_: None)
     monkeypatch.setattr(runner, "_prove", lambda runs, *_: {each.config.hash: [] for each in runs})
+    survey(loaded.model)  # done once for a model
     handle = loaded.model.register_forward_pre_hook(note, with_kwargs=True)
     yield found
     handle.remove()

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from safetensors.numpy import load_file, save_file
 from test_indexes import NAMES, by_name, make, split, vectors
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extension import LARGEST
 
 GRAPHS = ("vamana", "robust_vamana", "roargraph")
 
@@ -109,18 +111,19 @@ def test_keys_whose_squares_overflow_are_refused(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_efforts_and_candidate_lists_near_2_to_the_31_are_capped_at_the_keys(name):
-    cls, given = by_name[name], {"starts": 2**31, "entries": 2**31, "eager": 2**31, "neighbors": 2**31, "lists": 2**31}
-    options = {key: value for key, value in given.items() if key in cls.Options.model_fields}
-    if cls.search_parameter:
-        options[cls.search_parameter] = 2**31
-    if "construction_ef" in cls.Options.model_fields:
-        options["construction_ef"] = 2**31
+    cls = by_name[name]
+    given = {"starts", "entries", "eager", "neighbors", "lists", "construction_ef", cls.search_parameter}
+    options = dict.fromkeys(given & set(cls.Options.model_fields), LARGEST)
+    for option in options:  # one more is refused
+        with pytest.raises(ValidationError, match=f"{option} is beyond {LARGEST}"):
+            make(name, **{**options, option: LARGEST + 1})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     index = make(name, **options)
     keys, queries = vectors(5, 2, 70), vectors(6, 4, 40)
     index.build(keys, queries)
     index.insert(vectors(7, 2, 3))
-    index.search(queries, 3, effort=2**31)
+    for effort in (LARGEST, LARGEST + 1):
+        index.search(queries, 3, effort=effort)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 * 1024  # KiB; compiling takes some
 
 

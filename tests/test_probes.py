@@ -1,11 +1,14 @@
 """Probes against float64 formulas written out here."""
 
+import re
+
 import pytest
 import torch
 from test_strategies import Watch, attended
 from tiny import tiny_model, tokens
 
 import kvbench
+from kvbench.engine.validation import ANSWERS, Answers
 from kvbench.plugins import registry
 
 PROBES = ("recall", "recovery", "density", "output_error")
@@ -81,19 +84,26 @@ def test_exact_search_has_recall_one_and_full_attention_no_error():
     assert full["output_error"] < 1e-5
 
 
-def test_without_probes_nothing_wraps_the_hooks_and_no_second_copy_is_kept():
+def test_without_probes_only_the_contract_wraps_the_hooks_and_no_second_copy_is_kept():
     model = tiny_model()
     with kvbench.attach(model, policy="quest", budget=30) as session:
         for name in ("prefill", "select", "attend", "insert"):
             hooks = getattr(session.hook, name).get_hookimpls()
-            assert not any(hook.wrapper or hook.hookwrapper for hook in hooks)
-            assert {type(hook.plugin).__name__ for hook in hooks} <= {"Quest", "DefaultPolicy"}
+            wrappers = [type(hook.plugin) for hook in hooks if hook.wrapper or hook.hookwrapper]
+            assert wrappers == ([Answers] if name in ANSWERS else [])
+            assert {type(hook.plugin).__name__ for hook in hooks} - {"Answers"} <= {"Quest", "DefaultPolicy"}
         model.generate(tokens(1, 80), max_new_tokens=4, do_sample=False)
         layers = [layer for cached in session.cache.governed for layer in cached.groups]
         assert not any(key.startswith("kvbench.analysis") for layer in layers for key in layer.state)
 
 
-@pytest.mark.parametrize(("ids", "message"), [([0, 5], "attended already"), ([20, 20], "selected a token twice")])
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([0, 5], "select gave token 0, of the static set or evicted; expected set-aside tokens, 4 to 59."),
+        ([20, 20], "head 0 of row 0 attends to token 20 2 times; expected once."),
+    ],
+)
 def test_a_selection_that_breaks_the_contract_is_refused(ids, message):
     class Careless(kvbench.KVCachePolicy):
         name, summary = "careless", "Selects wrongly."
@@ -107,6 +117,6 @@ def test_a_selection_that_breaks_the_contract_is_refused(ids, message):
     model = tiny_model()
     with (
         kvbench.attach(model, policy=Careless(), budget=0.9, probes=["density"]),
-        pytest.raises(kvbench.KVBenchError, match=message),
+        pytest.raises(kvbench.KVBenchError, match=rf"^Policy 'careless' .* at layer 0: {re.escape(message)}$"),
     ):
         model.generate(tokens(1, 80), max_new_tokens=3, do_sample=False)
