@@ -102,7 +102,7 @@ def _step(layer: Layer, queries: Tensor, selection: Selection) -> Step:
         static_tokens = sinks + window
     available = int(candidates.sum())
     return Step(
-        scores(queries, keys, layer.scaling), attended[..., :tokens], candidates,
+        layer.capped(scores(queries, keys, layer.scaling)), attended[..., :tokens], candidates,
         layer.budget.beside(static_tokens, available), layer.budget.counts(static_tokens, available, layer.heads),
     )  # fmt: skip
 

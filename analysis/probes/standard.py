@@ -203,7 +203,8 @@ class OutputError(MeasuringProbe):
         """Compute the exact output beside the policy's."""
         result: Attention = yield
         step = self.step(layer, queries, selection)
-        exact = softmax_parts([(step.logits, self.context(layer).values)]).output
+        parts = [(step.logits, self.context(layer).values)]
+        exact = softmax_parts(parts, sink_logits=layer.sink_logits).output
         if result.output.shape == exact.shape:
             error = (result.output.float() - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
             self._means.add("output_error", layer, error)

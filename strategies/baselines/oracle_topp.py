@@ -58,7 +58,8 @@ class OracleTopP(SelectingPolicy):
         """Take the largest weights until they and the static set's reach `p`."""
         ((static, _, _),) = layer.store.static_parts()
         keys = layer.store.aside_keys
-        logits = torch.cat([scores(queries, static, layer.scaling), scores(queries, keys, layer.scaling)], dim=-1)
+        found = [scores(queries, part, layer.scaling) for part in (static, keys)]
+        logits = layer.capped(torch.cat(found, dim=-1))
         weights = logits.double().softmax(-1)
         best = weights[..., static.shape[2] :].topk(wanted, dim=-1)
         before = best.values.cumsum(-1) - best.values + weights[..., : static.shape[2]].sum(-1, keepdim=True)
