@@ -19,6 +19,7 @@ from kvbench.contract.storage import KVStore
 from kvbench.engine.conformance import checks
 from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.fixed import FixedDecoder
+from kvbench.engine.interface import attached
 from kvbench.plugins import registry
 
 pytestmark = pytest.mark.transformers
@@ -280,14 +281,21 @@ def altered(change, layer=1):
     return model
 
 
-def test_a_model_that_looks_at_the_name_of_its_attention_fails_with_layer_and_size():
+def nudged(when):
     model = tiny_model()
+    model.model.layers[1].mlp.register_forward_hook(lambda _, args, output: output * 1.01 if when(model) else output)
+    return model
 
-    def nudge(module, args, output):
-        return output * 1.01 if model.config._attn_implementation.startswith("kvbench") else output
 
-    model.model.layers[1].mlp.register_forward_hook(nudge)
-    failure = Conformance(model, "tiny").check_model().failure
+def test_a_model_that_looks_at_the_name_of_its_attention_finds_its_own():
+    model = nudged(lambda model: model.config._attn_implementation != "sdpa")
+    assert [check.status for check in Conformance(model).check_model().checks] == ["passed"] * 4
+    with kvbench.attach(model, policy="full"):
+        assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_differs_once_attached_fails_with_layer_and_size():
+    failure = Conformance(nudged(lambda model: attached(model.config)), "tiny").check_model().failure
     assert "Model tiny failed the conformance check 'full'" in failure
     assert "policy 'full'" in failure
     assert "expected equality bit for bit" in failure
@@ -383,61 +391,88 @@ def tiled(keys, values):
 
 
 CHANGES = {
-    "scaled keys": (lambda keys, values: (keys * 1.01, values), "keys than its cache gave"),
-    "scaled values": (lambda keys, values: (keys, values * 1.01), "values than its cache gave"),
-    "tiled heads": (tiled, r"\(\[2, 2, 16, 8\] came from the cache, \[2, 6, 16, 8\] reached the attention\)"),
-    "shorter": (lambda keys, values: (keys[:, :, -12:], values[:, :, -12:]), "12, 8"),
+    "scaled keys": lambda keys, values: (keys * 1.01, values),
+    "scaled values": lambda keys, values: (keys, values * 1.01),
+    "tiled heads": tiled,
 }
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_model_that_changes_keys_after_the_cache_is_refused_by_policies_before_it_attends(name):
-    change, message = CHANGES[name]
-    model, ids = altered(change), torch.randint(3, 97, (2, 16))
+def test_keys_and_values_that_a_model_makes_of_its_caches_are_governed_exactly(name):
+    model, ids = altered(CHANGES[name]), torch.randint(3, 97, (2, 16))
     if name == "tiled heads":
         model.model.layers[1].self_attn.num_key_value_groups = 1
-    seen = []
-    model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: seen.append(1))
-    with (
-        kvbench.attach(model, policy="streaming_llm", budget=8),
-        pytest.raises(KVBenchError, match=f"LlamaForCausalLM attends in layer 1 to other .*{message}"),
-    ):
-        model(ids)
-    assert not seen
-    if name == "shorter":
-        return  # no model that runs in plain transformers
-    plain = model(ids).logits
+    plain = steps(model, ids)
+    assert float((plain - steps(tiny_model(), ids)).abs().max()) > 1e-2
     with kvbench.attach(model, policy="full"):
-        assert torch.equal(model(ids).logits, plain)
-    with kvbench.attach(model, policy="full", probes=["recovery"]), pytest.raises(KVBenchError, match="without probes"):
-        model(ids)
+        assert torch.equal(steps(model, ids), plain)
+    with kvbench.attach(model, policy="full", probes=["recovery"]):
+        assert torch.equal(steps(model, ids), plain)
+    for policy in ("streaming_llm", "quest", "snapkv"):
+        with kvbench.attach(model, policy=policy, budget=1.0):
+            torch.testing.assert_close(steps(model, ids), plain, rtol=1e-4, atol=1e-4)
+    assert [check.status for check in Conformance(model).check_model().checks] == ["passed"] * 4
+
+
+def steps(model, ids):
+    """The logits of a prompt and three steps."""
+    with torch.no_grad():
+        output, logits = model(ids[:, :13]), []
+        for place in range(13, 16):
+            logits.append(output.logits)
+            output = model(ids[:, place : place + 1], past_key_values=output.past_key_values)
+    return torch.cat([*logits, output.logits], dim=1)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "ada"])
+@pytest.mark.parametrize("part", ["k_proj", "v_proj"])
+def test_heads_of_such_keys_that_keep_different_tokens_keep_their_own(part, allocator):
+    """Scaling after the cache is scaling the projection before it."""
+    late, early = altered(CHANGES["scaled keys" if part == "k_proj" else "scaled values"]), tiny_model()
+    getattr(early.model.layers[1].self_attn, part).weight.data *= 1.01
+    ids, found = torch.randint(3, 97, (2, 16)), []
+    budget = kvbench.Budget(tokens=8, allocator=allocator)
+    for model in (late, early):
+        with kvbench.attach(model, policy="snapkv", budget=budget, options={"window": 2}):
+            found.append(steps(model, ids))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_attends_to_fewer_tokens_than_its_cache_gave_is_refused_before_it_attends():
+    model = altered(lambda keys, values: (keys[:, :, -12:], values[:, :, -12:]))
+    seen = []
+    with kvbench.attach(model, policy="streaming_llm", budget=8):
+        model.model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: seen.append(1))
+        message = r"LlamaForCausalLM attends in layer 1 to other keys than its cache gave \(\[2, 2, 16, 8\].* 12, 8\]"
+        with pytest.raises(KVBenchError, match=message):
+            model(torch.randint(3, 97, (2, 16)))
+    assert not seen
+
+
+@pytest.mark.parametrize("factor", [1.01, 2.0])
+def test_keys_that_are_made_of_more_than_their_token_are_refused(factor):
+    model = altered(lambda keys, values: (keys * (1.0 if keys.shape[2] > 1 else factor), values))
+    message = (
+        "LlamaForCausalLM makes keys and values of what the cache of layer 1 holds of a token and of more than that"
+    )
+    with pytest.raises(KVBenchError, match=f"{message}, so policy 'streaming_llm' cannot govern it"):
+        kvbench.attach(model, policy="streaming_llm", budget=8)
     checks = Conformance(model).check_model().checks
     assert [check.status for check in checks] == ["passed", "passed", "skipped", "skipped"]
-    assert "only policy 'full' runs on it: LlamaForCausalLM attends in layer 1" in checks[2].detail
-
-
-def test_keys_that_change_while_decoding_are_refused_too():
-    model = altered(lambda keys, values: (keys * (1.0 if keys.shape[2] > 1 else 1.01), values))
-    with kvbench.attach(model, policy="streaming_llm", budget=8), torch.no_grad():
-        past = model(torch.randint(3, 97, (1, 16))).past_key_values
-        with pytest.raises(KVBenchError, match=r"attends in layer 1 to other keys .* \[1, 2, 1, 8\] reached"):
-            model(torch.tensor([[5]]), past_key_values=past)
+    assert f"only policy 'full' runs on it: {message}" in checks[2].detail
 
 
 def test_keys_of_another_layer_are_refused_and_copies_of_ones_own_are_not():
+    model, held = altered(lambda keys, values: (held.setdefault(len(held), keys), values), layer=0), {}
+
     class Sharing(LlamaAttention):
         def forward(self, *args, past_key_values=None, **kwargs):
-            shared = Altering(past_key_values, lambda keys, values: (keys, values))
-            shared.update = lambda keys, values, *_: (past_key_values.layers[0].prompt.keys, values)
+            shared = Altering(past_key_values, lambda keys, values: (held[len(held) - 1], values))
             return super().forward(*args, past_key_values=shared, **kwargs)
 
-    model, ids = tiny_model(), torch.randint(3, 97, (2, 16))
     model.model.layers[1].self_attn.__class__ = Sharing
-    with (
-        kvbench.attach(model, policy="streaming_llm", budget=8, prompt_tokens=20),
-        pytest.raises(KVBenchError, match=r"layer 1 to other keys .*none came from the cache"),
-    ):
-        model(ids)
+    with pytest.raises(KVBenchError, match=r"attends to keys of the cache of layer 0 with other values than its own"):
+        kvbench.attach(model, policy="streaming_llm", budget=8, prompt_tokens=20)
     copying = altered(lambda keys, values: (keys.clone(), values.contiguous()))
     reports = Conformance(copying).check_model()
     assert [check.status for check in reports.checks] == ["passed"] * 4
@@ -455,7 +490,7 @@ def test_attach_checks_first_where_it_is_asked_to():
     assert kvbench.attach(model, policy="streaming_llm", budget=20).conformance == ()
     with pytest.raises(KVBenchError, match="Policy 'keeping' failed the conformance check 'budget' on Llama"):
         kvbench.attach(model, policy=OverBudget(), budget=20, check=True)
-    with pytest.raises(KVBenchError, match="Model LlamaForCausalLM failed"):
+    with pytest.raises(KVBenchError, match=r"Model LlamaForCausalLM failed .*NaN or infinite"):
         model.lm_head.weight.data[0, 0] = torch.nan
         kvbench.attach(model.to(torch.bfloat16), policy="streaming_llm", budget=20, check=True)
 

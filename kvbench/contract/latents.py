@@ -119,7 +119,7 @@ class LatentBuffer(TokenBuffer):
         )
         self._table = places[:, None].expand(-1, self._table.shape[1], -1).gather(2, self._table)
         rows = order[:, None, :, None]
-        keys, values = (part.gather(2, rows.expand(-1, -1, -1, part.shape[-1])) for part in (keys, values))
+        keys, values = (part.gather(2, rows.expand(-1, part.shape[1], -1, part.shape[-1])) for part in (keys, values))
         self._held, self._dropped = TokenBuffer(keys, values), 0
 
 
@@ -168,11 +168,11 @@ class RaggedLatents(RaggedBuffer):
     def __init__(self, keys: Tensor, values: Tensor, kept: Tensor, expand: Expand) -> None:
         """Copy out of latents [B, 1, n, r] the tokens that `kept`, bool [B, H, n], marks for any head."""
         union = kept.any(1, keepdim=True)
-        super().__init__(keys, values, union)
+        super().__init__(keys, values, union.expand(-1, keys.shape[1], -1))
         self._expand = expand
         places = union.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., : self.mask.shape[-1]]
         places = places.expand(-1, kept.shape[1], -1)
-        self.mask = kept.gather(2, places) & self.mask
+        self.mask = kept.gather(2, places) & self.mask[:, :1]
         self.ids = torch.where(self.mask, places, -1)
         """The slots, among the n, of the tokens of each head [B, H, u], −1 where it has none."""
         self.lengths = kept.sum(-1)

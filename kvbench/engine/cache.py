@@ -205,11 +205,14 @@ class PolicyCacheLayer(CacheLayerMixin):
 
         A policy attends to what is in the cache: a model that repeats, shares or changes it afterwards would silently
         get another attention than its own. Copies are compared number by number; the same tensors cost nothing.
+        Where the survey found that keys and values are made of what the cache holds, tokens must be as many.
         """
         given, self.given = self.given, None
         if self.session.policy.exact and not self.session.probes:
             return
         for name, mine, theirs in zip(("keys", "values"), given or (None, None), (keys, values), strict=True):
+            if self.expand is not None and mine is not None and theirs.shape[2] == mine.shape[2]:
+                continue
             if theirs is mine or (mine is not None and theirs.shape == mine.shape and torch.equal(theirs, mine)):
                 continue
             came = "none came from the cache" if mine is None else f"{list(mine.shape)} came from the cache"

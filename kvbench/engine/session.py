@@ -324,7 +324,7 @@ class Session(Governor):
                 self.cache.dense[number] = Attends.of(module, query, kwargs)
             return own()
         first, cached.pending = cached.pending, False
-        if first and cached.expand is None:
+        if first:
             cached.check_given(key, value)
         attends = Attends.of(module, query, kwargs)
         if cached.in_prompt:
