@@ -137,6 +137,8 @@ def test_two_turns_under_a_covering_budget_are_those_of_plain_transformers(polic
     model, (ids, mask) = tiny_model(), padded_batch()
     more = tokens(3, 7, seed=5)
     plain, expected = two_turns(model, ids, more, mask)
+    if chunk and not torch.equal(two_turns(model, ids, more, mask, prefill_chunk_size=chunk)[0], plain):
+        pytest.skip("this transformers itself answers a second turn in chunks otherwise than whole (5.17 does)")
     with attach(model, policy, 1.0):
         ours, found = two_turns(model, ids, more, mask, prefill_chunk_size=chunk)
     assert torch.equal(plain, ours)
