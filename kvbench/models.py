@@ -55,6 +55,8 @@ class LoadedModel:
     device: "torch.device"
     dtype: "torch.dtype"
     max_context: int | None
+    lasting: bool = False
+    """Whether `fingerprint` says the same of another process's model."""
 
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -133,7 +135,9 @@ def load_model(
             extended = "+" + _extend(name, config.get_text_config(), rope_scaling, limit, context_length)
             limit = context_length
         _check_limit(name, limit, context_length)
-        fingerprint = (fingerprint or f"commit:{getattr(config, '_commit_hash', None)}") + extended
+        commit = getattr(config, "_commit_hash", None)
+        lasting = bool(fingerprint or commit)
+        fingerprint = (fingerprint or f"commit:{commit}") + extended
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
         if weights:
             model = _with_weights(name, source, config, number_type, arguments).to(place)
@@ -153,6 +157,7 @@ def load_model(
         device=place,
         dtype=number_type,
         max_context=limit,
+        lasting=lasting,
     )
 
 

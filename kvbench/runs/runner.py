@@ -19,7 +19,6 @@ from kvbench.contract.probe import Probe
 from kvbench.contract.reading import validating
 from kvbench.contract.task import Example, ForcedTask, Prompt, Task, TokenExample
 from kvbench.engine.attach import attach
-from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import Decoding, Forced, Generation, exact_logits, force, generate, generate_batch
 from kvbench.engine.governor import check_head_budgets, chosen_layers
@@ -32,6 +31,7 @@ from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, method, quick_release, release
+from kvbench.runs.proofs import checker
 from kvbench.runs.results import Run, RunConfig, environment, processor
 from kvbench.runs.sharing import (
     STANDARD_PROBES,
@@ -195,12 +195,13 @@ Failed = Callable[[RunConfig, Exception], None]
 
 def execute(
     configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress,
-    failed: Failed | None = None,
+    failed: Failed | None = None, *, check_anew: bool = False,
 ) -> list[Run]:  # fmt: skip
     """Run configurations, or what is left of them, and return their completed folders.
 
     One after the other; those that share prompts go over the examples together. A run that fails leaves the others
-    alone and is told to `failed`; without it, the first failure is raised and ends them all.
+    alone and is told to `failed`; without it, the first failure is raised and ends them all. With `check_anew` what the
+    conformance checks found in earlier processes does not count.
     """
     runs = []
     for config in configs:
@@ -213,7 +214,7 @@ def execute(
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
             together.setdefault(_alike(run.config), []).append(run)
-    proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed)
+    proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed, check_anew)
     with quick_release():
         for group in together.values():
             proven = [run for run in group if run.config.hash in proofs]
@@ -229,15 +230,15 @@ def _alike(config: RunConfig) -> str:
 
 
 def _prove(
-    runs: Sequence[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None
+    runs: Sequence[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None, anew: bool
 ) -> dict[str, list[Report]]:
-    """Check the model and each run's policy, where this process has not yet; the findings by a run's hash."""
-    checker, found = Conformance(loaded.model, loaded.name, loaded.tokenizer), {}
+    """Check the model and each run's policy, where that has not been done; the findings by a run's hash."""
+    conformance, found = checker(loaded, anew=anew), {}
     for run in runs:
         with _telling(failed, run.config):
             progress(run.config.policy, len(run.rows), run.config.examples, "conformance check")
             policy = registry().make("policy", run.config.policy, run.config.policy_options)
-            found[run.config.hash] = checker.check(policy)
+            found[run.config.hash] = conformance.check(policy)
     return found
 
 
