@@ -129,6 +129,11 @@ def load_model(
         arguments["gguf_file"] = gguf
     with _readable_errors(name):
         config = AutoConfig.from_pretrained(source, **arguments)
+        if getattr(config, "is_encoder_decoder", False):
+            raise KVBenchError(
+                f"{name} is an encoder-decoder model ({config.model_type}), and kvbench governs decoder-only models: "
+                "choose one that reads its prompt into its own key-value cache."
+            )
         extended = ""
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if rope_scaling and context_length and limit and context_length > limit:
@@ -342,16 +347,18 @@ def _readable_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet(*, gguf: bool) -> Iterator[None]:
-    """Keep the progress bars of transformers off the terminal."""
+    """Keep the progress bars and the reports of transformers off the terminal."""
     from transformers.utils import logging  # noqa: PLC0415
 
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         # The bar of the GGUF reader listens to no setting.
         with contextlib.redirect_stderr(io.StringIO()) if gguf else contextlib.nullcontext():
             yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
 import torch
+from test_tasks import make_tokenizer
 from tiny import tiny_model, tokens
 from transformers import BartConfig, BartForConditionalGeneration
 from zoo import PROMPT, SETTINGS, logits, options, tiny, tried
@@ -126,6 +128,24 @@ def _expanded_store(layers: dict[int, Any]) -> Any:
             super().append(*self._expand(keys, values))
 
     return Expanded
+
+
+@pytest.mark.parametrize(("kind", "padded"), [("deepseek_v3", False), ("jetmoe", True)])
+def test_hidden_states_are_projected_to_the_queries_of_their_own_step(kind, padded):
+    """Where a policy asks after the cache's tokens were expanded by calls of the same attention module."""
+    seen = []
+
+    class Projects(kvbench.KVCachePolicy):
+        name, summary, takes_budget, uses_hidden = "projects", "Projects its own hidden states.", False, True
+
+        def select(self, layer, queries, budget):
+            layer.store.static_parts()  # expands
+            seen.append(torch.equal(layer.project(layer.hidden), queries))
+            return kvbench.Selection()
+
+    with kvbench.attach(tiny(kind), policy=Projects()) as session:
+        logits(session.model, padded=padded, chunks=1)
+    assert seen and all(seen)
 
 
 @pytest.mark.parametrize("policy", ["shadowkv", "infllm"])
@@ -306,3 +326,45 @@ def test_covering_policies_in_bfloat16_differ_by_less_than_two_of_torchs_own_att
     for policy in ("infinigen", "quest", "snapkv"):
         with kvbench.attach(model, policy=policy, budget=1.0):
             assert (logits(model, padded=False, chunks=1) - plain).abs().mean() < rounding
+
+
+# The command
+
+
+CHECKED = [
+    "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gemma3n_text", "jetmoe", "gemma2", "gpt_oss", "falcon_h1", "phi3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("kind", [*CHECKED, "deepseek_v32", "mamba", "minimax", "bart"])
+def test_the_check_of_a_saved_model_says_exact_or_why_not(kind, kvbench, tokenizer, tmp_path):
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": None}
+    sizes |= {"vocab_size_per_layer_input": len(tokenizer)} if kind == "gemma3n_text" else {}
+    if kind == "phi3":
+        model = tiny_model(kind, sliding_window=256, max_position_embeddings=256, **sizes)
+    elif kind == "bart":
+        model = BartForConditionalGeneration(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, **sizes))
+    else:
+        model = tiny(kind, **sizes)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policies = "snapkv,infinigen" if kind in CHECKED else "full,snapkv"
+    code, out, err = kvbench("check", "--json", "--model", tmp_path, "--policy", policies)
+    reports = json.loads(out)["reports"] if out else []
+    found = {check["name"]: check["status"] for report in reports for check in report["checks"]}
+    if kind in CHECKED:
+        assert (code, err) == (0, "")
+        assert set(found.values()) == {"passed"} and "covering selection and eviction, prompt in two chunks" in found
+        return
+    assert code == 2 and err.startswith("Error: ") and err.count("\n") == 1
+    assert {
+        "deepseek_v32": "has no full-attention layer to govern (its layers are indexed_attention), so policy 'snapkv'",
+        "mamba": "keeps its state elsewhere than in a key-value cache",
+        "minimax": "does not run with a cache that is given to it",
+        "bart": "is an encoder-decoder model",
+    }[kind] in err

@@ -23,7 +23,7 @@ from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queri
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor
-from kvbench.engine.interface import answering, attached, capture, own_attention
+from kvbench.engine.interface import answering, attached, capture, capturing, own_attention
 from kvbench.engine.prompt import Attends, Prefill
 from kvbench.engine.prompt_attention import prompt_attention
 from kvbench.engine.replay import ReplayCache
@@ -53,7 +53,6 @@ class Session(Governor):
         self.cache: PolicyCache | None = None
         self.implementation = str(self.config._attn_implementation)
         self._calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._projecting = False
         self._replay: ReplayCache | None = None
         self._fixed: FixedDecoder | None = None
         self._replaced: WeakKeyDictionary[Any, PolicyCache] = WeakKeyDictionary()
@@ -257,7 +256,7 @@ class Session(Governor):
 
     def _note_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         decoding = self.cache is not None and self.cache.complete
-        if decoding and not self._projecting and self._replay is None:
+        if decoding and not capturing() and self._replay is None:
             self._calls[module] = args, kwargs
 
     def _project(self, module: Any, lane: Lane, now: slice, hidden: Tensor) -> Tensor:
@@ -268,15 +267,11 @@ class Session(Governor):
         inputs[rows, now] = hidden.to(inputs.device)
         args = tuple(None if value is self.cache else value for value in args)
         kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
-        self._projecting = True
-        try:
-            found = (
-                capture(module, (inputs, *args[1:]), kwargs)
-                if args
-                else capture(module, (), {**kwargs, "hidden_states": inputs})
-            )
-        finally:
-            self._projecting = False
+        found = (
+            capture(module, (inputs, *args[1:]), kwargs)
+            if args
+            else capture(module, (), {**kwargs, "hidden_states": inputs})
+        )
         return lane.take(found.query)[:, :, now]
 
     def _end_fixed(self) -> None:

@@ -28,6 +28,7 @@ from kvbench.engine.conformance.watch import ConformanceError, Watch, distance, 
 from kvbench.engine.prefill import forward, prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+from kvbench.engine.survey import survey
 from kvbench.plugins import registry
 
 PROMPT, CHUNK, PADDING, STEPS = 10, 8, 3, 9
@@ -130,9 +131,12 @@ class Conformance:
                         f"{_short(self.dtype)}; load it in another dtype")  # fmt: skip
             return
         self._known.tolerance = self._tolerance(plain)
+        sound = True
         for ends, logits in plain.items():
-            yield self._full(ids, mask, ends, logits)
-        for ends, logits in plain.items():
+            check = self._full(ids, mask, ends, logits)
+            sound = sound and check.status == "passed"
+            yield check
+        for ends, logits in plain.items() if sound else ():
             yield self._covering(ids, mask, ends, logits)
 
     def _tolerance(self, plain: dict[Ends, Tensor]) -> float:
@@ -179,6 +183,8 @@ class Conformance:
 
     def _covering(self, ids: Tensor, mask: Tensor | None, ends: Ends, plain: Tensor) -> Check:
         name = "covering selection and eviction" + _in_chunks(ends)
+        if (refusal := survey(self.model).refusal) is not None:
+            return Check(name, "skipped", f"only policy 'full' runs on it: {refusal}")
         policy = Covering(evicting=0 if ends == WHOLE else 1)
         watch = Watch(policy, covering=True)
         try:
@@ -262,6 +268,7 @@ class Conformance:
 
     def _policy_checks(self, policy: KVCachePolicy) -> Iterator[Check]:
         try:
+            survey(self.model).require(policy)
             prompt = self._prompt(policy)
             static = sum(policy.static_tokens(prompt.tokens))
             size = static + max((prompt.tokens - PADDING - static) // 2, 1)
@@ -388,6 +395,14 @@ class Conformance:
         return ids, mask
 
     @cached_property
+    def _singly(self) -> bool:
+        """Whether tokens after the prompt must come one by one: where layers share keys."""
+        try:
+            return survey(self.model).shares
+        except KVBenchError:
+            return False
+
+    @cached_property
     def _answer(self) -> Tensor:
         return self._draw(STEPS, seed=2)
 
@@ -414,7 +429,7 @@ class Conformance:
         whole = torch.cat([ids, self._answer], dim=1)
         kept = torch.cat([torch.ones_like(ids) if mask is None else mask, torch.ones_like(self._answer)], dim=1)
         found = []
-        for end in ends:
+        for end in range(ends[0], ends[-1] + 1) if self._singly else ends:
             stop = ids.shape[1] + end
             made = self.model.generate(
                 whole[:, :stop], attention_mask=kept[:, :stop], past_key_values=past, use_cache=cached,
@@ -422,7 +437,8 @@ class Conformance:
                 pad_token_id=int(whole[0, 0]), output_hidden_states=hidden is not None,
                 prefill_chunk_size=CHUNK if ends == CHUNKS and end == 0 else None,
             )  # fmt: skip
-            found.append(made.logits[0].float())
+            if end in ends:
+                found.append(made.logits[0].float())
             if hidden is not None:
                 hidden.append(made.hidden_states[0])
             past = made.past_key_values if cached else None
