@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -191,6 +193,35 @@ def test_tokens_after_the_prompt_come_one_by_one_where_layers_share_keys():
 def test_policies_with_hidden_states_scores_or_replays_cover_layers_that_share_or_repeat(kind, policy):
     row = tried(kind, [policy], [(False, 1)])
     assert row.verdict == "exact", row.reason
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_a_rotation_of_one_tensor_can_be_undone(kind, monkeypatch):
+    model, before, found = tiny(kind), [], {}
+    source = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    right = source.apply_rotary_pos_emb
+
+    @functools.wraps(right)
+    def noted(x, *args, **kwargs):
+        before.append(x)
+        return right(x, *args, **kwargs)
+
+    class Unrotates(kvbench.KVCachePolicy):
+        name, summary, takes_budget = "unrotates", "Looks at keys before their rotation.", False
+
+        def prefill(self, layer, queries, keys, values):
+            found[layer.number] = layer.unrotate(keys, torch.arange(layer.tokens))
+
+    monkeypatch.setattr(source, "apply_rotary_pos_emb", noted)
+    with kvbench.attach(model, policy=Unrotates()), torch.no_grad():
+        model(tokens(1, 30), use_cache=True)
+    monkeypatch.setattr(source, "apply_rotary_pos_emb", right)
+    assert found
+    for keys in found.values():
+        same = [x for x in before if x.shape == keys.transpose(1, 2).shape]
+        assert min(float((x - keys.transpose(1, 2)).abs().max()) for x in same) < 1e-5
+    for policy in ("expected_attention", "infllm", "shadowkv"):
+        assert tried(kind, [policy], [(True, 1)]).verdict == "exact"
 
 
 # Scores
