@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvbench.contract.budget import LayerBudget
+from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.contract.storage import KVStore
@@ -22,6 +23,8 @@ from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
+from kvbench.engine.inherited import unfollowed
+from kvbench.engine.validation import named, told
 from kvbench.kernels.steps import GrowingStep
 
 Mode = Literal["graph", "fixed", "eager"]
@@ -184,7 +187,7 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_to
 
     The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
     """
-    reason = _unfit(governor, cache)
+    reason = _unfit(governor, cache) or unfollowed(type(governor.policy))
     if reason:
         return reason
     device = cache.governed[0].groups[0].store.static_ids.device
@@ -198,10 +201,15 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_to
     steps: dict[int, FixedStep] = {}
     for cached in cache.governed:
         parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
-        step = _step(governor, parts, clock, padding)
-        if step is None:
-            assert not steps, "a policy has fixed steps in some layers only"
+        step = _step(governor, parts, clock, padding, cached.number)
+        if step is None and not steps:
             return f"policy '{governor.policy.name}' has no step of fixed shapes"
+        if step is None:
+            raise KVBenchError(
+                f"{named(governor.policy)} gave no step of fixed shapes for layer {cached.number} after it had given "
+                "some for layers before, whose tokens they hold: fixed_step must give one for every layer or for none; "
+                "until then use --decoding eager."
+            )
         steps[cached.number] = step
     for number in cache.dense:
         steps[number] = GrowingStep([_dense_part(cache, number)], clock, left_padding(cache.mask))
@@ -248,10 +256,24 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     return ""
 
 
-def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | None:
-    found = governor.policy.fixed_step(parts, clock)
-    if found is not None:
+def _step(
+    governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None, number: int
+) -> FixedStep | None:
+    try:
+        found = governor.policy.fixed_step(parts, clock)
+    except (KVBenchError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        raise KVBenchError(
+            f"{named(governor.policy)} failed in fixed_step at layer {number}: {type(error).__name__}: {error}."
+        ) from error
+    if isinstance(found, FixedStep):
         return found
+    if found is not None:
+        raise KVBenchError(
+            f"{named(governor.policy)} gave {told(found)} from fixed_step at layer {number}; expected a FixedStep, or "
+            "None where it has none."
+        )
     if governor.policy.exact:
         return GrowingStep(parts, clock, padding)
     plain = not any(hasattr(governor.policy, hook) for hook in _HOOKS)

@@ -95,6 +95,10 @@ class AttentionEviction(DecodingEviction):
     of a step; the budget counts the newest token.
     """
 
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Evictions in place, by scores that the step's weights change."""
+        return super().fixed_step(parts, clock)
+
     @abstractmethod
     def updated(self, layer: Layer, scores: Tensor, weights: Tensor) -> Tensor:
         """New scores [B, G, t] from the old ones and a step's softmax weights [B, G, H/G, t]."""
