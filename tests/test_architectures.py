@@ -399,3 +399,18 @@ def test_the_check_of_a_saved_model_says_exact_or_why_not(kind, kvbench, tokeniz
         "minimax": "does not run with a cache that is given to it",
         "bart": "is an encoder-decoder model",
     }[kind] in err
+
+
+# Rounding
+
+
+def test_a_covering_infinigen_in_bfloat16_rounds_as_any_policy_that_attends_to_the_same_tokens():
+    model = tiny_model().bfloat16()
+    found = {}
+    for policy in ("full", "oracle_topk", "infinigen"):
+        with kvbench.attach(model, policy=policy, budget=1.0 if policy != "full" else None):
+            found[policy] = logits(model, padded=False, chunks=1)
+    assert torch.equal(found["infinigen"], found["oracle_topk"])
+    exact = logits(tiny_model(), padded=False, chunks=1)
+    rounding = float((found["full"] - exact).norm())
+    assert float((found["infinigen"] - found["full"]).norm()) < rounding
