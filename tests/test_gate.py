@@ -72,7 +72,8 @@ BASELINES = {
 }  # fmt: skip
 DAMAGED = [
     "", "[]", "null", "3", "{", '{"a / b": 3}', '{"a / b": {}}', '{"a / b": {"ratio": "1"}}',
-    '{"a / b": {"ratio": NaN}}', '{"a / b": {"ratio": null}}', '{"a / b": {"ratio": true}}', '{"a / b": {"ratio": 0}}', '{"a / b": {"ratio": [1]}}',
+    '{"a / b": {"ratio": NaN}}', '{"a / b": {"ratio": null}}',
+    '{"a / b": {"ratio": true}}', '{"a / b": {"ratio": 0}}', '{"a / b": {"ratio": [1]}}',
     '{"a / b": {"ratio": 1e999}}', '{"a / b": {"ratio": 1, "processor": 3}}', "[" * 100_000,
     '{"\\ud800": {"ratio": 1}}',
     '{"\\n\\u001b[31m": 3}', f'{{"a / b": {{"ratio": 1{"0" * 5000}}}}}',
