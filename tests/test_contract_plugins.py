@@ -446,7 +446,9 @@ def test_an_overlapping_policy_runs_from_the_command_line(python, model, tmp_pat
     ours, other = done["searching"]["metrics"], done["top_in_blocks"]["metrics"]
     assert ours["recall_at_k"] == other["recall_at_k"] == 1.0
     assert ours["bytes"]["offloaded"] > 0 and other["bytes"]["offloaded"] == 0
-    checks = {check["name"]: check["status"] for report in done["searching"]["conformance"] for check in report["checks"]}
+    checks = {
+        check["name"]: check["status"] for report in done["searching"]["conformance"] for check in report["checks"]
+    }
     assert checks["two runs are equal"] == checks["exact when covering"] == "passed"
 
 
