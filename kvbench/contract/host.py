@@ -53,3 +53,9 @@ def copy_to_host(tokens: Tensor, room: int) -> Tensor:
         for group in range(groups):  # pieces without gaps on both sides, which are copied directly
             whole[row, group, :count].copy_(tokens[row, group], non_blocking=True)
     return whole
+
+
+def wait(event: torch.cuda.Event | None) -> None:
+    """Wait for what the device did before the event; no event where it does everything at once."""
+    if event is not None:
+        event.synchronize()

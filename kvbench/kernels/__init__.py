@@ -16,6 +16,7 @@ from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
+from kvbench.kernels.weigh import weigh
 
 __all__ = [
     "KIVICodes",
@@ -39,4 +40,5 @@ __all__ = [
     "settle_kivi",
     "update_bounds",
     "using",
+    "weigh",
 ]

@@ -73,7 +73,7 @@ class StoredExample(_Open):
     index_s: Number = 0
     step_s: list[Number] = Field(default_factory=list)
     device_step_s: list[Number] = Field(default_factory=list)
-    mode: Literal["graph", "fixed", "eager"] | None = None
+    mode: Literal["graph", "partial", "fixed", "eager"] | None = None
     mode_reason: Text = ""
     capture_s: Number | None = None
     floor_s: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None
