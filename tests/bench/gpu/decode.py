@@ -31,8 +31,11 @@ WINDOW = 64
 """The prompt's last queries that are made up."""
 
 
-def made_up(model: Any, batch: int, tokens: int, whole: bool = False) -> Prefill:
-    """A prompt as if it had passed through the model; with `whole`, there are queries of all tokens."""
+def made_up(model: Any, batch: int, tokens: int, whole: bool = False, unequal: bool = False) -> Prefill:
+    """A prompt as if it had passed through the model; with `whole`, there are queries of all tokens.
+
+    With `unequal`, the rows are `tokens` long and shorter, in equal steps, the last about half as long.
+    """
     config, device = model.config, model.device
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     layers = {}
@@ -48,7 +51,11 @@ def made_up(model: Any, batch: int, tokens: int, whole: bool = False) -> Prefill
         )
     ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
     logits = torch.zeros(batch, config.vocab_size, device=device)
-    return Prefill(ids, None, tokens, layers, {}, logits, 0.0)
+    mask = None
+    if unequal:
+        padding = torch.arange(batch, device=device) * (tokens // (2 * batch))
+        mask = (torch.arange(tokens, device=device) >= padding[:, None]).long()
+    return Prefill(ids, mask, tokens, layers, {}, logits, 0.0)
 
 
 def timed(decoder: Any, steps: int) -> dict[str, float]:
@@ -85,6 +92,8 @@ def measure(model: Any, prompt: Prefill, name: str, budget: int, steps: int, arg
     given = Budget(tokens=budget) if policy.takes_budget else None
     batch, tokens = prompt.ids.shape
     row: dict[str, Any] = {"policy": name, "batch": batch, "tokens": tokens, "budget": budget if given else None}
+    if prompt.mask is not None:
+        row["mean_tokens"] = tokens = int(prompt.mask.sum()) // batch
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -117,6 +126,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--most-tokens", type=int, default=300_000, help="of all rows together")
+    parser.add_argument("--unequal", action="store_true", help="rows of a batch from half as long to as long")
     parser.add_argument("--compile", action="store_true", help="compile the model's own code, too")
     parser.add_argument("--eager", action="store_true", help="time the steps hook by hook, too")
     parser.add_argument("--commit", help="where there is no checkout")
@@ -151,7 +161,7 @@ def main() -> None:
         for batch in map(int, arguments.batches.split(",")):
             if tokens * batch > arguments.most_tokens:
                 continue
-            prompt = made_up(model, batch, tokens, whole=True)
+            prompt = made_up(model, batch, tokens, whole=True, unequal=arguments.unequal and batch > 1)
             for name in arguments.policies.split(","):
                 try:
                     row = measure(model, prompt, name, arguments.budget, arguments.steps, arguments)

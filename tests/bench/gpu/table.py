@@ -17,7 +17,7 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 NONE = "Nothing has been committed yet."
 HEADINGS = (
     "context", "batch", "policy", "budget", "steps", "ms a step", "p95", "wall clock", "floor", "× floor",
-    "× faster than `full`", "hook by hook", "construction, s",
+    "× faster than `full`", "hook by hook", "construction, s", "peak above the prompt, GiB",
 )  # fmt: skip
 
 
@@ -50,13 +50,17 @@ def table(found: dict[str, Any], name: str) -> str:
             continue
         base = exact.get((row["tokens"], row["batch"]))
         cells = [
-            str(row["tokens"]), str(row["batch"]), f"`{row['policy']}`", str(row.get("budget") or "–"), row["mode"],
+            _length(row), str(row["batch"]), f"`{row['policy']}`", str(row.get("budget") or "–"), row["mode"],
             *(_ms(row.get(key)) for key in ("p50_s", "p95_s", "wall_s", "floor_s")), f"{row['floor_ratio']:.2f}",
             "–" if base is None else f"{base / row['p50_s']:.2f}", _ms(row.get("eager_s")),
-            f"{row['construction_s']:.2f}",
+            f"{row['construction_s']:.2f}", f"{row['construction_peak_gib']:.1f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, *(["", "Not measured:", "", *missing] if missing else [])])
+
+
+def _length(row: dict[str, Any]) -> str:
+    return f"{row['tokens']}, mean {row['mean_tokens']}" if "mean_tokens" in row else str(row["tokens"])
 
 
 def _ms(seconds: float | None) -> str:
