@@ -17,7 +17,7 @@ from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
-SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention")
+SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention", "shadowkv")
 FIXED = (
     "full",
     "streaming_llm",
@@ -33,6 +33,7 @@ FIXED = (
 OPTIONS = {
     "pqcache": {"subspaces": 4},  # with fewer of them keys have equal codes, and which of them are taken is open
     "retroinfer": {"cluster_size": 4, "estimated": 0.4},
+    "shadowkv": {"rank": 9},
     "squeezed_attention": {"clusters": 0.3},
 }
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
@@ -259,6 +260,12 @@ def check_tiers(policy, held, reads, token):
         assert held["index"] == 3 * 2 * 15 * (2 * rows + 2 * 4) + 3 * 2 * 67 * 4
         assert reads["host"] == 14 * token
         assert reads["device"] == pytest.approx(10 * token + clusters * (rows + 4 + 0.4 * rows), abs=3)
+    elif policy == "shadowkv":
+        # 13 chunks of 4, 1 of them exact, 9 static tokens and 8 more; the rank is 9, of two heads together
+        low = 3 * (52 * 9 + 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4
+        assert held == {"resident": low + 17 * token, "offloaded": 52 * token // 2, "index": 3 * 2 * 13 * 8 * 4}
+        assert reads["host"] == 15 * token // 2
+        assert reads["device"] == 9 * token + held["index"] + 3 * (2 * 9 * 8 + 2 * 15 * 9) * 4
     elif policy == "squeezed_attention":
         clusters = 3 * 2 * 16  # of 53 tokens
         assert held["resident"] == 69 * token and held["offloaded"] == 0
