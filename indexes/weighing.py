@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvbench.indexes.kernels import Float32, Int32, Int64, Rows, kernel, widen
+from kvbench.indexes.compiled import Float32, Int32, Int64, Rows, kernel, widen
 
 
 @kernel
