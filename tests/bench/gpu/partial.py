@@ -1,7 +1,7 @@
-"""Times steps whose search is on the CPU, between CUDA graphs: `python tests/bench/gpu/partial.py --policies ivf,retrieval`.
+"""Times steps with a search on the CPU, between CUDA graphs: `python tests/bench/gpu/partial.py --policies ivf`.
 
 Random keys in the 8B shape: good for time, never for accuracy. One layer's index is built and copied for the others,
-since only the time of a step is asked for. Without `--no-check`, tiny models first prove that captured steps equal the hooks.
+since only the time of a step is asked for. Before that a tiny model proves that captured steps equal the hooks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kvbench.plugins import registry
 
 def check(policies: list[str]) -> None:
     """Captured steps against the hooks, on a tiny model of random weights."""
-    from tiny import small_options, tiny_model, tokens  # noqa: PLC0415
+    from tiny import small_options, tiny_model, tokens
 
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (61, 40, 61)]
     model = tiny_model(pad_token_id=None).cuda()
