@@ -110,6 +110,10 @@ class SplitStep(FixedStep):
         """Seconds that the host spent since the last call, by what it did (`search`, `attention`, `insertion`)."""
         return {}
 
+    def apart(self) -> dict[str, float]:
+        """Seconds of the device's parts that can't be told within a graph (`transfer`), measured by themselves."""
+        return {}
+
 
 @dataclass
 class Held:

@@ -71,7 +71,7 @@ class _FixedLayer(CacheLayerMixin):
 
 
 class _Segments:
-    """The CUDA graphs of a step that the host takes part in; they share their memory and are replayed in their order."""
+    """The CUDA graphs of a step that the host takes part in; they share memory and are replayed in their order."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -135,8 +135,10 @@ class FixedDecoder:
         self._segments: _Segments | None = None
         self._cutting = False
         self._split = [step for step in steps.values() if isinstance(step, SplitStep)]
+        self._apart: dict[str, float] = {}
         self.parts: list[dict[str, float]] = []
-        """What each step's host did, in seconds: `search`, `attention`, `insertion` and `wait`; empty without it."""
+        """Parts, in seconds, of each step that the host takes part in: `search`, `insertion`, `attention`, `transfer`,
+        and `wait`, the host's for the device."""
         self._taken = 0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._between = [step for step in steps.values() if type(step).between is not FixedStep.between]
@@ -199,6 +201,7 @@ class FixedDecoder:
 
     def _cut(self, stream: torch.cuda.Stream) -> None:
         """Capture a step in pieces: each layer's attention ends one graph and begins the next."""
+        self._apart = _summed([step.apart() for step in self._split])
         for step in self._split:
             step.spent()
         torch.cuda.synchronize()
@@ -231,7 +234,7 @@ class FixedDecoder:
         else:
             self._forward()
         if self._split:
-            self.parts.append(_summed([{"wait": waited}, *(step.spent() for step in self._split)]))
+            self.parts.append(_summed([{"wait": waited}, self._apart, *(step.spent() for step in self._split)]))
         if start is not None and end is not None:
             end.record()
             self._events.append((start, end))

@@ -30,7 +30,7 @@ class RetrievalOptions(StaticSetOptions):
     )
     attention: Where = Field(
         "auto",
-        description="where a step in fixed shapes attends to the found tokens: host, device (in pinned memory), or auto",
+        description="where steps of fixed shapes attend to the found tokens: host, device (in pinned memory), or auto",
     )
 
 
@@ -89,9 +89,9 @@ class IndexRetrieval(SelectingPolicy):
 
     def period(self, layer: Layer, most: int) -> int:
         """As `insert_every` says, or sooner where the budget is tight."""
-        every = int(self.options.insert_every) or most + 1
-        every = min(every, most + 1)
-        return next((n for n in range(1, every) if self._over_budget(layer, n)), every)
+        every = min(int(self.options.insert_every) or most + 1, most + 1)
+        tight = range(1, every) if self.options.insert_every else ()
+        return next((n for n in tight if self._over_budget(layer, n)), every)
 
     def begin_select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Pending | None:
         """Search on another thread; None where nothing is searched for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -168,15 +168,9 @@ class IndexStep(AsideStep, SplitStep):
 
     def after(self) -> Tensor:
         """Merge the static set's attention with that over the found tokens."""
-        if self.on_host:
-            for target, answer in zip((self._outputs[1], self._lses[1]), self._found, strict=True):
-                target.copy_(answer, non_blocking=True)
-        else:
-            device = self._outputs.device
-            scores, ids = (answer.to(device, non_blocking=True) for answer in self._found)
-            weigh(
-                scores, ids, self.aside_values, scaling=self.scaling, output=self._outputs[1], lse=self._lses[1]
-            )  # fmt: skip
+        fetched = self._fetch()
+        if not self.on_host:
+            self._weigh(*fetched)
         output = merge(self._outputs, self._lses, dtype=self._queries.dtype)[0]
         return output if self._back is None else output.index_select(0, self._back)
 
@@ -185,6 +179,26 @@ class IndexStep(AsideStep, SplitStep):
         found = dict(self._spent)
         self._spent.clear()
         return found
+
+    def apart(self) -> dict[str, float]:
+        """Seconds of the copies to and from the host, and of the attention where it is the device's."""
+        queries = torch.zeros_like(self._sent, device=self._outputs.device)
+        found = {"transfer": _timed(lambda: (self._sent.copy_(queries, non_blocking=True), self._fetch()), queries)}
+        if not self.on_host:
+            answers = self._fetch()
+            found["attention"] = _timed(lambda: self._weigh(*answers), queries)
+        return found
+
+    def _fetch(self) -> tuple[Tensor, ...]:
+        if not self.on_host:
+            return tuple(answer.to(self._outputs.device, non_blocking=True) for answer in self._found)
+        targets = self._outputs[1], self._lses[1]
+        return tuple(
+            target.copy_(answer, non_blocking=True) for target, answer in zip(targets, self._found, strict=True)
+        )
+
+    def _weigh(self, scores: Tensor, ids: Tensor) -> None:
+        weigh(scores, ids, self.aside_values, scaling=self.scaling, output=self._outputs[1], lse=self._lses[1])
 
     def index_bytes(self) -> int:
         """Bytes of the indexes."""
@@ -265,6 +279,22 @@ def _turns(policy: Searching, layer: Layer, most: int) -> Turns:
         layer.tokens, store.aside_stop - store.aside_start, beyond, policy.until(layer, most),
         policy.period(layer, most),
     )  # fmt: skip
+
+
+def _timed(work: Callable[[], Any], on: Tensor, times: int = 20) -> float:
+    """Seconds of the device's work, the mean of some calls after a first one."""
+    work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if on.is_cuda else (None, None)
+    began = time.perf_counter()
+    if start is not None:
+        start.record()
+    for _ in range(times):
+        work()
+    if start is None or end is None:
+        return (time.perf_counter() - began) / times
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
 
 
 def _lap(spent: dict[str, float], name: str, began: float) -> float:
