@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvbench.contract.attention import Attention, scores, softmax_parts
+from kvbench.contract.attention import Attention, Summed, scores, softmax_parts
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
 from kvbench.contract.storage import Storage
@@ -69,15 +69,15 @@ def _attend(
 ) -> Attention:
     """Attend for queries [B, H, 1, d], or [B, H · m, 1, d] of m tokens at `positions` [m] that see none later."""
     store, heads = layer.store, queries.shape[1]
-    parts: list[tuple[Tensor, Tensor | Storage]] = []
+    parts: list[tuple[Tensor, Tensor | Summed]] = []
     slot = 0
-    for keys, values, mask in store.static_parts():
-        logits = layer.capped(scores(queries, keys, layer.scaling))
+    for found, values, mask in store.attended(queries, layer.scaling):
+        logits = layer.capped(found)
         if mask is not None:
             logits = logits.masked_fill_(_per_head(~mask, heads), -torch.inf)
         if positions is not None:
-            logits = _causal(logits, store.static_ids[..., slot : slot + keys.shape[2]], positions)
-            slot += keys.shape[2]
+            logits = _causal(logits, store.static_ids[..., slot : slot + logits.shape[2]], positions)
+            slot += logits.shape[2]
         parts.append((logits, values))
     chosen = _chosen(layer, queries if selection.queries is None else selection.queries, selection, positions)
     if chosen is not None:
