@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvbench.contract.layer import Layer, PromptView
     from kvbench.contract.policy import KVCachePolicy, ModelView, Place
     from kvbench.contract.probe import Probe
-    from kvbench.contract.selection import Selection
+    from kvbench.contract.selection import Pending, Selection
     from kvbench.engine.attach import attach
     from kvbench.engine.session import Session
 
@@ -34,6 +34,7 @@ _HOMES = {
     "Layer": "contract.layer",
     "PromptView": "contract.layer",
     "ModelView": "contract.policy",
+    "Pending": "contract.selection",
     "Place": "contract.policy",
     "Probe": "contract.probe",
     "Selection": "contract.selection",
@@ -54,6 +55,7 @@ __all__ = [
     "LayerBudget",
     "ModelView",
     "Options",
+    "Pending",
     "Place",
     "Probe",
     "PromptView",

@@ -330,7 +330,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                     session.model, session.config, attends.module, self.number, latent=self.expand is not None
                 ),
                 previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
-                most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense),
+                most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense), apart=session.overlaps,
                 state=self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {}),
             )  # fmt: skip
             self.groups.append(layer)

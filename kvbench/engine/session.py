@@ -405,8 +405,9 @@ class Session(Governor):
                 if first:
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
                     self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
-                selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
+                selection = self.select(layer, queries)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
+                layer.static_attention = None
                 part = result.transpose(1, 2).to(output.dtype)
                 if lane.rows is None:
                     output[:, now] = part
