@@ -534,8 +534,8 @@ def test_the_static_set_in_other_storage_from_the_command_line(python, model, tm
         200, "-o", "sinks=4", "-o", "residual=32",
     )  # fmt: skip
     held = {name: one["metrics"]["bytes"]["resident"] for name, one in done.items()}
-    assert held["recent_halves"] < 0.55 * held["streaming_llm"]
-    assert held["snapkv+halves"] < 0.55 * held["snapkv"]
-    assert held["snapkv+kivi"] < 0.6 * held["snapkv"]
+    assert held["recent_halves"] < 0.65 * held["streaming_llm"]
+    assert held["snapkv+halves"] < 0.65 * held["snapkv"]
+    assert held["snapkv+kivi"] < 0.65 * held["snapkv"]
     assert {one["status"] for one in done.values()} == {"complete"}
     assert done["snapkv+kivi"]["metrics"]["density"] == done["snapkv"]["metrics"]["density"]

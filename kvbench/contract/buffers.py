@@ -139,6 +139,7 @@ class TokenBuffer(Storage):
         shape = (*old.shape[:2], capacity, old.shape[3])
         new = host_empty(shape, old.dtype, torch.device("cuda")) if old.is_pinned() else old.new_empty(shape)
         new[:, :, : self.length] = old[:, :, : self.length]
+        new[:, :, self.length :] = 0  # steps of fixed shapes multiply it by weights of 0, and 0 · NaN is NaN
         return new
 
     def attended(self, queries: Tensor, scaling: float) -> PartLogits:
