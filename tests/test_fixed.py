@@ -156,12 +156,16 @@ def test_a_second_generation_begins_anew_and_the_model_is_restored():
 
 
 def test_what_has_no_fixed_step_says_why():
+    class Plain(kvbench.KVCachePolicy):
+        name, summary = "plain", "Selects nothing."
+
+        def select(self, layer, queries, budget):
+            return kvbench.Selection()
+
     model = tiny_model(pad_token_id=None)
     with (
-        attach(model, "flat+kivi") as session,
-        pytest.raises(
-            KVBenchError, match=r"'flat\+kivi' cannot decode in fixed steps here: policy 'flat\+kivi' has no"
-        ),
+        kvbench.attach(model, policy=Plain(), budget=24) as session,
+        pytest.raises(KVBenchError, match="'plain' cannot decode in fixed steps here: policy 'plain' has no"),
     ):
         generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
     with pytest.raises(KVBenchError, match="no full-attention"):
