@@ -60,8 +60,8 @@ def parts(tokens: int, heads: int, groups: int, dim: int) -> dict[str, float | N
     halves = keys.float().view(groups, tokens, 2, dim // 2).transpose(1, 2).reshape(2 * groups, tokens, dim // 2)
     whole = keys.float()
     found = {
-        "pqcache: k-means, 64 clusters, 10 rounds": show("k-means, 64 clusters, 10 rounds", lambda: kmeans(halves, 64, 10)),
-        "ivf: k-means, n / 64 clusters, 10 rounds": show(
+        "pqcache": show("k-means, 64 clusters, 10 rounds", lambda: kmeans(halves, 64, 10)),
+        "ivf": show(
             "k-means, n / 64 clusters, 10 rounds", lambda: kmeans(whole, max(tokens // 64, 1), 10)
         ),
     }  # fmt: skip
