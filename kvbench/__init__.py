@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from kvbench.contract.layer import Layer, PromptView
     from kvbench.contract.policy import KVCachePolicy, ModelView, Place
     from kvbench.contract.probe import Probe
+    from kvbench.contract.saved import Saveable
     from kvbench.contract.selection import Selection
     from kvbench.engine.attach import attach
+    from kvbench.engine.resume import resume
     from kvbench.engine.session import Session
 
 _HOMES = {
@@ -36,9 +38,11 @@ _HOMES = {
     "ModelView": "contract.policy",
     "Place": "contract.policy",
     "Probe": "contract.probe",
+    "Saveable": "contract.saved",
     "Selection": "contract.selection",
     "Session": "engine.session",
     "attach": "engine.attach",
+    "resume": "engine.resume",
 }
 
 __all__ = [
@@ -57,10 +61,12 @@ __all__ = [
     "Place",
     "Probe",
     "PromptView",
+    "Saveable",
     "Selection",
     "Session",
     "attach",
     "hookimpl",
+    "resume",
 ]
 
 

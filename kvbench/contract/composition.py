@@ -40,6 +40,11 @@ class Composed(KVCachePolicy):
         if hasattr(chosen, "prefill"):
             chosen.prefill(layer, queries, keys, values)
 
+    def load_state(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Let what is set aside from now on be held as before."""
+        layer.store.storage = self.holder.storage(layer)
+        super().load_state(layer, state)
+
     def fixed_step(self, parts: Any, clock: Any) -> None:
         """None: the selecting policy's own steps hold plain tokens."""
         return

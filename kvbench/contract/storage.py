@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from kvbench.contract.attention import scores, weighted_sum
 from kvbench.contract.host import copy_to_host, host_empty, pins
+from kvbench.contract.saved import Saveable
 
 HOST = torch.device("cpu")
 ROOM = 64
@@ -31,7 +33,7 @@ def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
     return buffer.view(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
 
 
-class Storage(ABC):
+class Storage(Saveable, ABC):
     """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
 
     A policy hands a factory, called with the tokens' keys and values [B, G, t, d] where they shall lie, to
@@ -102,6 +104,12 @@ class TokenBuffer(Storage):
         self._keys = keys.contiguous()
         self._values = values.contiguous()
         self.length = keys.shape[2] if length is None else length
+
+    def saved(self) -> dict[str, Any]:
+        """All attributes; room that no token uses is emptied first."""
+        for held in (self._keys, self._values):
+            held[:, :, self.length :] = 0
+        return super().saved()
 
     @property
     def capacity(self) -> int:
@@ -175,7 +183,7 @@ class TokenBuffer(Storage):
         self.length = length
 
 
-class RaggedBuffer:
+class RaggedBuffer(Saveable):
     """Keys and values of a fixed set of tokens that has a different size for each row and head, without padding."""
 
     def __init__(self, keys: Tensor, values: Tensor, kept: Tensor) -> None:
@@ -202,7 +210,7 @@ class RaggedBuffer:
         return self.keys[self._slots], self.values[self._slots], self.mask
 
 
-class KVStore:
+class KVStore(Saveable):
     """Keys and values of one layer for rows of equal length."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
@@ -220,6 +228,17 @@ class KVStore:
         self.index_bytes = 0
         self.storage: StorageFactory = TokenBuffer
         """What makes the storage of tokens that are set aside without one."""
+
+    def saved(self) -> dict[str, Any]:
+        """All but the factory, which is a policy's to set again (`KVCachePolicy.load_state`)."""
+        return {name: part for name, part in super().saved().items() if name != "storage"}
+
+    @classmethod
+    def restored(cls, parts: dict[str, Any]) -> Self:
+        """The store as it was."""
+        made = super().restored(parts)
+        made.storage = TokenBuffer
+        return made
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class Governor:
             check_hooks(type(probe))
         self.model = model
         self.policy, self.budget, self.probes = policy, budget, list(probes)
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.dense_layers = prompt_tokens, dense_layers
         if policy.takes_budget and budget is None:
             raise KVBenchError(f"Policy '{policy.name}' needs a budget: give a number of tokens or a ratio.")
         self.allocator: BudgetAllocator | None = (
