@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kvbench.contract.policy import KVCachePolicy, ModelView, Place
     from kvbench.contract.probe import Probe
     from kvbench.contract.saved import Saveable
-    from kvbench.contract.selection import Selection
+    from kvbench.contract.selection import Pending, Selection
     from kvbench.engine.attach import attach
     from kvbench.engine.resume import resume
     from kvbench.engine.session import Session
@@ -36,6 +36,7 @@ _HOMES = {
     "Layer": "contract.layer",
     "PromptView": "contract.layer",
     "ModelView": "contract.policy",
+    "Pending": "contract.selection",
     "Place": "contract.policy",
     "Probe": "contract.probe",
     "Saveable": "contract.saved",
@@ -58,6 +59,7 @@ __all__ = [
     "LayerBudget",
     "ModelView",
     "Options",
+    "Pending",
     "Place",
     "Probe",
     "PromptView",

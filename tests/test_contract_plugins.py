@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -346,6 +348,108 @@ def test_a_blocks_ids_of_the_wrong_shape_are_named():
         pytest.raises(KVBenchError, match="heads and 7 queries, or one set"),
     ):
         turns(session.model, session, tokens(1, 75), None, [7])
+
+
+# -- a selection under way while the static set is attended to --------------------------------------------------------
+
+
+class AtOnce(plugins.Searching):
+    """Selects in the serial order, before the static set's attention."""
+
+    def begin_select(self, layer, queries, budget):
+        done = Future()
+        done.set_result(self.select(layer, queries, budget))
+        return done
+
+
+class Afterwards(plugins.Searching):
+    """Selects in the serial order, after the static set's attention would have been."""
+
+    def begin_select(self, layer, queries, budget):
+        return None
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_a_selection_begun_on_a_thread_gives_the_bits_of_the_serial_order(batch, monkeypatch):
+    monkeypatch.setenv("KVBENCH_CHECK", "1")
+    ids, mask = (tokens(1, 75), None) if batch == "one" else padded_batch((60, 75, 60))
+    model, found = tiny_model(pad_token_id=None), {}
+    for name, policy, probes in (
+        ("overlapped", plugins.Searching, ()), ("at once", AtOnce, ()), ("afterwards", Afterwards, ()),
+        ("probed", plugins.Searching, ["recall"]), ("without", plugins.TopInBlocks, ["recall"]),
+    ):  # fmt: skip
+        with kvbench.attach(model, policy=policy(), budget=20, probes=probes) as session:
+            found[name] = turns(model, session, ids, mask, [1] * 12 + [3])
+            assert all(layer.begun is None for cached in session.cache.governed for layer in cached.groups)
+    plain = found.pop("without")
+    assert all(torch.equal(one, found["overlapped"]) for one in found.values())
+    torch.testing.assert_close(found["overlapped"], plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_static_set_is_attended_to_while_the_search_runs(monkeypatch):
+    """Each search waits for the static set's attention, which would never come in the serial order."""
+    events, attended = [], threading.Event()
+
+    class Waiting(plugins.Searching):
+        def select(self, layer, queries, budget):
+            assert attended.wait(20), "the static set's attention waits for the search"
+            attended.clear()
+            events.append(("search", threading.current_thread() is threading.main_thread()))
+            return super().select(layer, queries, budget)
+
+    def noted(layer, queries):
+        found = attend.attend_static(layer, queries)
+        events.append(("static", threading.current_thread() is threading.main_thread()))
+        attended.set()
+        return found
+
+    monkeypatch.setattr("kvbench.engine.governor.attend_static", noted)
+    with kvbench.attach(tiny_model(), policy=Waiting(), budget=20) as session:
+        turns(session.model, session, tokens(1, 75), None, [1] * 3)
+    assert events == [("static", True), ("search", False)] * 9
+
+
+def test_faults_of_a_selection_under_way_are_named():
+    class Failing(plugins.Searching):
+        def select(self, layer, queries, budget):
+            raise ValueError("no index")
+
+    class Wrong(plugins.Searching):
+        def begin_select(self, layer, queries, budget):
+            return self.select(layer, queries, budget)
+
+    class Broken(plugins.Searching):
+        def begin_select(self, layer, queries, budget):
+            raise ValueError("no thread")
+
+    ids, model = tokens(1, 75), tiny_model()
+    for policy, told in (
+        (Failing, "'searching' .* failed in select at layer 0: ValueError: no index"),
+        (Broken, "'searching' .* failed in begin_select at layer 0: ValueError: no thread"),
+        (Wrong, "begin_select gave a Selection; expected something with a method `result`"),
+    ):
+        with kvbench.attach(model, policy=policy(), budget=20) as session, pytest.raises(KVBenchError, match=told):
+            turns(model, session, ids, None, [1])
+
+    class Half(kvbench.KVCachePolicy):
+        name, summary, takes_budget = "half", "Begins and never selects.", False
+
+        def begin_select(self, layer, queries, budget):
+            return None
+
+    with pytest.raises(KVBenchError, match="defines begin_select without select"):
+        kvbench.attach(model, policy=Half())
+
+
+def test_an_overlapping_policy_runs_from_the_command_line(python, model, tmp_path):
+    done, _ = run(python, model, tmp_path, "--policy", "searching,top_in_blocks", "--tokens", 100)
+    ours, other = done["searching"]["metrics"], done["top_in_blocks"]["metrics"]
+    assert ours["recall_at_k"] == other["recall_at_k"] == 1.0
+    assert ours["bytes"]["offloaded"] > 0 and other["bytes"]["offloaded"] == 0
+    checks = {
+        check["name"]: check["status"] for report in done["searching"]["conformance"] for check in report["checks"]
+    }
+    assert checks["two runs are equal"] == checks["exact when covering"] == "passed"
 
 
 # -- one policy's choice in another's storage ------------------------------------------------------------------------

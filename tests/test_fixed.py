@@ -17,7 +17,7 @@ from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
-SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention")
+SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention", "shadowkv")
 FIXED = (
     "full",
     "streaming_llm",
@@ -33,6 +33,7 @@ FIXED = (
 OPTIONS = {
     "pqcache": {"subspaces": 4},  # with fewer of them keys have equal codes, and which of them are taken is open
     "retroinfer": {"cluster_size": 4, "estimated": 0.4},
+    "shadowkv": {"rank": 9},
     "squeezed_attention": {"clusters": 0.3},
 }
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
@@ -210,6 +211,20 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == 24 * token
 
 
+@pytest.mark.parametrize("policy", FIXED)
+def test_rows_of_unequal_length_read_what_each_of_them_holds(policy):
+    with attach(tiny_model(pad_token_id=None), policy) as session:
+        reads = generate_batch(session, PROMPTS, max_new_tokens=[12] * 4, decoding="fixed")[0].reads
+    token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
+    whole = sum(len(prompt) + 5 for prompt in PROMPTS) * token  # at the middle of the 11 steps
+    if policy == "full":
+        assert reads["device"] == whole
+    elif policy in SET_ASIDE or policy == "quest":
+        assert 4 * 24 * token <= reads["device"] + reads["host"] <= 1.5 * whole  # what they search is read, too
+    else:
+        assert 4 * 24 * token <= reads["device"] <= 4 * (24 + 5) * token  # 5 generated tokens beside the budget
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("policy", FIXED)
@@ -245,6 +260,12 @@ def check_tiers(policy, held, reads, token):
         assert held["index"] == 3 * 2 * 15 * (2 * rows + 2 * 4) + 3 * 2 * 67 * 4
         assert reads["host"] == 14 * token
         assert reads["device"] == pytest.approx(10 * token + clusters * (rows + 4 + 0.4 * rows), abs=3)
+    elif policy == "shadowkv":
+        # 13 chunks of 4, 1 of them exact, 9 static tokens and 8 more; the rank is 9, of two heads together
+        low = 3 * (52 * 9 + 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4
+        assert held == {"resident": low + 17 * token, "offloaded": 52 * token // 2, "index": 3 * 2 * 13 * 8 * 4}
+        assert reads["host"] == 15 * token // 2
+        assert reads["device"] == 9 * token + held["index"] + 3 * (2 * 9 * 8 + 2 * 15 * 9) * 4
     elif policy == "squeezed_attention":
         clusters = 3 * 2 * 16  # of 53 tokens
         assert held["resident"] == 69 * token and held["offloaded"] == 0

@@ -13,7 +13,9 @@ from kvbench.contract.extension import Extension
 from kvbench.contract.markers import hookimpl
 
 if TYPE_CHECKING:
+    from kvbench.contract.budget import LayerBudget
     from kvbench.contract.layer import Layer
+    from kvbench.contract.selection import Pending
     from kvbench.contract.step import Clock, FixedStep, Part
     from kvbench.contract.storage import StorageFactory
 
@@ -140,6 +142,16 @@ class KVCachePolicy(Pluggable):
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
         return 0, 0
+
+    def begin_select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Pending | None:
+        """Begin what `select` would answer, on another thread, and return at once; None leaves it to `select`.
+
+        The engine then attends to the static set and collects the selection with `result()`, for queries [B, H, 1, d].
+        While a probe wraps the hooks it calls `select` alone. Until the selection is collected nothing else happens in
+        the layer. Policies that define it have the static set attended to apart from the selection in any case, so that
+        both orders give the same bits.
+        """
+        return None
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
         """Give one layer's decoding steps in fixed shapes, for a CUDA graph, or None where it has none.

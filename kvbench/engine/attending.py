@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
-from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer
+from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.fixed import FixedDecoder
 from kvbench.engine.governor import Governor
 from kvbench.engine.interface import capture, own_attention
+from kvbench.engine.lanes import Lane
 from kvbench.engine.prompt import Attends
 from kvbench.engine.prompt_attention import prompt_attention
 from kvbench.engine.replay import ReplayCache
@@ -160,8 +161,9 @@ class Attending(Governor):
                 if first:
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
                     self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
-                selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
+                selection = self.select(layer, queries)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
+                layer.static_attention = None
                 part = result.transpose(1, 2).to(output.dtype)
                 if lane.rows is None:
                     output[:, now] = part

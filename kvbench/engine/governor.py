@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pluggy
 import torch
 from torch import Tensor
 
-from kvbench.contract.attend import attend
+from kvbench.contract.attend import attend, attend_static
 from kvbench.contract.attention import Attention
 from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate
 from kvbench.contract.errors import KVBenchError
@@ -21,7 +22,7 @@ from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy, Place
 from kvbench.contract.probe import Probe
 from kvbench.contract.selection import Selection
 from kvbench.engine.survey import Survey, survey, text_config, token_bytes
-from kvbench.engine.validation import Answers, check_hooks, check_instance, check_wrapped
+from kvbench.engine.validation import Answers, check_begun, check_hooks, check_instance, check_wrapped
 from kvbench.plugins import registry
 
 
@@ -37,6 +38,15 @@ class DefaultPolicy:
     def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Attention:
         """Merge the partial attentions over the static set and the selection."""
         return attend(layer, queries, selection)
+
+
+class CollectedSelection:
+    """Answers `select` with what was begun before."""
+
+    @hookimpl
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection | None:
+        """Wait for the selection under way; None where none is."""
+        return None if layer.begun is None else layer.begun.result()
 
 
 class Governor:
@@ -73,7 +83,10 @@ class Governor:
         """Whether the policy's `prefill` waits until the prompt has passed through the whole model."""
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(PolicyHooks)
-        for plugin in (DefaultPolicy(), policy, Answers(policy), *probes):
+        self.overlaps = type(policy).begin_select is not KVCachePolicy.begin_select
+        """Whether the policy may begin its selections before they are collected."""
+        collected = (CollectedSelection(),) if self.overlaps else ()
+        for plugin in (DefaultPolicy(), policy, *collected, Answers(policy), *probes):
             manager.register(plugin)
         self._manager = manager
         self.hook: Any = manager.hook
@@ -148,21 +161,41 @@ class Governor:
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a policy hook; an error in a plugin is reported with the plugin's name."""
-        try:
+        with self._named_errors(hook, arguments.get("layer")):
             answer = getattr(self.hook, hook)(**arguments)
+        if self.probes and "layer" in arguments:
+            check_wrapped(hook, answer, arguments["layer"], self.probes)
+        return answer
+
+    def select(self, layer: Layer, queries: Tensor) -> Selection:
+        """The policy's selection; where it has begun it, the static set is attended to in the meantime."""
+        layer.begun = layer.static_attention = None
+        if self.overlaps and not self.probes and queries.shape[2] == 1:
+            with self._named_errors("begin_select", layer):
+                layer.begun = self.policy.begin_select(layer, queries, layer.budget)
+            if layer.begun is not None:
+                check_begun(self.policy, layer)
+                if not hasattr(self.policy, "attend"):
+                    layer.static_attention = attend_static(layer, queries)
+        found: Selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
+        layer.begun = None
+        return found
+
+    @contextmanager
+    def _named_errors(self, hook: str, layer: Layer | None) -> Iterator[None]:
+        """Report an error of the block with the plugin that it comes from."""
+        try:
+            yield
         except (KVBenchError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             plugin = self._culprit(error)
             kind = "Probe" if isinstance(plugin, Probe) else "Policy"
-            where = f" at layer {arguments['layer'].number}" if "layer" in arguments else ""
+            where = "" if layer is None else f" at layer {layer.number}"
             raise KVBenchError(
                 f"{kind} '{plugin.name}' ({type(plugin).__module__}) failed in {hook}{where}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if self.probes and "layer" in arguments:
-            check_wrapped(hook, answer, arguments["layer"], self.probes)
-        return answer
 
     def _culprit(self, error: Exception) -> KVCachePolicy | Probe:
         trace = error.__traceback__

@@ -20,10 +20,11 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.attending import Attending
-from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
+from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.interface import answering, attached
+from kvbench.engine.lanes import Lane, last_queries
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual

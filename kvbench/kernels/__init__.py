@@ -11,14 +11,17 @@ from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_settle import settle_kivi
+from kvbench.kernels.low_rank import LowRankKeys, rebuild
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
+from kvbench.kernels.weights import group_weights
 
 __all__ = [
     "KIVICodes",
+    "LowRankKeys",
     "Segment",
     "attend",
     "attend_kivi",
@@ -27,12 +30,14 @@ __all__ = [
     "compiled",
     "decode",
     "gather",
+    "group_weights",
     "insert",
     "merge",
     "page_bounds",
     "page_scores",
     "pq_scores",
     "ragged",
+    "rebuild",
     "replace_worst",
     "scores",
     "select_top",

@@ -1,5 +1,6 @@
 """Policies of a third party, each of which needs one more part of the contract than hooks at a decoding step."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal
 
@@ -102,6 +103,27 @@ class TopInBlocks(kvbench.KVCachePolicy):
         return kvbench.Selection(ids if queries.shape[2] > 1 else ids[:, :, 0])
 
 
+class Searching(TopInBlocks):
+    """Searches the offloaded tokens on a thread of its own while the static set is attended to."""
+
+    name = "searching"
+    summary = "Exact top-k of the offloaded prompt, searched beside the attention to the static set."
+    blocks = False
+
+    def __init__(self, options=None):
+        """One thread for all layers."""
+        super().__init__(options)
+        self.thread = ThreadPoolExecutor(1)
+
+    def prefill(self, layer, queries, keys, values):
+        """Offload all but the window."""
+        layer.store.set_aside(0, layer.tokens - self.options.window, offload=True)
+
+    def begin_select(self, layer, queries, budget):
+        """Hand the search to the thread."""
+        return self.thread.submit(self.select, layer, queries.cpu(), budget)
+
+
 class _HalfBuffer(Storage):
     def __init__(self, dtype, keys, values):
         self._dtype, self._like = dtype, keys.dtype
@@ -174,4 +196,4 @@ class HalvesOfPages(Halves):
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther, BlockSparse, TopInBlocks, Halves, HalvesOfPages]
+    return [EveryOther, BlockSparse, TopInBlocks, Searching, Halves, HalvesOfPages]

@@ -15,8 +15,9 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.storage import KVStore, TokenBuffer
-from kvbench.engine.cache import HybridCacheLayer, Lane, PolicyCache, PolicyCacheLayer
+from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.governor import Governor
+from kvbench.engine.lanes import Lane
 from kvbench.engine.prompt import Attends
 from kvbench.engine.saving.memory import Views
 from kvbench.engine.saving.tree import Node, Reader, Surroundings, Unsaveable, Writer
