@@ -242,9 +242,9 @@ class Reader:
             case "numpy.Generator":
                 return _numpy_generator(self.value(node["state"], around))
             case "random.Random":
-                generator = random.Random()
-                generator.setstate(self.value(node["state"], around))
-                return generator
+                drawn = random.Random()
+                drawn.setstate(self.value(node["state"], around))
+                return drawn
         raise ValueError(f"{kind!r} is no kind of value")
 
 
@@ -257,7 +257,7 @@ def _checked(value: Any, kind: type[Any]) -> Any:
 def _numpy_generator(state: dict[str, Any]) -> np.random.Generator:
     kinds = {kind.__name__: kind for kind in (np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937,
                                               np.random.Philox, np.random.SFC64)}  # fmt: skip
-    bits = kinds[state["bit_generator"]]()
+    bits: Any = kinds[state["bit_generator"]]()
     bits.state = state
     return np.random.Generator(bits)
 
