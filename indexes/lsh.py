@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvbench.contract.saved import Saveable
-from kvbench.indexes.kernels import kernel
+from kvbench.indexes.compiled import kernel
 from kvbench.indexes.threads import on_threads
 
 BLOCK = 2**22
