@@ -75,6 +75,14 @@ OTHERS = {
     "composed": {
         "policy": "quest+kivi", "options": {"quest.page_size": 4, "kivi.group": 8, "kivi.residual": 8}, "budget": 24
     },
+    "composed static set": {"policy": "h2o+kivi", "options": {"kivi.group": 8, "kivi.residual": 8}, "budget": 24},
+    "composed ragged set": {
+        "policy": "snapkv+kivi", "options": {"snapkv.window": 8, "kivi.group": 8, "kivi.residual": 8},
+        "budget": kvbench.Budget(tokens=24, allocator="ada"),
+    },
+    "composed after the prompt": {
+        "policy": "duo_attention+kivi", "options": {"kivi.group": 8, "kivi.residual": 8}, "budget": 24
+    },
     "few late tokens": {"policy": "kivi", "options": {"group": 8, "residual": 8}},
     "dense": {"policy": "infinigen", "budget": 24, "dense_layers": 1},
 }  # fmt: skip

@@ -12,7 +12,8 @@ class Saveable:
     `layer.state` may hold: tensors, NumPy arrays, numbers, texts, None, dtypes, devices, random generators, further
     `Saveable` objects, and lists, tuples and dicts of these. The layer, its store, rotary embedding and module, the
     policy and its options, and bound methods of these are not copied but named, and are the new session's after
-    loading. The class must be known where its policy is: a file names classes and imports none.
+    loading; so are classes that derive from this one, and a `functools.partial` of such a class (a storage's factory).
+    The class must be known where its policy is: a file names classes and imports none.
     """
 
     def saved(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from kvbench.contract.budget import LayerBudget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
-from kvbench.contract.storage import KVStore, TokenBuffer
+from kvbench.contract.storage import KVStore
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.governor import Governor
 from kvbench.engine.lanes import Lane
@@ -98,8 +98,6 @@ def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
     groups = []
     for place, layer in enumerate(cached.groups):
         where = f"layer {layer.number}" + (f", rows {place}" if len(cached.groups) > 1 else "")
-        if layer.store.storage is not TokenBuffer and type(policy).load_state is KVCachePolicy.load_state:
-            raise Unsaveable(f"the store.storage of {where}", layer.store.storage, "a factory of its own")
         known = _named(cached, layer)
         around = Surroundings(layer.store.device, {**known, "layer.store": layer.store})
         with _hook(policy, "save_state", layer):

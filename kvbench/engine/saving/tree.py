@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,20 @@ class Writer:
                 node |= {"is": "object", "class": class_name(type(value)), "parts": parts}
         return node
 
+    def _class(self, value: type[Any], place: str, around: Surroundings) -> Node:
+        if not issubclass(value, Saveable):
+            raise Unsaveable(place, value, f"the class {value.__name__}")
+        return {"is": "class", "name": class_name(value)}
+
+    def _partial(self, value: partial[Any], place: str, around: Surroundings) -> Node:
+        return {
+            "is": "partial", "of": self.node(value.func, f"{place}.func", around),
+            "args": [self.node(part, f"{place}.args[{i}]", around) for i, part in enumerate(value.args)],
+            "keywords": {
+                name: self.node(part, f"{place}.keywords[{name!r}]", around) for name, part in value.keywords.items()
+            },
+        }  # fmt: skip
+
     def _torch_generator(self, value: torch.Generator, place: str, around: Surroundings) -> Node:
         with self._once(value, place) as (node, new):
             if new:
@@ -173,6 +188,8 @@ _KINDS: tuple[tuple[Any, Any], ...] = (
     (list, Writer._list),
     (dict, Writer._dict),
     (set, Writer._set),
+    (type, Writer._class),
+    (partial, Writer._partial),
     (torch.dtype, lambda writer, value, place, around: {"is": "dtype", "of": str(value).removeprefix("torch.")}),
     (torch.device, lambda writer, value, place, around: {"is": "device", "of": device_of(value, around.device)}),
     (torch.Generator, Writer._torch_generator),
@@ -236,6 +253,14 @@ class Reader:
             case "object":
                 parts = {str(name): self.value(part, around) for name, part in node["parts"].items()}
                 return saveable_class(str(node["class"])).restored(parts)
+            case "class":
+                return saveable_class(str(node["name"]))
+            case "partial":
+                made = self.value(node["of"], around)
+                if node["of"]["is"] not in ("class", "method"):
+                    raise ValueError("a partial of something else than a class or a method")
+                keywords = {str(name): self.value(part, around) for name, part in node["keywords"].items()}
+                return partial(made, *(self.value(part, around) for part in node["args"]), **keywords)
             case "torch.Generator":
                 generator = torch.Generator(device="cpu" if node["on"] == "host" else around.device)
                 return generator.set_state(_checked(self.value(node["state"], around), Tensor))
