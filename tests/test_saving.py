@@ -81,7 +81,7 @@ OTHERS = {
         "budget": kvbench.Budget(tokens=24, allocator="ada"),
     },
     "composed after the prompt": {
-        "policy": "duo_attention+kivi", "options": {"kivi.group": 8, "kivi.residual": 8}, "budget": 24
+        "policy": "kvzip+kivi", "options": {"kivi.group": 8, "kivi.residual": 8}, "budget": 24
     },
     "few late tokens": {"policy": "kivi", "options": {"group": 8, "residual": 8}},
     "dense": {"policy": "infinigen", "budget": 24, "dense_layers": 1},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +11,6 @@ from transformers.cache_utils import LinearAttentionLayer
 from kvbench.contract.budget import LayerBudget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.storage import KVStore
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.governor import Governor
@@ -100,7 +97,7 @@ def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
         where = f"layer {layer.number}" + (f", rows {place}" if len(cached.groups) > 1 else "")
         known = _named(cached, layer)
         around = Surroundings(layer.store.device, {**known, "layer.store": layer.store})
-        with _hook(policy, "save_state", layer):
+        with cached.session.named_errors("save_state", layer):
             state = policy.save_state(layer)
         groups.append(
             {
@@ -128,19 +125,6 @@ def _named(cached: PolicyCacheLayer, layer: Layer) -> dict[str, Any]:
         "policy.holder.options": getattr(holder, "options", None),
     }  # fmt: skip
     return {name: held for name, held in found.items() if held is not None}
-
-
-@contextmanager
-def _hook(policy: KVCachePolicy, hook: str, layer: Layer) -> Iterator[None]:
-    """Report a policy's own error with its name."""
-    try:
-        yield
-    except (KVBenchError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:
-        raise KVBenchError(
-            f"{named(policy)} failed in {hook} at layer {layer.number}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def read_state(governor: Governor, tree: Any, views: Views) -> PolicyCache:
@@ -198,6 +182,6 @@ def _read_layer(cached: PolicyCacheLayer, reader: Reader, group: Any) -> Layer:
         raise ValueError("a store is missing")
     layer.store = store
     state = reader.value(group["state"], Surroundings(known.device, {**known.named, "layer.store": store}))
-    with _hook(policy, "load_state", layer):
+    with governor.named_errors("load_state", layer):
         policy.load_state(layer, state)
     return layer
