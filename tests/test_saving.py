@@ -81,7 +81,8 @@ OTHERS = {
         "budget": kvbench.Budget(tokens=24, allocator="ada"),
     },
     "composed after the prompt": {
-        "policy": "kvzip+kivi", "options": {"kivi.group": 8, "kivi.residual": 8}, "budget": 24
+        "policy": "kvzip+kivi", "budget": 24,
+        "options": {"kvzip.instruction": "", "kvzip.continuation": "", "kivi.group": 8, "kivi.residual": 8},
     },
     "few late tokens": {"policy": "kivi", "options": {"group": 8, "residual": 8}},
     "dense": {"policy": "infinigen", "budget": 24, "dense_layers": 1},
