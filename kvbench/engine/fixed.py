@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvbench.contract.budget import LayerBudget
-from kvbench.contract.host import wait
+from kvbench.contract.host import event, wait
 from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Part, SplitStep
 from kvbench.contract.storage import KVStore
@@ -77,7 +77,7 @@ class _Segments:
         self._pool = torch.cuda.graph_pool_handle()
         self._pieces: list[tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph, SplitStep]] = []
         self._last: torch.cuda.CUDAGraph
-        self._arrived = torch.cuda.Event()
+        self._arrived = event()
 
     def begin(self) -> None:
         """Capture what follows."""
@@ -155,7 +155,7 @@ class FixedDecoder:
             output = self._segments.cut(step, query, key, value)
         else:
             step.before(query, key, value)
-            arrived = torch.cuda.Event() if query.is_cuda else None
+            arrived = event() if query.is_cuda else None
             if arrived is not None:
                 arrived.record()
             step.beside()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvbench.contract.host import host_empty
+from kvbench.contract.host import host_empty, seconds_of
 from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, Part, SplitStep
 from kvbench.indexes.base import Index
@@ -183,10 +183,10 @@ class IndexStep(AsideStep, SplitStep):
     def apart(self) -> dict[str, float]:
         """Seconds of the copies to and from the host, and of the attention where it is the device's."""
         queries = torch.zeros_like(self._sent, device=self._outputs.device)
-        found = {"transfer": _timed(lambda: (self._sent.copy_(queries, non_blocking=True), self._fetch()), queries)}
+        found = {"transfer": seconds_of(lambda: (self._sent.copy_(queries, non_blocking=True), self._fetch()), queries)}
         if not self.on_host:
             answers = self._fetch()
-            found["attention"] = _timed(lambda: self._weigh(*answers), queries)
+            found["attention"] = seconds_of(lambda: self._weigh(*answers), queries)
         return found
 
     def _fetch(self) -> tuple[Tensor, ...]:
@@ -279,22 +279,6 @@ def _turns(policy: Searching, layer: Layer, most: int) -> Turns:
         layer.tokens, store.aside_stop - store.aside_start, beyond, policy.until(layer, most),
         policy.period(layer, most),
     )  # fmt: skip
-
-
-def _timed(work: Callable[[], Any], on: Tensor, times: int = 20) -> float:
-    """Seconds of the device's work, the mean of some calls after a first one."""
-    work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)) if on.is_cuda else (None, None)
-    began = time.perf_counter()
-    if start is not None:
-        start.record()
-    for _ in range(times):
-        work()
-    if start is None or end is None:
-        return (time.perf_counter() - began) / times
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / times
 
 
 def _lap(spent: dict[str, float], name: str, began: float) -> float:
