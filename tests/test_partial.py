@@ -200,6 +200,9 @@ class FakeGraph:
 
 
 class FakeEvent:
+    def __init__(self, enable_timing):
+        assert not enable_timing
+
     def record(self):
         FakeGraph.log.append("record")
 
