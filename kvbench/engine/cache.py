@@ -312,6 +312,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                 most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense), apart=session.overlaps,
                 state=self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {}),
             )  # fmt: skip
+            layer.store.room = budget.every
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:
                 layer.prompt_queries = lane_queries

@@ -21,6 +21,7 @@ from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
+from kvbench.engine.compression import compress, note
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor
 from kvbench.engine.interface import answering, attached, capture, own_attention
@@ -404,11 +405,15 @@ class Session(Governor):
                         layer.hidden_before = before.hidden
                     layer.project = functools.partial(self._project, module, lane, now)
                 if first:
+                    if self.every:
+                        compress(self.policy, layer)
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
                     self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
                 selection = self.select(layer, queries)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
                 layer.static_attention = None
+                if self.every and first:
+                    note(self.policy, layer, queries)
                 part = result.transpose(1, 2).to(output.dtype)
                 if lane.rows is None:
                     output[:, now] = part

@@ -80,6 +80,8 @@ class StoredExample(_Open):
     read_bytes: dict[str, Count] = Field(default_factory=dict)
     probed_step_s: list[Number] = Field(default_factory=list)
     bytes: dict[str, Number] = Field(default_factory=dict)
+    answer_bytes: dict[str, Number] = Field(default_factory=dict)
+    held_tokens: list[Number] = Field(default_factory=list)
     peak_memory_bytes: Number | None = None
     probes: dict[str, Number | None] | None = None
     info: dict[str, Any] = Field(default_factory=dict)
