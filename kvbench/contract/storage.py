@@ -22,6 +22,7 @@ from kvbench.contract.buffers import (
 )
 from kvbench.contract.coded import CodedBuffer, RaggedCodes
 from kvbench.contract.host import copy_to_host, pins
+from kvbench.contract.saved import Saveable
 
 __all__ = ["Expand", "KVStore", "RaggedBuffer", "Storage", "StorageFactory", "TokenBuffer", "pick"]
 
@@ -31,7 +32,7 @@ ROOM = 64
 step in fixed shapes adds to it in place."""
 
 
-class KVStore:
+class KVStore(Saveable):
     """Keys and values of one layer for rows of equal length."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:

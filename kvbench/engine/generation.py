@@ -50,6 +50,8 @@ class Generation:
     """`peak` and `mean` over the steps of the bytes held in all tiers and the index; empty without steps."""
     held_tokens: list[float] = field(default_factory=list)
     """With `Budget.compress_every`: tokens held per layer and head, on average, after each step."""
+    parts_s: list[dict[str, float]] = field(default_factory=list)
+    """Parts of each step that the host takes part in (`FixedDecoder.parts`); empty for others."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +170,10 @@ def generate_batch(
     held = {tier: size // len(prompts) for tier, size in whole.items()}
     about: dict[str, Any] = {"mode_reason": decoder}
     device_s: list[float] = []
+    parts_s: list[dict[str, float]] = []
     if isinstance(decoder, FixedDecoder):
         halfway = sum(map(len, prompts)) // len(prompts) + max(map(len, step_s)) // 2
-        device_s = decoder.device_s()
+        device_s, parts_s = decoder.device_s(), decoder.parts
         about = {"mode": decoder.mode, "capture_s": capture_s, "reads": decoder.reads(halfway)}
         held_bytes = [sum(whole.values())]  # memory for all steps is there from the first on
     index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
@@ -180,7 +183,11 @@ def generate_batch(
     results = []
     for mine, steps in zip(tokens, step_s, strict=True):
         taken = len(steps)
-        own = about | {"device_step_s": device_s[:taken], "held_tokens": held_tokens[:taken]}
+        own = about | {
+            "device_step_s": device_s[:taken],
+            "parts_s": parts_s[:taken],
+            "held_tokens": held_tokens[:taken],
+        }
         results.append(Generation(mine, prefill_s, index_s, steps, held, **own))
     return results
 
