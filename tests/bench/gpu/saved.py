@@ -16,7 +16,22 @@ import kvbench
 from kvbench.plugins import registry
 
 TOKENS = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
-POLICIES = "full quest flat ivf pqcache retroinfer infllm shadowkv magicpig snapkv h2o kivi think duo_attention".split()
+POLICIES = [
+    "full",
+    "quest",
+    "flat",
+    "ivf",
+    "pqcache",
+    "retroinfer",
+    "infllm",
+    "shadowkv",
+    "magicpig",
+    "snapkv",
+    "h2o",
+    "kivi",
+    "think",
+    "duo_attention",
+]
 
 
 def now():
