@@ -17,21 +17,9 @@ from kvbench.plugins import registry
 
 TOKENS = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
 POLICIES = [
-    "full",
-    "quest",
-    "flat",
-    "ivf",
-    "pqcache",
-    "retroinfer",
-    "infllm",
-    "shadowkv",
-    "magicpig",
-    "snapkv",
-    "h2o",
-    "kivi",
-    "think",
-    "duo_attention",
-]
+    "full", "quest", "flat", "ivf", "pqcache", "retroinfer", "infllm", "shadowkv", "magicpig", "snapkv", "h2o", "kivi",
+    "think", "duo_attention",
+]  # fmt: skip
 
 
 def now():
