@@ -18,6 +18,8 @@ from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
+from kvbench.kernels.top_keys import top_keys
+from kvbench.kernels.weigh import weigh
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
@@ -45,6 +47,8 @@ __all__ = [
     "scores",
     "select_top",
     "settle_kivi",
+    "top_keys",
     "update_bounds",
     "using",
+    "weigh",
 ]
