@@ -66,7 +66,8 @@ class StateFile:
         self.path = path
         with reading(lambda reason: f"{path} is no saved state that can be read ({reason}): save it again."):
             check_regular(path)
-            self._file: Any = safe_open(str(path), framework="pt").__enter__()
+            opened: Any = safe_open(str(path), framework="pt")
+            self._file = opened.__enter__()
             metadata = self._file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise KVBenchError(f"{path} is no saved state of kvbench: give a file that session.save wrote.")
