@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from kvbench.contract.layer import Layer, PromptView
     from kvbench.contract.policy import KVCachePolicy, ModelView, Place
     from kvbench.contract.probe import Probe
-    from kvbench.contract.selection import Selection
+    from kvbench.contract.saved import Saveable
+    from kvbench.contract.selection import Pending, Selection
     from kvbench.engine.attach import attach
+    from kvbench.engine.prefixes import PrefixStore
+    from kvbench.engine.resume import resume
     from kvbench.engine.session import Session
 
 _HOMES = {
@@ -34,11 +37,15 @@ _HOMES = {
     "Layer": "contract.layer",
     "PromptView": "contract.layer",
     "ModelView": "contract.policy",
+    "Pending": "contract.selection",
     "Place": "contract.policy",
+    "PrefixStore": "engine.prefixes",
     "Probe": "contract.probe",
+    "Saveable": "contract.saved",
     "Selection": "contract.selection",
     "Session": "engine.session",
     "attach": "engine.attach",
+    "resume": "engine.resume",
 }
 
 __all__ = [
@@ -54,13 +61,17 @@ __all__ = [
     "LayerBudget",
     "ModelView",
     "Options",
+    "Pending",
     "Place",
+    "PrefixStore",
     "Probe",
     "PromptView",
+    "Saveable",
     "Selection",
     "Session",
     "attach",
     "hookimpl",
+    "resume",
 ]
 
 

@@ -2,6 +2,9 @@
 
 import json
 import sys
+import threading
+from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -348,6 +351,108 @@ def test_a_blocks_ids_of_the_wrong_shape_are_named():
         turns(session.model, session, tokens(1, 75), None, [7])
 
 
+# -- a selection under way while the static set is attended to --------------------------------------------------------
+
+
+class AtOnce(plugins.Searching):
+    """Selects in the serial order, before the static set's attention."""
+
+    def begin_select(self, layer, queries, budget):
+        done = Future()
+        done.set_result(self.select(layer, queries, budget))
+        return done
+
+
+class Afterwards(plugins.Searching):
+    """Selects in the serial order, after the static set's attention would have been."""
+
+    def begin_select(self, layer, queries, budget):
+        return None
+
+
+@pytest.mark.parametrize("batch", ["one", "padded"])
+def test_a_selection_begun_on_a_thread_gives_the_bits_of_the_serial_order(batch, monkeypatch):
+    monkeypatch.setenv("KVBENCH_CHECK", "1")
+    ids, mask = (tokens(1, 75), None) if batch == "one" else padded_batch((60, 75, 60))
+    model, found = tiny_model(pad_token_id=None), {}
+    for name, policy, probes in (
+        ("overlapped", plugins.Searching, ()), ("at once", AtOnce, ()), ("afterwards", Afterwards, ()),
+        ("probed", plugins.Searching, ["recall"]), ("without", plugins.TopInBlocks, ["recall"]),
+    ):  # fmt: skip
+        with kvbench.attach(model, policy=policy(), budget=20, probes=probes) as session:
+            found[name] = turns(model, session, ids, mask, [1] * 12 + [3])
+            assert all(layer.begun is None for cached in session.cache.governed for layer in cached.groups)
+    plain = found.pop("without")
+    assert all(torch.equal(one, found["overlapped"]) for one in found.values())
+    torch.testing.assert_close(found["overlapped"], plain, rtol=1e-4, atol=1e-4)
+
+
+def test_the_static_set_is_attended_to_while_the_search_runs(monkeypatch):
+    """Each search waits for the static set's attention, which would never come in the serial order."""
+    events, attended = [], threading.Event()
+
+    class Waiting(plugins.Searching):
+        def select(self, layer, queries, budget):
+            assert attended.wait(20), "the static set's attention waits for the search"
+            attended.clear()
+            events.append(("search", threading.current_thread() is threading.main_thread()))
+            return super().select(layer, queries, budget)
+
+    def noted(layer, queries):
+        found = attend.attend_static(layer, queries)
+        events.append(("static", threading.current_thread() is threading.main_thread()))
+        attended.set()
+        return found
+
+    monkeypatch.setattr("kvbench.engine.governor.attend_static", noted)
+    with kvbench.attach(tiny_model(), policy=Waiting(), budget=20) as session:
+        turns(session.model, session, tokens(1, 75), None, [1] * 3)
+    assert events == [("static", True), ("search", False)] * 9
+
+
+def test_faults_of_a_selection_under_way_are_named():
+    class Failing(plugins.Searching):
+        def select(self, layer, queries, budget):
+            raise ValueError("no index")
+
+    class Wrong(plugins.Searching):
+        def begin_select(self, layer, queries, budget):
+            return self.select(layer, queries, budget)
+
+    class Broken(plugins.Searching):
+        def begin_select(self, layer, queries, budget):
+            raise ValueError("no thread")
+
+    ids, model = tokens(1, 75), tiny_model()
+    for policy, told in (
+        (Failing, "'searching' .* failed in select at layer 0: ValueError: no index"),
+        (Broken, "'searching' .* failed in begin_select at layer 0: ValueError: no thread"),
+        (Wrong, "begin_select gave a Selection; expected something with a method `result`"),
+    ):
+        with kvbench.attach(model, policy=policy(), budget=20) as session, pytest.raises(KVBenchError, match=told):
+            turns(model, session, ids, None, [1])
+
+    class Half(kvbench.KVCachePolicy):
+        name, summary, takes_budget = "half", "Begins and never selects.", False
+
+        def begin_select(self, layer, queries, budget):
+            return None
+
+    with pytest.raises(KVBenchError, match="defines begin_select without select"):
+        kvbench.attach(model, policy=Half())
+
+
+def test_an_overlapping_policy_runs_from_the_command_line(python, model, tmp_path):
+    done, _ = run(python, model, tmp_path, "--policy", "searching,top_in_blocks", "--tokens", 100)
+    ours, other = done["searching"]["metrics"], done["top_in_blocks"]["metrics"]
+    assert ours["recall_at_k"] == other["recall_at_k"] == 1.0
+    assert ours["bytes"]["offloaded"] > 0 and other["bytes"]["offloaded"] == 0
+    checks = {
+        check["name"]: check["status"] for report in done["searching"]["conformance"] for check in report["checks"]
+    }
+    assert checks["two runs are equal"] == checks["exact when covering"] == "passed"
+
+
 # -- one policy's choice in another's storage ------------------------------------------------------------------------
 
 
@@ -389,7 +494,7 @@ def test_kivi_holds_what_other_policies_select_and_everything_selected_is_kivi_i
     with kvbench.attach(model, policy=f"{policy}+kivi", budget=24, options=given) as session:
         (made,) = generate_batch(session, [ids[0].tolist()], max_new_tokens=[20])
         stores = session.cache.stores()
-        assert {type(store.aside).__name__ for store in stores} == {"_KIVIBuffer"}
+        assert {type(store.aside).__name__ for store in stores} == {"KIVIBuffer"}
         tier = "offloaded" if plain["offloaded"] else "resident"
         assert made.bytes[tier] < 0.7 * plain[tier]
         assert made.bytes["index"] == plain["index"] or policy == "retrieval"
@@ -407,7 +512,7 @@ def test_compositions_from_the_command_line(python, model, tmp_path):
     assert ours["metrics"]["bytes"]["index"] == plain["metrics"]["bytes"]["index"]
     assert ours["status"] == "complete"
     for policy, options, told in (
-        ("snapkv+kivi", [], "'snapkv' selects nothing from tokens that 'kivi' could hold"),
+        ("full+kivi", [], "'full' neither selects nor evicts tokens that 'kivi' could hold"),
         ("quest+snapkv", [], "'snapkv' has no storage for other policies' tokens"),
         ("quest+kivi+kivi", [], "has 3 parts: one that selects and one that holds"),
         ("quest+nothing", [], "Unknown policy 'nothing'"),
@@ -422,3 +527,46 @@ def test_an_option_of_both_parts_must_say_whose_it_is():
         both.Options(page_size=4)
     made = both.Options(**{"quest.page_size": 4, "halves_of_pages.page_size": 2})
     assert (made.quest.page_size, made.halves_of_pages.page_size) == (4, 2)
+
+
+def test_the_static_set_in_other_storage_from_the_command_line(python, model, tmp_path):
+    done, _ = run(
+        python, model, tmp_path, "--policy", "recent_halves,streaming_llm,snapkv+kivi,snapkv+halves,snapkv", "--tokens",
+        200, "-o", "sinks=4", "-o", "residual=32",
+    )  # fmt: skip
+    held = {name: one["metrics"]["bytes"]["resident"] for name, one in done.items()}
+    assert held["recent_halves"] < 0.65 * held["streaming_llm"]
+    assert held["snapkv+halves"] < 0.65 * held["snapkv"]
+    assert held["snapkv+kivi"] < 0.65 * held["snapkv"]
+    assert {one["status"] for one in done.values()} == {"complete"}
+    assert done["snapkv+kivi"]["metrics"]["density"] == done["snapkv"]["metrics"]["density"]
+
+
+# -- compression while decoding --------------------------------------------------------------------------------------
+
+
+def test_a_small_plugin_compresses_its_answers(python, model, tmp_path):
+    """The budget exceeds the prompt, and the answer's tokens are compressed, too."""
+    done, _ = run(
+        python, model, tmp_path, "--policy", "longest_values,snapkv", "--tokens", 440, "--compress-every", 16, "-o",
+        "window=8", "--budget", "uniform",
+    )  # fmt: skip
+    for name in ("longest_values", "snapkv"):
+        ours = done[name]
+        assert ours["config"]["budget"]["compress_every"] == 16
+        assert ours["metrics"]["answer_bytes"]["peak"] >= ours["metrics"]["answer_bytes"]["mean"] > 0
+        assert ours["metrics"].get("over_budget") is None
+        (row,) = [json.loads(line) for line in (Path(ours["folder"]) / "examples.jsonl").read_text().splitlines()]
+        held = row["held_tokens"]
+        assert len(held) == row["generated_tokens"] - 1 > 64
+        assert held[0] < 440 and max(held) == 440 + 16
+        after = [now for before, now in pairwise(held) if now != before + 1]
+        assert after == [441] * len(after) and len(after) >= 2
+    assert done["full"]["config"]["budget"] is None
+    for arguments, told in (
+        (["--policy", "quest", "--compress-every", 16], "Policy 'quest' does not compress while decoding"),
+        (["--policy", "snapkv", "--compress-every", 32], "--compress-every 32 is smaller than the window of 64 tokens"),
+        (["--policy", "h2o", "--compress-every", 0], "--compress-every 0 is not a positive number of tokens"),
+        (["--policy", "h2o", "--compress-every", -3], "--compress-every -3 is not a positive number of tokens"),
+    ):
+        assert told in refused(python, model, tmp_path, "--tokens", 100, *arguments)

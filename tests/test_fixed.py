@@ -17,7 +17,8 @@ from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
-SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention")
+INDEXES = ("retrieval", "robust_vamana", "vamana", "hnsw", "ivf", "ivfpq", "sq8")
+SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention", "shadowkv")
 FIXED = (
     "full",
     "streaming_llm",
@@ -33,6 +34,7 @@ FIXED = (
 OPTIONS = {
     "pqcache": {"subspaces": 4},  # with fewer of them keys have equal codes, and which of them are taken is open
     "retroinfer": {"cluster_size": 4, "estimated": 0.4},
+    "shadowkv": {"rank": 9},
     "squeezed_attention": {"clusters": 0.3},
 }
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
@@ -68,8 +70,8 @@ def logits(session, prompt, steps, decoding, batch=None):
 @pytest.mark.parametrize(
     ("policy", "allocator"),
     [
-        *((policy, "uniform") for policy in FIXED),
-        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest", *SET_ASIDE), ("ada",)),
+        *((policy, "uniform") for policy in (*FIXED, *INDEXES)),
+        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest", "ivf", *SET_ASIDE), ("ada",)),
     ],
 )
 @pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
@@ -86,7 +88,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
 
 
-@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "pqcache", "retroinfer"])
+@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "ivf", "pqcache", "retroinfer"])
 def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     model = tiny_model(pad_token_id=None)
     with attach(model, policy, 0.4) as session:
@@ -95,7 +97,7 @@ def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
 
 
-@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("policy", [*FIXED, "ivf"])
 def test_a_covering_budget_is_exact_in_fixed_steps(policy):
     model = tiny_model(pad_token_id=None)
     ids = torch.tensor([PROMPTS[1]])
@@ -154,10 +156,16 @@ def test_a_second_generation_begins_anew_and_the_model_is_restored():
 
 
 def test_what_has_no_fixed_step_says_why():
+    class Plain(kvbench.KVCachePolicy):
+        name, summary = "plain", "Selects nothing."
+
+        def select(self, layer, queries, budget):
+            return kvbench.Selection()
+
     model = tiny_model(pad_token_id=None)
     with (
-        attach(model, "retrieval") as session,
-        pytest.raises(KVBenchError, match="'retrieval' cannot decode in fixed steps here: policy 'retrieval' has no"),
+        kvbench.attach(model, policy=Plain(), budget=24) as session,
+        pytest.raises(KVBenchError, match="'plain' cannot decode in fixed steps here: policy 'plain' has no"),
     ):
         generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
     with pytest.raises(KVBenchError, match="no full-attention"):
@@ -210,9 +218,23 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == 24 * token
 
 
+@pytest.mark.parametrize("policy", FIXED)
+def test_rows_of_unequal_length_read_what_each_of_them_holds(policy):
+    with attach(tiny_model(pad_token_id=None), policy) as session:
+        reads = generate_batch(session, PROMPTS, max_new_tokens=[12] * 4, decoding="fixed")[0].reads
+    token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
+    whole = sum(len(prompt) + 5 for prompt in PROMPTS) * token  # at the middle of the 11 steps
+    if policy == "full":
+        assert reads["device"] == whole
+    elif policy in SET_ASIDE or policy == "quest":
+        assert 4 * 24 * token <= reads["device"] + reads["host"] <= 1.5 * whole  # what they search is read, too
+    else:
+        assert 4 * 24 * token <= reads["device"] <= 4 * (24 + 5) * token  # 5 generated tokens beside the budget
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("policy", [*FIXED, *INDEXES])
 @pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
 def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
     model = tiny_model(pad_token_id=None).cuda()
@@ -220,7 +242,7 @@ def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
         hooks = generate_batch(session, batch, max_new_tokens=[20] * len(batch), decoding="eager")
         graph = generate_batch(session, batch, max_new_tokens=[20] * len(batch))
     assert [one.tokens for one in graph] == [one.tokens for one in hooks]
-    assert {one.mode for one in graph} == {"graph"}
+    assert {one.mode for one in graph} == {"partial" if policy in INDEXES else "graph"}
 
 
 def check_tiers(policy, held, reads, token):
@@ -245,6 +267,12 @@ def check_tiers(policy, held, reads, token):
         assert held["index"] == 3 * 2 * 15 * (2 * rows + 2 * 4) + 3 * 2 * 67 * 4
         assert reads["host"] == 14 * token
         assert reads["device"] == pytest.approx(10 * token + clusters * (rows + 4 + 0.4 * rows), abs=3)
+    elif policy == "shadowkv":
+        # 13 chunks of 4, 1 of them exact, 9 static tokens and 8 more; the rank is 9, of two heads together
+        low = 3 * (52 * 9 + 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4
+        assert held == {"resident": low + 17 * token, "offloaded": 52 * token // 2, "index": 3 * 2 * 13 * 8 * 4}
+        assert reads["host"] == 15 * token // 2
+        assert reads["device"] == 9 * token + held["index"] + 3 * (2 * 9 * 8 + 2 * 15 * 9) * 4
     elif policy == "squeezed_attention":
         clusters = 3 * 2 * 16  # of 53 tokens
         assert held["resident"] == 69 * token and held["offloaded"] == 0

@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kvbench.contract.attention import Attention
 from kvbench.contract.budget import LayerBudget
+from kvbench.contract.selection import Pending
 from kvbench.contract.storage import KVStore
 
 
@@ -86,8 +88,18 @@ class Layer:
     """With `KVCachePolicy.uses_hidden`: the same of the full-attention layer before it, governed or not."""
     project: Callable[[Tensor], Tensor] | None = None
     """With `KVCachePolicy.uses_hidden`: see `queries_for`."""
+    latest_queries: Tensor | None = None
+    """With `Budget.compress_every`: a ring of the latest queries [B, H, w, d]; that of the i-th token after the prompt,
+    counted from 0, lies at i mod w."""
     most_attended: Callable[[Layer], int | None] | None = None
     """What the policy declares: see `KVCachePolicy.most_attended`."""
+
+    apart: bool = False
+    """Whether the static set is attended to apart from what is selected (`KVCachePolicy.begin_select`)."""
+    begun: Pending | None = None
+    """The selection of this step that is under way."""
+    static_attention: Attention | None = None
+    """The attention of this step's queries to the static set, where it came before the selection."""
 
     @property
     def tokens(self) -> int:

@@ -13,7 +13,10 @@ from kvbench.contract.extension import Extension
 from kvbench.contract.markers import hookimpl
 
 if TYPE_CHECKING:
+    from kvbench.contract.budget import LayerBudget
+    from kvbench.contract.held import HeldTokens
     from kvbench.contract.layer import Layer
+    from kvbench.contract.selection import Pending
     from kvbench.contract.step import Clock, FixedStep, Part
     from kvbench.contract.storage import StorageFactory
 
@@ -110,6 +113,13 @@ class KVCachePolicy(Pluggable):
     """
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
+    running: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors [B, G, t] of `layer.state`, in the store's slot order, which follow a compression's choice."""
+    query_aware: str = ""
+    """What the policy keeps or how it codes it by the prompt's last queries, in one line; empty where by none.
+
+    A context that is saved without its question is then compressed by its own last tokens.
+    """
     never_exact: str = ""
     """Why not even a budget that covers everything gives exact attention, in one line; empty where it does."""
 
@@ -125,9 +135,9 @@ class KVCachePolicy(Pluggable):
         return True
 
     def storage(self, layer: Layer) -> StorageFactory:
-        """Give what holds set-aside tokens in this policy's format, for other policies' selections (`quest+this`).
+        """Give what holds tokens in this policy's format, for what other policies select from or keep.
 
-        Only policies that define it can be the second part of a composition.
+        Only policies that define it can be the second part of a composition (`quest+this`, `snapkv+this`).
         """
         raise NotImplementedError
 
@@ -141,13 +151,37 @@ class KVCachePolicy(Pluggable):
         """Sinks and recent window, in tokens, that the policy always attends to in a context of `context` tokens."""
         return 0, 0
 
-    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
-        """Give one layer's decoding steps in fixed shapes, for a CUDA graph, or None where it has none.
+    def begin_select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Pending | None:
+        """Begin what `select` would answer, on another thread, and return at once; None leaves it to `select`.
+
+        The engine then attends to the static set and collects the selection with `result()`, for queries [B, H, 1, d].
+        While a probe wraps the hooks it calls `select` alone. Until the selection is collected nothing else happens in
+        the layer. Policies that define it have the static set attended to apart from the selection in any case, so that
+        both orders give the same bits.
+        """
+        return None
+
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
+        """Give one layer's decoding steps in fixed shapes, for a CUDA graph, or why it has none (None: nothing to say).
 
         It takes over what the policy made of the prompt: `parts`, groups of rows, whose stores are not used any more. A
         policy that defines neither `insert`, `select` nor `attend` and sets nothing aside need not define it.
         """
         return None
+
+    def held_step(self, parts: Sequence[Part], clock: Clock, holder: KVCachePolicy) -> FixedStep | str | None:
+        """Give what `fixed_step` does for tokens that `holder` holds in its format (`this+holder`).
+
+        By default the holder's own step, where this policy leaves alone what it kept of the prompt.
+        """
+        if hasattr(self, "insert") or hasattr(self, "select"):
+            does = "selects from" if hasattr(self, "select") else "evicts at every step from"
+            return f"no step of fixed shapes {does} the codes of '{holder.name}' as '{self.name}' does"
+        return holder.static_step(parts, clock)
+
+    def static_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
+        """Give steps that attend to static sets in this policy's format, and add to them (`other+this`)."""
+        return f"'{self.name}' has no step of fixed shapes for other policies' tokens"
 
     def most_attended(self, layer: Layer) -> int | None:
         """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.
@@ -156,7 +190,35 @@ class KVCachePolicy(Pluggable):
         """
         if layer.budget.covers_all:
             return layer.tokens
+        if layer.budget.every:
+            return min(layer.budget.tokens + layer.budget.every, layer.tokens)
         return layer.budget.tokens + (layer.tokens - layer.prompt_tokens if self.grows else 0)
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """Score what a layer holds, [B, G, t], when it is compressed while decoding; the best are kept.
+
+        ∞ keeps a token as long as the budget allows. The same for steps hook by hook and in fixed shapes: of `layer`
+        it may read what does not change from step to step (shapes, scaling, rotation, budget), and of the rows all
+        else is in `held`. Only policies that define it go with `Budget.compress_every`; where one evicts at every
+        step (`insert`) it leaves that out where `layer.budget.every` says so.
+        """
+        raise NotImplementedError
+
+    def compression_window(self, every: int) -> int:
+        """How many of the latest queries `score_held` is given, `every` at most."""
+        return every if self.query_window is None else min(self.query_window, every)
+
+    def save_state(self, layer: Layer) -> dict[str, Any]:
+        """What shall be saved of the policy's own for one group of rows of a layer; `layer.state`.
+
+        Tensors, plain data and whatever `kvbench.Saveable` says; the store has been saved apart. For policies that keep
+        something elsewhere, or want to leave out what follows from the rest.
+        """
+        return layer.state
+
+    def load_state(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Take over what `save_state` gave, in a new session; the layer has its store."""
+        layer.state.update(state)
 
     def begin(self, model: ModelView) -> None:
         """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -28,3 +29,10 @@ class Selection:
     log_weights: Tensor | None = None
     summary: tuple[Tensor, Tensor] | None = None
     evaluations: Tensor | float | None = None
+
+
+class Pending(Protocol):
+    """A selection that is under way, as `KVCachePolicy.begin_select` gives it: a `concurrent.futures.Future` is one."""
+
+    def result(self) -> Selection:
+        """Wait for the selection, and raise what went wrong with it."""

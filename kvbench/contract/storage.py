@@ -7,14 +7,24 @@ Attention does not depend on the order of its keys, so the static set is kept in
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from kvbench.contract.attention import scores, weighted_sum
-from kvbench.contract.host import copy_to_host, host_empty, pins
+from kvbench.contract.buffers import (
+    Expand,
+    PartLogits,
+    RaggedBuffer,
+    Storage,
+    StorageFactory,
+    TokenBuffer,
+    gathered,
+    pick,
+)
+from kvbench.contract.coded import CodedBuffer, RaggedCodes
+from kvbench.contract.host import copy_to_host, pins
+from kvbench.contract.saved import Saveable
+
+__all__ = ["Expand", "KVStore", "RaggedBuffer", "Storage", "StorageFactory", "TokenBuffer", "pick"]
 
 HOST = torch.device("cpu")
 ROOM = 64
@@ -22,193 +32,16 @@ ROOM = 64
 step in fixed shapes adds to it in place."""
 
 
-def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
-    """Copy the rows `slots` [B, H or G, k] of a contiguous `buffer` [B, G, t, d]; `heads` is H or G."""
-    batch, groups, capacity, dim = buffer.shape
-    share = torch.arange(heads, device=slots.device) // (heads // groups)
-    first = (torch.arange(batch, device=slots.device)[:, None] * groups + share) * capacity
-    flat = (slots + first[:, :, None]).reshape(-1)
-    return buffer.view(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
-
-
-class Storage(ABC):
-    """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
-
-    A policy hands a factory, called with the tokens' keys and values [B, G, t, d] where they shall lie, to
-    `KVStore.set_aside(..., storage=...)`. Slots count from 0, in the tokens' order. What is held between steps is plain
-    tensors; whatever is decoded for a step is dropped after it. The defaults decode everything.
-    """
-
-    length: int
-    """Tokens held."""
-
-    @property
-    @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of all memory held, spare room and quantisation parameters included."""
-
-    @property
-    def resident_bytes(self) -> int:
-        """Bytes of it that stay on the model's device even where the tokens are offloaded; none by default."""
-        return 0
-
-    @property
-    @abstractmethod
-    def keys(self) -> Tensor:
-        """All keys [B, G, t, d], decoded."""
-
-    @property
-    @abstractmethod
-    def values(self) -> Tensor:
-        """All values [B, G, t, d], decoded."""
-
-    @abstractmethod
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens, `keys` and `values` [B, G, m, d], at the end."""
-
-    def decoded(self) -> tuple[Tensor, Tensor]:
-        """All keys and all values, two [B, G, t, d]."""
-        return self.keys, self.values
-
-    def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, two [B, H or G, k, d], of the tokens in `slots` [B, H or G, k]; `heads` is H or G."""
-        return TokenBuffer(*self.decoded()).pick(slots, heads)
-
-    def scores(self, queries: Tensor, scaling: float) -> Tensor:
-        """Scaled inner products, float32 [B, H, t], of `queries` [B, H, 1, d] with all keys; −inf masks a token."""
-        keys = self.keys
-        return scores(queries.to(keys.device), keys, scaling)
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Sum, float32 [B, H, 1, d], of all values with `weights` [B, H, t]."""
-        return weighted_sum(weights, self.values)
-
-
-StorageFactory = Callable[[Tensor, Tensor], Storage]
-
-Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Makes keys and values [B, H, t, d] of what is held of tokens, two [B, G, t, r], such as their latents."""
-
-
-class TokenBuffer(Storage):
-    """Keys and values of a growing number of tokens, [B, G, t, d], in memory that grows by a sixteenth at a time."""
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int = 64, length: int | None = None) -> None:
-        """Take over `keys` and `values` [B, G, t, d] without a copy where they are contiguous.
-
-        Memory that has to grow gets room for at least `room` more tokens. Only the first `length` tokens are in use.
-        """
-        self._room = room
-        self._keys = keys.contiguous()
-        self._values = values.contiguous()
-        self.length = keys.shape[2] if length is None else length
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that there is memory for."""
-        return self._keys.shape[2]
-
-    @property
-    def keys(self) -> Tensor:
-        """The keys [B, G, t, d], a view."""
-        return self._keys[:, :, : self.length]
-
-    @property
-    def values(self) -> Tensor:
-        """The values [B, G, t, d], a view."""
-        return self._values[:, :, : self.length]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the memory held, spare room included."""
-        held = (self._keys, self._values)
-        # pinned tensors share their memory with others
-        return sum(part.nbytes if part.is_pinned() else part.untyped_storage().nbytes() for part in held)
-
-    @property
-    def raw(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as they are held, views."""
-        return self.keys, self.values
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Add tokens at the end."""
-        start, stop = self.length, self.length + keys.shape[2]
-        if stop > self._keys.shape[2]:
-            capacity = stop + max(self._room, stop // 16)
-            self._keys = self._grown(self._keys, capacity)
-            self._values = self._grown(self._values, capacity)
-        self._keys[:, :, start:stop] = keys
-        self._values[:, :, start:stop] = values
-        self.length = stop
-
-    def _grown(self, old: Tensor, capacity: int) -> Tensor:
-        shape = (*old.shape[:2], capacity, old.shape[3])
-        new = host_empty(shape, old.dtype, torch.device("cuda")) if old.is_pinned() else old.new_empty(shape)
-        new[:, :, : self.length] = old[:, :, : self.length]
-        return new
-
-    def take(self, spare: int) -> tuple[Tensor, Tensor]:
-        """Hand over the memory, keys and values [B, G, c, d] with room for `spare` tokens more, and hold nothing."""
-        if self._keys.shape[2] < self.length + spare:
-            self._keys = self._grown(self._keys, self.length + spare)
-            self._values = self._grown(self._values, self.length + spare)
-        keys, values = self._keys, self._values
-        self._keys, self._values, self.length = keys[:, :, :0].clone(), values[:, :, :0].clone(), 0
-        return keys, values
-
-    def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-        """Copy the tokens in `slots` [B, H or G, k] (for `heads` H or G heads) as two tensors [B, H or G, k, d]."""
-        return pick(self._keys, slots, heads), pick(self._values, slots, heads)
-
-    def fill_from_end(self, slots: Tensor) -> None:
-        """Overwrite, for each row and head, the token in `slots` [B, G] by the last one, and forget the last slot."""
-        last = self.length - 1
-        for buffer in (self._keys, self._values):
-            places = slots[:, :, None, None].expand(*slots.shape, 1, buffer.shape[3])
-            buffer.scatter_(2, places, buffer[:, :, last : last + 1].clone())
-        self.length = last
-
-    def move(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """Move the tokens in slots `sources` [c] to `targets` [c] and forget all slots from `length` on."""
-        for buffer in (self._keys, self._values):
-            buffer[:, :, targets] = buffer[:, :, sources]
-        self.length = length
-
-
-class RaggedBuffer:
-    """Keys and values of a fixed set of tokens that has a different size for each row and head, without padding."""
-
-    def __init__(self, keys: Tensor, values: Tensor, kept: Tensor) -> None:
-        """Copy the tokens that `kept`, bool [B, G, n], marks out of `keys` and `values` [B, G, n, d]."""
-        self.keys, self.values = keys[kept], values[kept]
-        self.lengths = kept.sum(-1)
-        rank = torch.arange(int(self.lengths.max()), device=kept.device)
-        first = (self.lengths.reshape(-1).cumsum(0) - self.lengths.reshape(-1)).view(self.lengths.shape)
-        self.mask = rank < self.lengths[..., None]
-        self._slots = torch.where(self.mask, first[..., None] + rank, 0)
-
-    def replace(self, slots: Tensor, where: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Put `keys` and `values` [B, G, d] into `slots` [B, G] of the rows and heads that `where` [B, G] marks."""
-        places = self._slots.gather(-1, slots.clamp(max=self._slots.shape[-1] - 1)[..., None]).squeeze(-1)[where]
-        self.keys[places], self.values[places] = keys[where], values[where]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys, values and the slot table."""
-        return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values, self.mask, self._slots))
-
-    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, G, t, d] padded to the longest head for one step, and their mask [B, G, t]."""
-        return self.keys[self._slots], self.values[self._slots], self.mask
-
-
-class KVStore:
+class KVStore(Saveable):
     """Keys and values of one layer for rows of equal length."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         """Hold a whole prompt, `keys` and `values` [B, G, n, d], as the static set."""
         self.tokens = keys.shape[2]
         self._heads = tuple(keys.shape[:2])
+        self._format: StorageFactory | None = None
+        self.room = 0
+        """Tokens that memory of kept ones has room for beside them, so that adding so many copies nothing."""
         self._static = self._buffer(keys, values)
         self._static_ids = torch.arange(self.tokens, device=keys.device)
         self._ragged: RaggedBuffer | None = None
@@ -239,6 +72,16 @@ class KVStore:
     def ragged(self) -> bool:
         """Whether heads hold different numbers of static tokens."""
         return self._ragged is not None
+
+    @property
+    def static_buffer(self) -> TokenBuffer:
+        """What holds the static tokens of which all heads have equally many."""
+        return self._static
+
+    @property
+    def ragged_buffer(self) -> RaggedBuffer | None:
+        """What holds the static tokens before those of `static_buffer` where heads have different numbers of them."""
+        return self._ragged
 
     @property
     def static_ids(self) -> Tensor:
@@ -276,6 +119,13 @@ class KVStore:
             parts.append(self._ragged.padded())
         if self._static.length or not parts:
             parts.append((*self._static.decoded(), None))
+        return parts
+
+    def attended(self, queries: Tensor, scaling: float) -> list[PartLogits]:
+        """The static set, in the slots of `static_ids`, as `queries` [B, H, 1, d] meet it; nothing of it is copied."""
+        parts: list[PartLogits] = [] if self._ragged is None else [self._ragged.attended(queries, scaling)]
+        if self._static.length or not parts:
+            parts.append(self._static.attended(queries, scaling))
         return parts
 
     def raw(self) -> tuple[Tensor, Tensor]:
@@ -327,12 +177,42 @@ class KVStore:
         self._static, self._static_ids = self._kept(self._slots(kept)), kept.clone()
         self._ragged = self._ragged_kept = None
 
+    def hold_static(self, storage: StorageFactory) -> None:
+        """Hold the static set, and what is added to it, in a format of the policy's own from now on.
+
+        `storage` makes what holds tokens from their keys and values [B, G, t, d], oldest first; where heads have
+        different numbers of tokens each has one of its own, of [1, 1, t, d]. Reading decodes for the step. Tokens that
+        leave one by one stay in memory until `kvbench.contract.coded.SPARE` of a head have, and are then encoded anew.
+        """
+        self._format = storage
+        if self._ragged is not None:
+            keys, values, mask = self._ragged.padded()
+            self._ragged = RaggedCodes(storage, keys, values, mask)
+        elif self._static_ids.shape[-1]:
+            order = self._static_ids.argsort(dim=-1)
+            keys, values = self._picked(order)
+            self._static_ids = self._static_ids.gather(-1, order)
+            self._static = self._buffer(keys, values)
+            return
+        self._static = self._buffer(*self._static.decoded())
+
+    def keep_slots(self, marks: Tensor) -> None:
+        """Evict all static tokens but those in the slots that `marks`, bool [B, G, t] as in `static_ids`, marks."""
+        self._hold(marks & (self.static_ids >= 0))
+
     def _buffer(self, keys: Tensor, values: Tensor) -> TokenBuffer:
-        return TokenBuffer(keys, values)
+        return TokenBuffer(keys, values) if self._format is None else CodedBuffer(self._format, keys, values)
+
+    def _chosen(self, keys: Tensor, values: Tensor, slots: Tensor) -> TokenBuffer:
+        """Copies of the tokens in `slots` [B, G, k] of `keys` and `values` [B, G, t, d], with room for more."""
+        if self._format is not None:
+            return self._buffer(*(gathered(part, slots) for part in (keys, values)))
+        kept_keys, kept_values = (gathered(part, slots, self.room) for part in (keys, values))
+        return TokenBuffer(kept_keys, kept_values, length=slots.shape[-1])
 
     def _kept(self, slots: Tensor) -> TokenBuffer:
         """A copy of the static tokens in the slots."""
-        return TokenBuffer(*self._picked(slots))
+        return self._buffer(*self._picked(slots))
 
     def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory | None = None) -> None:
         """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
@@ -437,7 +317,8 @@ class KVStore:
             assert self._ragged_kept is not None
             fixed = self._ragged_kept.shape[-1]
             inside = slots < fixed
-            self._ragged.replace(slots, inside, self._static.keys[:, :, last], self._static.values[:, :, last])
+            newest_keys, newest_values = self._static.last()
+            self._ragged.replace(slots, inside, newest_keys, newest_values)
             held = self._ragged_kept.gather(-1, slots.clamp(max=fixed - 1)[..., None])
             self._ragged_kept.scatter_(
                 -1, slots.clamp(max=fixed - 1)[..., None], torch.where(inside[..., None], newest, held)
@@ -480,29 +361,30 @@ class KVStore:
             keys, values = self._static.raw
             return self.decode(keys[:, :, slots], values[:, :, slots])
         places = slots[..., None]
-        keys, values = self._whole()
+        keys, values = self.whole_static()
         return tuple(part.gather(2, places.expand(-1, -1, -1, part.shape[-1])) for part in (keys, values))  # type: ignore[return-value]
 
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, t, d] as in `static_ids`; anything where that has −1."""
+    def whole_static(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, two [B, G, t, d], of the static set as in `static_ids`; anything where that has −1."""
         keys, values, _ = zip(*self.static_parts(), strict=True)
         return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
     def _hold(self, marks: Tensor) -> None:
         """Evict all but the static tokens that `marks`, bool [B, G, t] as in `static_ids`, marks."""
-        (keys, values), ids, counts = self._whole(), self.static_ids.expand(marks.shape), marks.sum(-1)
+        (keys, values), ids, counts = self.whole_static(), self.static_ids.expand(marks.shape), marks.sum(-1)
         most = int(counts.max())
         slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
         if most == int(counts.min()):
-            keys, values = (
-                part.gather(2, slots[..., None].expand(*slots.shape, part.shape[-1])) for part in (keys, values)
-            )
             self._ragged = self._ragged_kept = None
-            self._static, self._static_ids = TokenBuffer(keys, values), ids.gather(-1, slots)
+            self._static, self._static_ids = self._chosen(keys, values, slots), ids.gather(-1, slots)
             return
-        self._ragged = RaggedBuffer(keys, values, marks)
+        self._ragged = (
+            RaggedBuffer(keys, values, marks)
+            if self._format is None
+            else RaggedCodes(self._format, keys, values, marks)
+        )
         self._ragged_kept = torch.where(self._ragged.mask, ids.gather(-1, slots), -1)
-        self._static = TokenBuffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        self._static = self._chosen(keys, values, slots[..., :0])
         self._static_ids = torch.arange(0, device=marks.device)
 
     def _drop(self, slots: Tensor) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pluggy
 import torch
 from torch import Tensor
 
-from kvbench.contract.attend import attend
+from kvbench.contract.attend import attend, attend_static
 from kvbench.contract.attention import Attention
 from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget, allocate
 from kvbench.contract.errors import KVBenchError
@@ -21,7 +22,7 @@ from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy, Place
 from kvbench.contract.probe import Probe
 from kvbench.contract.selection import Selection
 from kvbench.engine.survey import Survey, survey, text_config, token_bytes
-from kvbench.engine.validation import Answers, check_hooks, check_instance, check_wrapped
+from kvbench.engine.validation import Answers, check_begun, check_hooks, check_instance, check_wrapped
 from kvbench.plugins import registry
 
 
@@ -37,6 +38,15 @@ class DefaultPolicy:
     def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Attention:
         """Merge the partial attentions over the static set and the selection."""
         return attend(layer, queries, selection)
+
+
+class CollectedSelection:
+    """Answers `select` with what was begun before."""
+
+    @hookimpl
+    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection | None:
+        """Wait for the selection under way; None where none is."""
+        return None if layer.begun is None else layer.begun.result()
 
 
 class Governor:
@@ -61,7 +71,7 @@ class Governor:
             check_hooks(type(probe))
         self.model = model
         self.policy, self.budget, self.probes = policy, budget, list(probes)
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.dense_layers = prompt_tokens, dense_layers
         if policy.takes_budget and budget is None:
             raise KVBenchError(f"Policy '{policy.name}' needs a budget: give a number of tokens or a ratio.")
         self.allocator: BudgetAllocator | None = (
@@ -69,11 +79,17 @@ class Governor:
         )
         if self.allocator is not None:
             check_head_budgets(policy, self.allocator)
+        self.every = 0 if self.allocator is None or budget is None else budget.compress_every or 0
+        if self.every:
+            check_compression(policy, self.every)
         self.defers = self.allocator is not None and self.allocator.measures
         """Whether the policy's `prefill` waits until the prompt has passed through the whole model."""
         manager = pluggy.PluginManager(PROJECT)
         manager.add_hookspecs(PolicyHooks)
-        for plugin in (DefaultPolicy(), policy, Answers(policy), *probes):
+        self.overlaps = type(policy).begin_select is not KVCachePolicy.begin_select
+        """Whether the policy may begin its selections before they are collected."""
+        collected = (CollectedSelection(),) if self.overlaps else ()
+        for plugin in (DefaultPolicy(), policy, *collected, Answers(policy), *probes):
             manager.register(plugin)
         self._manager = manager
         self.hook: Any = manager.hook
@@ -96,12 +112,20 @@ class Governor:
     def blocks(self) -> bool:
         """Whether several new tokens are one call of each hook."""
         takes = self.policy.blocks or not any(hasattr(self.policy, hook) for hook in ("insert", "select", "attend"))
-        return takes and all(probe.blocks for probe in self.probes)
+        return takes and not self.every and all(probe.blocks for probe in self.probes)
 
     @property
     def own_prompt(self) -> bool:
         """Whether the prompt's attention is in the hands of the policy, or of a probe."""
         return bool(self.hook.attend_prompt.get_hookimpls())
+
+    @property
+    def query_aware(self) -> str:
+        """What policy or allocator chose by the prompt's last queries, in one line; empty where nothing."""
+        found = self.policy.query_aware
+        if not found and self.allocator is not None and self.allocator.query_window:
+            return f"budget '{self.allocator.name}' is shared by what the prompt's last queries attend to"
+        return found
 
     def drop(self, probe: Probe) -> None:
         """Take a probe off, so that what follows is undisturbed."""
@@ -123,11 +147,14 @@ class Governor:
         if self.allocator is None or self.budget is None:
             return None, [LayerBudget(tokens, covers_all=True)] * len(numbers)
         sinks, window = self.policy.static_tokens(tokens)
+        size = self.budget.size(tokens, token_bytes(self.model, numbers))
         request = BudgetRequest(
             layers=len(numbers),
-            tokens=self.budget.size(tokens, token_bytes(self.model, numbers)),
-            context=tokens,
-            minimum=min(max(sinks + window, 1), tokens),
+            tokens=size,
+            # where answers are compressed too, a layer may come to hold more than the prompt
+            context=max(tokens, 2 * size) if self.every else tokens,
+            every=self.every,
+            minimum=max(sinks + window, 1) if self.every else min(max(sinks + window, 1), tokens),
             window=window,
             numbers=numbers,
             measured=measured,
@@ -144,21 +171,41 @@ class Governor:
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a policy hook; an error in a plugin is reported with the plugin's name."""
-        try:
+        with self.named_errors(hook, arguments.get("layer")):
             answer = getattr(self.hook, hook)(**arguments)
+        if self.probes and "layer" in arguments:
+            check_wrapped(hook, answer, arguments["layer"], self.probes)
+        return answer
+
+    def select(self, layer: Layer, queries: Tensor) -> Selection:
+        """The policy's selection; where it has begun it, the static set is attended to in the meantime."""
+        layer.begun = layer.static_attention = None
+        if self.overlaps and not self.probes and queries.shape[2] == 1:
+            with self.named_errors("begin_select", layer):
+                layer.begun = self.policy.begin_select(layer, queries, layer.budget)
+            if layer.begun is not None:
+                check_begun(self.policy, layer)
+                if not hasattr(self.policy, "attend"):
+                    layer.static_attention = attend_static(layer, queries)
+        found: Selection = self.call("select", layer=layer, queries=queries, budget=layer.budget)
+        layer.begun = None
+        return found
+
+    @contextmanager
+    def named_errors(self, hook: str, layer: Layer | None) -> Iterator[None]:
+        """Report an error of the block with the plugin that it comes from."""
+        try:
+            yield
         except (KVBenchError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
             plugin = self._culprit(error)
             kind = "Probe" if isinstance(plugin, Probe) else "Policy"
-            where = f" at layer {arguments['layer'].number}" if "layer" in arguments else ""
+            where = "" if layer is None else f" at layer {layer.number}"
             raise KVBenchError(
                 f"{kind} '{plugin.name}' ({type(plugin).__module__}) failed in {hook}{where}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if self.probes and "layer" in arguments:
-            check_wrapped(hook, answer, arguments["layer"], self.probes)
-        return answer
 
     def _culprit(self, error: Exception) -> KVCachePolicy | Probe:
         trace = error.__traceback__
@@ -207,4 +254,19 @@ def check_head_budgets(policy: KVCachePolicy | type[KVCachePolicy], allocator: B
         raise KVBenchError(
             f"Budget '{allocator.name}' gives each head its own number of tokens, which policy '{policy.name}' cannot "
             "honour: choose a budget that only shares over layers (uniform, pyramid, squeeze), or another policy."
+        )
+
+
+def check_compression(policy: KVCachePolicy, every: int) -> None:
+    """Refuse an interval that is smaller than a policy's window, and a policy that cannot score what it holds again."""
+    if type(policy).score_held is KVCachePolicy.score_held:
+        raise KVBenchError(
+            f"Policy '{policy.name}' does not compress while decoding (it has no score_held): choose one that does "
+            "(snapkv, h2o, tova, knorm, keydiff, expected_attention, streaming_llm), or leave --compress-every out."
+        )
+    window = max(policy.static_tokens(2**20)[1], policy.query_window or 0)
+    if every < window:
+        raise KVBenchError(
+            f"--compress-every {every} is smaller than the window of {window} tokens of policy '{policy.name}': ask "
+            f"for at least {window}, or for a smaller window."
         )

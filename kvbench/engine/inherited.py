@@ -1,7 +1,8 @@
 """Whether a policy's step of fixed shapes was written for the hooks that the policy has, or for those of a base class.
 
 A step repeats in fixed shapes what `insert`, `select` and `attend` do. A subclass that changes one of them, or what
-they call, and inherits the step would silently run the base class's. What a method calls is read from its code.
+they call, and inherits the step would silently run the base class's. What a method calls is read from its code;
+changed constants are not seen.
 """
 
 from __future__ import annotations
@@ -9,19 +10,26 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Iterable, Iterator
-from functools import cache, cached_property
+from functools import cached_property
 from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.step import FixedStep
 
 _DECODING = ("insert", "select", "attend")
+_KNOWN: WeakKeyDictionary[type[KVCachePolicy], str | None] = WeakKeyDictionary()
 
 
-@cache
 def unfollowed(cls: type[KVCachePolicy]) -> str | None:
     """Why the step that `cls` inherits may not do what its hooks do; None where it has its own, or changes nothing."""
+    if cls not in _KNOWN:
+        _KNOWN[cls] = _unfollowed(cls)
+    return _KNOWN[cls]
+
+
+def _unfollowed(cls: type[KVCachePolicy]) -> str | None:
     order = [kind for kind in cls.__mro__ if kind is not object]
     if cls.exact:  # exact attention, whatever the hooks say
         writer = next(kind for kind in order if "exact" in vars(kind))
@@ -37,7 +45,7 @@ def unfollowed(cls: type[KVCachePolicy]) -> str | None:
     declared = {name for kind in KVCachePolicy.__mro__ for name in vars(kind)} - set(_DECODING)
     followed = _reached(writer, _DECODING) - expected - asked - declared
     for kind in order[: order.index(writer)]:
-        if changed := sorted(followed & set(vars(kind))):
+        if changed := sorted(name for name in followed & set(vars(kind)) if _function(vars(kind)[name]) is not None):
             return (
                 f"policy '{cls.name}' changes {changed[0]}, which the step of fixed shapes that it inherits from "
                 f"{writer.__name__} does not follow (a fixed_step of its own would)"

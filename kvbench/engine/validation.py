@@ -78,6 +78,12 @@ def check_hooks(cls: type[Pluggable]) -> None:
             expected = "a generator that yields once, where the wrapped hook runs" if wraps else "a plain method"
             has = "without a yield" if wraps else "as a generator"
             raise KVBenchError(f"{named(cls)} defines {name} {has}; expected {expected}.")
+    begins = getattr(cls, "begin_select", KVCachePolicy.begin_select)
+    if begins is not KVCachePolicy.begin_select and not hasattr(cls, "select"):
+        raise KVBenchError(
+            f"{named(cls)} defines begin_select without select; expected both, since probes and blocks of queries have "
+            "select alone."
+        )
 
 
 class Answers:
@@ -121,6 +127,15 @@ class Answers:
 
     def _named(self, layer: Layer, fault: str) -> KVBenchError:
         return KVBenchError(f"{named(self._policy)} at layer {layer.number}: {fault.rstrip('.')}.")
+
+
+def check_begun(policy: KVCachePolicy, layer: Layer) -> None:
+    """Raise KVBenchError where `begin_select` gave something that no selection can be collected from."""
+    if not callable(getattr(layer.begun, "result", None)):
+        raise KVBenchError(
+            f"{named(policy)} at layer {layer.number}: begin_select gave {told(layer.begun)}; expected something with "
+            "a method `result`, such as a concurrent.futures.Future, or None."
+        )
 
 
 def check_wrapped(hook: str, answer: Any, layer: Layer, probes: list[Probe]) -> None:

@@ -4,6 +4,7 @@ Shapes are fixed; lengths, positions and ids are integer tensors on the device; 
 each can be captured in a CUDA graph. B is the batch, H query heads, G key/value heads, d the head dimension.
 """
 
+from kvbench.kernels.assign import cluster_sums, nearest
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
@@ -11,32 +12,43 @@ from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_settle import settle_kivi
+from kvbench.kernels.low_rank import LowRankKeys, rebuild
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
+from kvbench.kernels.top_keys import top_keys
+from kvbench.kernels.weigh import weigh
+from kvbench.kernels.weights import group_weights
 
 __all__ = [
     "KIVICodes",
+    "LowRankKeys",
     "Segment",
     "attend",
     "attend_kivi",
     "attention_weights",
+    "cluster_sums",
     "column_sums",
     "compiled",
     "decode",
     "gather",
+    "group_weights",
     "insert",
     "merge",
+    "nearest",
     "page_bounds",
     "page_scores",
     "pq_scores",
     "ragged",
+    "rebuild",
     "replace_worst",
     "scores",
     "select_top",
     "settle_kivi",
+    "top_keys",
     "update_bounds",
     "using",
+    "weigh",
 ]

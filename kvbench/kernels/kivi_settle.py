@@ -8,7 +8,7 @@ from torch import Tensor
 from kvbench.contract.errors import KVBenchError
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes
-from kvbench.kernels.support import check_rows, compiled, device_of, jit, next_power_of_2
+from kvbench.kernels.support import check_rows, compiled, device_of, jit, kernel, next_power_of_2
 
 try:
     import triton.language as tl
@@ -96,6 +96,7 @@ def _settle(
         tl.store(codes_of + (s * GROUP)[:, None] + t[None, :], packed.to(tl.uint8), mask=valid)
 
 
+@kernel
 def settle_kivi(store: KIVICodes, keys: Tensor, values: Tensor, positions: Tensor, residual: int) -> None:
     """Put the token at `positions`, int32 [B], into the store and quantise as KIVI does.
 

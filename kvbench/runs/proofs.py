@@ -24,7 +24,7 @@ from kvbench.engine.conformance.report import Report
 from kvbench.identity import identity
 from kvbench.models import MODELS, LoadedModel, cache_folder
 from kvbench.plugins import registry
-from kvbench.runs.results import PACKAGES, processor
+from kvbench.runs.environment import PACKAGES, processor
 
 FOLDER = "conformance"
 """In kvbench's cache folder."""

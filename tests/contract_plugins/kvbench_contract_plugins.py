@@ -1,5 +1,6 @@
 """Policies of a third party, each of which needs one more part of the contract than hooks at a decoding step."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal
 
@@ -102,6 +103,27 @@ class TopInBlocks(kvbench.KVCachePolicy):
         return kvbench.Selection(ids if queries.shape[2] > 1 else ids[:, :, 0])
 
 
+class Searching(TopInBlocks):
+    """Searches the offloaded tokens on a thread of its own while the static set is attended to."""
+
+    name = "searching"
+    summary = "Exact top-k of the offloaded prompt, searched beside the attention to the static set."
+    blocks = False
+
+    def __init__(self, options=None):
+        """One thread for all layers."""
+        super().__init__(options)
+        self.thread = ThreadPoolExecutor(1)
+
+    def prefill(self, layer, queries, keys, values):
+        """Offload all but the window."""
+        layer.store.set_aside(0, layer.tokens - self.options.window, offload=True)
+
+    def begin_select(self, layer, queries, budget):
+        """Hand the search to the thread."""
+        return self.thread.submit(self.select, layer, queries.cpu(), budget)
+
+
 class _HalfBuffer(Storage):
     def __init__(self, dtype, keys, values):
         self._dtype, self._like = dtype, keys.dtype
@@ -171,7 +193,55 @@ class HalvesOfPages(Halves):
         kind: Literal["float16", "bfloat16"] = Field("float16", description="how numbers are held")
 
 
+class RecentHalves(kvbench.KVCachePolicy):
+    """Keeps sinks and recent tokens, all of them in 16 bits."""
+
+    name = "recent_halves"
+    summary = "Keeps the first and the most recent tokens of the prompt in 16 bits."
+    grows = True
+    never_exact = "keys and values are held in 16 bits"
+    query_window = 0
+
+    class Options(kvbench.Options):
+        """Options of the policy."""
+
+        sinks: int = Field(2, ge=0, description="first tokens that are kept")
+
+    def static_tokens(self, context):
+        """The sinks."""
+        return self.options.sinks, 0
+
+    def prefill(self, layer, queries, keys, values):
+        """Evict what lies between, and hold the rest, and what is generated, in 16 bits."""
+        if not layer.budget.covers_all:
+            ids, recent = torch.arange(layer.tokens), layer.budget.tokens - self.options.sinks
+            layer.store.keep(ids[(ids < self.options.sinks) | (ids >= layer.tokens - recent)])
+        layer.store.hold_static(partial(_HalfBuffer, torch.float16))
+
+
+class LongestValues(kvbench.KVCachePolicy):
+    """Keeps the values of largest norm, of the prompt and, again and again, of prompt and answer."""
+
+    name = "longest_values"
+    summary = "Keeps the tokens whose values have the largest norm, per head."
+    grows = True
+    head_budgets = True
+    query_window = 0
+
+    def static_tokens(self, context):
+        """The newest token."""
+        return 0, 1
+
+    def prefill(self, layer, queries, keys, values):
+        """Evict the shortest values."""
+        layer.keep_top(values[:, :, :-1].norm(dim=-1))
+
+    def score_held(self, layer, held):
+        """The norms; the newest token stays."""
+        return held.values.norm(dim=-1).masked_fill(held.newest(1), torch.inf)
+
+
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther, BlockSparse, TopInBlocks, Halves, HalvesOfPages]
+    return [EveryOther, BlockSparse, TopInBlocks, Searching, Halves, HalvesOfPages, RecentHalves, LongestValues]

@@ -1,0 +1,105 @@
+"""Kernels that weigh, rebuild and rank on the device, Triton's and their torch twins, against float64 references."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_references import DEVICE, ERROR, error, ints, randn
+
+from kvbench import kernels
+from kvbench.contract.errors import KVBenchError
+from kvbench.kernels import LowRankKeys, support
+
+
+@pytest.fixture(params=["torch", "triton"], autouse=True)
+def implementation(request):
+    if request.param == "triton" and support.triton is None:
+        pytest.skip("triton is not installed")
+    torch.manual_seed(5)
+    with kernels.using(request.param):
+        yield request.param
+
+
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize(("groups", "share", "n"), [(2, 3, 1), (1, 1, 40), (2, 4, 2500), (1, 16, 1025)])
+def test_group_weights(reduce, groups, share, n):
+    logits = randn(2, groups * share, n, scale=3.0)
+    counts = ints([n, n // 2])
+    sizes = torch.randint(0, 3, (2, groups, n), dtype=torch.int32).to(DEVICE)
+    ranks = torch.randint(-1, 4, (2, groups, n), dtype=torch.int32).to(DEVICE)
+    below = ints([2, 0])
+    place = torch.arange(n, device=DEVICE)
+    every = torch.ones(2, groups, n, dtype=torch.bool, device=DEVICE)
+    exists = every & (place < counts[:, None, None])
+    first = (ranks >= 0) & (ranks < below[:, None, None])
+    for options, there, part, forced in (
+        ({}, every, every, ~every),
+        ({"counts": counts}, exists, exists, ~every),
+        ({"counts": counts, "sizes": sizes}, exists, exists & (sizes > 0), ~every),
+        ({"counts": counts, "forced": (ranks, below)}, exists, exists & ~first, exists & first),
+    ):
+        grouped = logits.double().view(2, groups, share, n).masked_fill(~part[:, :, None], -torch.inf)
+        weights = torch.nan_to_num(grouped.softmax(-1))
+        expected = weights.amax(2) if reduce == "max" else weights.sum(2)
+        expected = expected.masked_fill(~there, -torch.inf).masked_fill(forced, torch.inf)
+        found = kernels.group_weights(logits, groups, reduce, **options)
+        assert torch.allclose(found.double(), expected, rtol=2e-5, atol=1e-9)
+
+
+def test_group_weights_say_what_they_take():
+    with pytest.raises(KVBenchError, match="multiple of 2"):
+        kernels.group_weights(randn(1, 3, 4), 2, "sum")
+    with pytest.raises(KVBenchError, match="not both"):
+        kernels.group_weights(
+            randn(1, 2, 4), 2, "sum", sizes=ints([[[1] * 4] * 2]), forced=(ints([[[1] * 4] * 2]), ints([1]))
+        )
+    with pytest.raises(KVBenchError, match="marks of slots"):
+        kernels.group_weights(randn(1, 2, 4), 2, "sum", sizes=ints([[[1] * 4]]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "rank", "chunk"),
+    [(torch.float32, 64, 40, 8), (torch.bfloat16, 80, 33, 4), (torch.float16, 128, 160, 6), (torch.float32, 8, 3, 4)],
+)
+def test_rebuild(dtype, dim, rank, chunk):
+    batch, groups, chunks, kept = 2, 2, 9, 2
+    n = chunks * chunk
+    half = dim // 2
+    angle = torch.randn(n, half).to(DEVICE)
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([-angle.sin(), angle.sin()], 1)
+    partner = torch.arange(dim, device=DEVICE, dtype=torch.int32).roll(half)
+    ranks = torch.full((batch, groups, chunks), -1, dtype=torch.int32, device=DEVICE)
+    for b, g in itertools.product(range(batch), range(groups)):
+        for place, at in enumerate(torch.randperm(chunks)[:kept].tolist()):
+            ranks[b, g, at] = place
+    held = LowRankKeys(
+        randn(batch, n, rank, dtype=dtype), randn(batch, groups, rank, dim, dtype=dtype, scale=rank**-0.5), cos, sin,
+        partner, ranks, randn(batch, groups, kept * chunk, dim, dtype=dtype), chunk,
+    )  # fmt: skip
+    values = randn(batch, groups, n, dim, dtype=dtype)
+    ids = torch.stack([torch.randperm(chunks)[:5].sort().values for _ in range(4)]).view(2, 2, 5).int().to(DEVICE)
+    ids[1, 0, 3:] = -1
+    keys_out, values_out = (torch.full((batch, groups, 5 * chunk, dim), 7.0, dtype=dtype, device=DEVICE) for _ in "kv")
+    kernels.rebuild(ids, held, values, keys_out, values_out)
+    expected, fetched = torch.full(keys_out.shape, 7.0, dtype=torch.float64), torch.full(keys_out.shape, 7.0)
+    for b, g, j, i in itertools.product(range(batch), range(groups), range(5), range(chunk)):
+        block, slot = int(ids[b, g, j]), j * chunk + i
+        if block < 0:
+            continue
+        token = block * chunk + i
+        plain = held.coefficients[b, token].double() @ held.basis[b, g].double()
+        row = plain * cos[token].double() + plain.roll(half) * sin[token].double()
+        if ranks[b, g, block] >= 0:
+            row = held.exact[b, g, int(ranks[b, g, block]) * chunk + i].double()
+        expected[b, g, slot], fetched[b, g, slot] = row.cpu(), values[b, g, token].float().cpu()
+    assert torch.equal(values_out.float().cpu(), fetched)
+    assert error(keys_out.cpu(), expected) < 2 * ERROR[dtype]
+
+
+def test_rebuild_says_what_it_takes():
+    held = LowRankKeys(
+        *(torch.zeros(1, 8, 2), torch.zeros(1, 1, 2, 4)), *[torch.zeros(8, 4)] * 3, *[torch.zeros(1)] * 2, 4
+    )
+    out = torch.zeros(1, 1, 8, 4)
+    with pytest.raises(KVBenchError, match="rebuilt keys"):
+        kernels.rebuild(torch.zeros(1, 1, 2, dtype=torch.int32), held, out, out[..., :2], out)
