@@ -10,7 +10,9 @@ from pydantic import Field
 
 from kvbench.contract.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect, expect_finite, expect_ids
-from kvbench.indexes.kernels import Int32, Int64, count_reached, kernel, move_links, quantize_rows, search_graph
+from kvbench.indexes.compiled import Int32, Int64, kernel, quantize_rows
+from kvbench.indexes.kernels import search_graph
+from kvbench.indexes.links import count_reached, move_links
 from kvbench.indexes.threads import on_threads
 
 LEAST_SCALE = np.float32(1e-30)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvbench.indexes.kernels import kernel
+from kvbench.indexes.compiled import kernel
 from kvbench.indexes.threads import on_threads
 
 BLOCK = 2**22

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from kvbench.indexes.compiled import Int32, Rows, kernel, squared_distance
 from kvbench.indexes.graph import rows_of
-from kvbench.indexes.kernels import Int32, Rows, kernel, pack, packed_id, squared_distance
+from kvbench.indexes.kernels import pack, packed_id
 from kvbench.indexes.knn import nearest_keys
 from kvbench.indexes.threads import on_threads
 from kvbench.indexes.vamana import Vamana, VamanaOptions, build_vamana

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.indexes.kernels import decode, find_beyond
+from kvbench.indexes.compiled import decode, find_beyond
 
 Array = NDArray[Any]
 Vectors = Array | torch.Tensor

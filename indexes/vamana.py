@@ -9,18 +9,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kvbench.indexes.base import State
+from kvbench.indexes.compiled import Int32, Int64, Rows, half_squares, kernel
 from kvbench.indexes.graph import GraphIndex, GraphOptions, rows_of
-from kvbench.indexes.kernels import (
-    Int32,
-    Int64,
-    Rows,
-    find_near,
-    half_squares,
-    kernel,
-    link,
-    prune,
-    sort_by_distance,
-)
+from kvbench.indexes.kernels import find_near
+from kvbench.indexes.links import link, prune, sort_by_distance
 from kvbench.indexes.threads import on_threads
 
 

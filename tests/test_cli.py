@@ -8,7 +8,7 @@ from test_tasks import THINKS, make_tokenizer
 from tiny import tiny_model
 
 from kvbench.plugins import registry
-from kvbench.runs import runner
+from kvbench.runs import examples
 
 pytestmark = pytest.mark.transformers
 
@@ -94,7 +94,7 @@ def test_a_finished_baseline_is_reused_and_another_configuration_gets_another_fo
 
 
 def test_an_interrupted_run_exits_130_and_continues_without_repeating(run, tmp_path, monkeypatch):
-    measure = runner._measure
+    measure = examples._measure
     seen = []
 
     def interrupted(config, loaded, task, batch, prefilled):
@@ -103,7 +103,7 @@ def test_an_interrupted_run_exits_130_and_continues_without_repeating(run, tmp_p
         seen.extend(batch)
         return measure(config, loaded, task, batch, prefilled)
 
-    monkeypatch.setattr(runner, "_measure", interrupted)
+    monkeypatch.setattr(examples, "_measure", interrupted)
     code, _, err = run("--policy", "quest", "--ratio", "0.3", "--no-baseline")
     assert code == 130
     assert "Interrupted" in err
@@ -114,7 +114,7 @@ def test_an_interrupted_run_exits_130_and_continues_without_repeating(run, tmp_p
     with (folder / "examples.jsonl").open("ab") as file:  # what a killed writer leaves behind
         file.write(b'{"id": "half a li')
 
-    monkeypatch.setattr(runner, "_measure", measure)
+    monkeypatch.setattr(examples, "_measure", measure)
     assert run("--policy", "quest", "--ratio", "0.3", "--no-baseline")[0] == 0
     finished = (folder / "examples.jsonl").read_bytes()
     assert finished.startswith(kept)
@@ -261,7 +261,7 @@ def test_one_policy_that_cannot_do_what_is_asked_leaves_the_others(run):
     ],
 )
 def test_what_can_be_checked_is_before_the_weights_load(run, monkeypatch, arguments, message):
-    monkeypatch.setattr("kvbench.models._with_weights", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("kvbench.models.loading._with_weights", lambda *_: pytest.fail("the weights were loaded"))
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert message in " ".join(err.split())
@@ -282,7 +282,7 @@ def test_a_hook_with_other_arguments_is_refused_before_the_weights_load(run, mon
     classes = registry().classes
     odd = type("Odd", (classes["policy"]["quest"],), {"name": "odd", "select": lambda self, layer, q, budget: 0})
     monkeypatch.setattr(registry(), "classes", {**classes, "policy": {**classes["policy"], "odd": odd}})
-    monkeypatch.setattr("kvbench.models._with_weights", lambda *_: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("kvbench.models.loading._with_weights", lambda *_: pytest.fail("the weights were loaded"))
     code, _, err = run("--policy", "odd")
     assert code == 2
     assert "Policy 'odd' (test_cli) defines select(layer, q, budget); expected these names" in " ".join(err.split())

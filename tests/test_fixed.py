@@ -211,6 +211,20 @@ def test_fixed_steps_state_what_they_hold_and_must_read():
             assert reads["device"] == 24 * token
 
 
+@pytest.mark.parametrize("policy", FIXED)
+def test_rows_of_unequal_length_read_what_each_of_them_holds(policy):
+    with attach(tiny_model(pad_token_id=None), policy) as session:
+        reads = generate_batch(session, PROMPTS, max_new_tokens=[12] * 4, decoding="fixed")[0].reads
+    token = 3 * 2 * 2 * 8 * 4  # layers, keys and values, heads, dimensions, bytes
+    whole = sum(len(prompt) + 5 for prompt in PROMPTS) * token  # at the middle of the 11 steps
+    if policy == "full":
+        assert reads["device"] == whole
+    elif policy in SET_ASIDE or policy == "quest":
+        assert 4 * 24 * token <= reads["device"] + reads["host"] <= 1.5 * whole  # what they search is read, too
+    else:
+        assert 4 * 24 * token <= reads["device"] <= 4 * (24 + 5) * token  # 5 generated tokens beside the budget
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("policy", FIXED)

@@ -17,7 +17,7 @@ from kvbench.engine.prompt import PrefilledLayers
 from kvbench.engine.survey import survey
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
-from kvbench.runs import runner
+from kvbench.runs import examples, runner
 
 pytestmark = pytest.mark.transformers
 
@@ -267,9 +267,9 @@ def test_a_run_stopped_inside_a_batch_ends_in_the_same_examples(loaded, tmp_path
 def test_policies_that_draw_for_a_whole_batch_run_one_by_one(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(registry().find("policy", "snapkv"), "batched", False)
     sizes = []
-    generate = runner.generate_batch
+    generate = examples.generate_batch
     monkeypatch.setattr(
-        runner, "generate_batch", lambda s, prompts, **k: (sizes.append(len(prompts)), generate(s, prompts, **k))[1]
+        examples, "generate_batch", lambda s, prompts, **k: (sizes.append(len(prompts)), generate(s, prompts, **k))[1]
     )
     run(loaded, tmp_path, policies=("snapkv",), batch_size=4)
     assert set(sizes) == {1}

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 KERNELS = """
-from kvbench.indexes.kernels import kernel
+from kvbench.indexes.compiled import kernel
 
 @kernel
 def helper(x: int) -> int:
@@ -12,7 +12,7 @@ def helper(x: int) -> int:
 """
 CALLER = """
 import helpers
-from kvbench.indexes.kernels import kernel
+from kvbench.indexes.compiled import kernel
 
 helper = helpers.helper
 

@@ -19,7 +19,7 @@ from kvbench.identity import Identity
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.report.build import build
-from kvbench.runs import runner
+from kvbench.runs import runner, sharing
 from kvbench.runs.measured import probed_trace, probed_values
 from kvbench.runs.results import REPLACED, Run, find_runs, over_budget_text, read, replace
 from kvbench.runs.rows import fault, read_rows
@@ -298,7 +298,7 @@ def test_a_run_planned_with_other_code_is_refused(run, loaded, monkeypatch):
     classes = found.classes
     monkeypatch.setattr(found, "classes", {**classes, "task": {**classes["task"], "short": Short}})
     config = runner.plan(runner.Request("streaming_llm", {}, Budget(ratio=0.5), "short", {}, 128, 3, 1), loaded)
-    assert set(config.plugins) == {"policy", "task", "budget", *(f"probe {name}" for name in runner.STANDARD_PROBES)}
+    assert set(config.plugins) == {"policy", "task", "budget", *(f"probe {name}" for name in sharing.STANDARD_PROBES)}
     other = Identity(distribution="kvbench", version="9", source="0" * 16)
     changed = config.model_copy(update={"plugins": {**config.plugins, "policy": other}})
     with pytest.raises(

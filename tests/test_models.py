@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kvbench import models as kvmodels
 from kvbench.contract.errors import KVBenchError
-from kvbench.models import DEFAULT_MODEL, GGUF, MODELS, REQUIREMENT, WHEEL, check_context, load_model
+from kvbench.models import DEFAULT_MODEL, GGUF, MODELS, REQUIREMENT, WHEEL, check_context, embedded, load_model, local
 
 pytestmark = pytest.mark.transformers
 
@@ -96,7 +95,7 @@ def test_the_fingerprint_samples_files_too_large_to_read(tmp_path):
     for file, last in ((a, b"1"), (b, b"2")):
         file.parent.mkdir()
         file.write_bytes(bytes(20_000_000) + last)
-    assert kvmodels._fingerprint([a]) != kvmodels._fingerprint([b])
+    assert local._fingerprint([a]) != local._fingerprint([b])
 
 
 @pytest.mark.parametrize("name", ["", "/nowhere/model", "./nowhere", "~/nowhere", "a/b/c"])
@@ -282,15 +281,15 @@ class Conversions:
         self.count += 1
         self.before()
         shutil.copytree(self.saved, folder)
-        sums = {file.name: kvmodels._sha256(file) for file in folder.iterdir()}
-        (folder / kvmodels.MANIFEST).write_text(json.dumps(sums))
+        sums = {file.name: embedded._sha256(file) for file in folder.iterdir()}
+        (folder / embedded.MANIFEST).write_text(json.dumps(sums))
 
 
 @pytest.fixture
 def conversions(saved, cache, monkeypatch) -> Conversions:
     made = Conversions(saved)
-    monkeypatch.setattr(kvmodels, "_gguf", lambda cache, work: work / GGUF)
-    monkeypatch.setattr(kvmodels, "_convert", made)
+    monkeypatch.setattr(embedded, "_gguf", lambda cache, work: work / GGUF)
+    monkeypatch.setattr(embedded, "_convert", made)
     return made
 
 
@@ -298,14 +297,14 @@ def test_the_model_is_converted_once(conversions, cache):
     for _ in range(2):
         assert load_model(device="cpu").max_context == 512
     assert conversions.count == 1
-    assert [file.name for file in cache.iterdir()] == [kvmodels.CONVERSION]
+    assert [file.name for file in cache.iterdir()] == [embedded.CONVERSION]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", kvmodels.MANIFEST])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", embedded.MANIFEST])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
 def test_a_damaged_cache_is_made_again(conversions, cache, file, damage):
     load_model(device="cpu")
-    path = cache / kvmodels.CONVERSION / file
+    path = cache / embedded.CONVERSION / file
     data = path.read_bytes()
     if damage == "remove":
         path.unlink()
@@ -314,7 +313,7 @@ def test_a_damaged_cache_is_made_again(conversions, cache, file, damage):
         path.write_bytes(data[:middle] if damage == "truncate" else data[:middle] + b"\x00\x01" + data[middle + 2 :])
     load_model(device="cpu")
     assert conversions.count == 2
-    assert [entry.name for entry in cache.iterdir()] == [kvmodels.CONVERSION]
+    assert [entry.name for entry in cache.iterdir()] == [embedded.CONVERSION]
     load_model(device="cpu")
     assert conversions.count == 2
 
@@ -323,7 +322,7 @@ def test_a_process_that_was_overtaken_takes_the_other_ones_files(conversions, ca
     conversions.before = lambda: (setattr(conversions, "before", lambda: None), load_model(device="cpu"))
     load_model(device="cpu")
     assert conversions.count == 2
-    assert [file.name for file in cache.iterdir()] == [kvmodels.CONVERSION]
+    assert [file.name for file in cache.iterdir()] == [embedded.CONVERSION]
 
 
 def test_an_interrupted_conversion_leaves_nothing(conversions, cache):

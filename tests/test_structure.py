@@ -70,7 +70,7 @@ def test_no_folder_is_part_of_an_import_circle():
         ("chat", {"contract"}),
         ("engine", {"contract", "plugins", "kernels", "chat"}),
         ("reading", {"contract"}),
-        ("indexes", {"contract", "reading"}),
+        ("indexes", {"contract", "reading", "kernels"}),
         ("strategies", {"contract", "indexes", "reading", "kernels"}),
         ("tasks", {"contract", "reading", "chat"}),
     ],

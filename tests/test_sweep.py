@@ -13,7 +13,8 @@ from test_cli import model_folder  # noqa: F401  a fixture
 from test_results import Short
 
 from kvbench.plugins import registry
-from kvbench.runs import runner, sweep
+from kvbench.runs import examples as measuring
+from kvbench.runs import sweep
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def examples(output):
 def test_a_sweep_runs_every_combination_once_and_continues(kvbench, write, tmp_path, monkeypatch):
     output = tmp_path / "out"
     loads, measured = [], []
-    load_model, measure = sweep.load_model, runner._measure
+    load_model, measure = sweep.load_model, measuring._measure
     monkeypatch.setattr(
         sweep,
         "load_model",
@@ -57,12 +58,12 @@ def test_a_sweep_runs_every_combination_once_and_continues(kvbench, write, tmp_p
         measured.extend(batch)
         return measure(config, loaded, task, batch, prefilled)
 
-    monkeypatch.setattr(runner, "_measure", interrupted)
+    monkeypatch.setattr(measuring, "_measure", interrupted)
     file = write(budgets="[{ratio: 0.3}, {tokens: 60, allocator: pyramid}]", seeds="[1]", examples="2", tasks="[short]")
     assert kvbench("sweep", file, "--output", output)[0] == 130
     kept = examples(output)
     measured.clear()
-    monkeypatch.setattr(runner, "_measure", lambda *a: (measured.extend(a[3]), measure(*a))[1])
+    monkeypatch.setattr(measuring, "_measure", lambda *a: (measured.extend(a[3]), measure(*a))[1])
     code, out, err = kvbench("sweep", file, "--output", output, "--json")
     document = json.loads(out)
     # `full` takes no budget, so it is one run and not one for each.
@@ -81,14 +82,14 @@ def test_a_sweep_runs_every_combination_once_and_continues(kvbench, write, tmp_p
 
 
 def test_a_failing_run_leaves_the_others_alone_and_is_listed(kvbench, write, tmp_path, monkeypatch):
-    measure = runner._measure
+    measure = measuring._measure
 
     def failing(config, loaded, task, batch, prefilled):
         if config.policy == "streaming_llm" and config.seed == 1:
             raise ValueError("no such tensor")
         return measure(config, loaded, task, batch, prefilled)
 
-    monkeypatch.setattr(runner, "_measure", failing)
+    monkeypatch.setattr(measuring, "_measure", failing)
     file, output = write(examples="1", tasks="[short]"), tmp_path / "out"
     code, out, err = kvbench("sweep", file, "--output", output, "--json")
     document = json.loads(out)
@@ -102,7 +103,7 @@ def test_a_failing_run_leaves_the_others_alone_and_is_listed(kvbench, write, tmp
     assert "1 of 4 runs failed; the others are kept" in " ".join(err.split())
     assert "about" in err and " left" in err  # the time left
     # A run whose folder is damaged is one failure too; the one that failed before is tried again.
-    monkeypatch.setattr(runner, "_measure", measure)
+    monkeypatch.setattr(measuring, "_measure", measure)
     next(output.glob("full-*")).joinpath("run.json").write_text("{")
     code, out, err = kvbench("sweep", file, "--output", output, "--json")
     document = json.loads(out)

@@ -501,3 +501,22 @@ def test_a_step_is_captured_and_follows_the_device(case, implementation):
         ids = torch.cat([bounds.topk(4).indices, torch.full((1, 8, 1), (length - 1) // size, device=DEVICE)], 2)
         expected = attention64(queries, [(*gathered(*store, ids, size, ints([length])), None)])
         check(found, expected, BRAIN)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF, BRAIN])
+@pytest.mark.parametrize(("n", "clusters", "dim"), [(1, 1, 16), (150, 7, 64), (70, 33, 80), (131, 20, 8)])
+def test_points_find_the_nearest_centroid_and_are_added_up(n, clusters, dim, dtype):
+    points, centroids = randn(3, n + 2, dim, dtype=dtype)[:, 1:-1], randn(3, clusters, dim, scale=0.5)
+    found = kernels.nearest(points, centroids)
+    distances = torch.cdist(points.double(), centroids.double())
+    chosen = distances.gather(-1, found[..., None])[..., 0]
+    slack = 1e-3 if DEVICE.type == "cuda" else 1e-5
+    assert found.dtype == torch.int64
+    assert (chosen <= distances.amin(-1) * (1 + slack)).all()
+    assert (kernels.nearest(points, points.new_zeros(3, clusters, dim)) == 0).all()
+    sums, sizes = kernels.cluster_sums(points, found, clusters)
+    ones = torch.nn.functional.one_hot(found, clusters).double()
+    assert torch.equal(sizes, ones.sum(1).long())
+    assert error(sums, ones.transpose(1, 2) @ points.double()) < 1e-6
+    again, _ = kernels.cluster_sums(points, found, clusters)
+    assert torch.equal(sums, again)

@@ -35,6 +35,24 @@ def test_select_top_takes_the_best_as_many_as_the_device_says(n):
         assert found[b, h].tolist() == expected + [-1] * (k - len(expected)) + [77 + b]
 
 
+@pytest.mark.parametrize("kind", ["equal", "two", "outlier", "infinite", "few", "heavy", "zeros"])
+def test_select_top_finds_the_threshold_whatever_the_scores_are(kind):
+    n, k = 600, 150
+    scores = {
+        "equal": torch.full((n,), -3.5),
+        "two": torch.where(torch.rand(n) < 0.5, 1e30, -1e-30),
+        "outlier": torch.randn(n).index_fill_(0, torch.tensor([17]), 3e38),
+        "infinite": torch.randn(n).index_fill_(0, torch.arange(5, n, 9), torch.inf),
+        "few": torch.randint(-3, 3, (n,)).float(),
+        "heavy": torch.randn(n) / torch.randn(n) ** 3,
+        "zeros": torch.where(torch.rand(n) < 0.5, 0.0, torch.rand(n) * 1e-40),
+    }[kind]
+    for count in (1, 2, 64, 149, 150):
+        found = kernels.select_top(scores[None, None].to(DEVICE), torch.tensor([count], device=DEVICE), k).cpu()
+        order = sorted(range(n), key=lambda i: (-float(scores[i]), i))
+        assert found[0, 0].tolist() == sorted(order[:count]) + [-1] * (k - count)
+
+
 def test_select_top_says_what_it_takes():
     with pytest.raises(KVBenchError, match="float32"):
         kernels.select_top(torch.zeros(1, 1, 4, dtype=torch.float64), torch.ones(1, dtype=torch.int32), 2)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from kvbench.contract.budget import BudgetRequest, LayerBudget, PromptLayer, allocate_heads
 from kvbench.contract.errors import KVBenchError
@@ -22,6 +17,7 @@ from kvbench.contract.latents import LatentStore
 from kvbench.contract.layer import Layer
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.governor import Governor
+from kvbench.engine.lanes import Lane, last_queries
 from kvbench.engine.prompt import Attends
 from kvbench.engine.rotary import Rotary
 
@@ -29,23 +25,6 @@ _NO_COPY = (
     "A policy's cache cannot be copied, since its stores and indexes belong to one conversation: start the other one "
     "from its prompt."
 )
-
-
-@dataclass(frozen=True)
-class Lane:
-    """Rows of a batch that have the same left padding, and so the same length."""
-
-    rows: Tensor | None
-    padding: int
-
-    def tokens(self, tensor: Tensor) -> int:
-        """Tokens of the lane's rows in a padded tensor [B, G, n, d]."""
-        return tensor.shape[2] - self.padding
-
-    def take(self, tensor: Tensor, *, padded: bool = False) -> Tensor:
-        """The lane's rows of a tensor [B, ...], without the padding of [B, G, n, d] where `padded`."""
-        part = tensor if self.rows is None else tensor[self.rows]
-        return part[:, :, self.padding :] if padded and self.padding else part
 
 
 class PolicyCache(Cache):
@@ -396,11 +375,6 @@ class HybridCacheLayer(PolicyCacheLayer, LinearAttentionAndFullAttentionLayer):
             LinearAttentionLayer.lazy_initialization(self, **kwargs)
         else:
             PolicyCacheLayer.lazy_initialization(self, *args)
-
-
-def last_queries(queries: Tensor, count: int) -> Tensor:
-    """The last `count` of `queries` [B, H, m, d]."""
-    return queries[:, :, queries.shape[2] - count :]
 
 
 def _tensor_bytes(layer: Any) -> int:

@@ -14,7 +14,8 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import Observe
 
 if TYPE_CHECKING:
-    from kvbench.engine.cache import Lane, PolicyCache
+    from kvbench.engine.cache import PolicyCache
+    from kvbench.engine.lanes import Lane
 
 
 class ReplayCache(Cache):

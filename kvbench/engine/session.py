@@ -19,11 +19,12 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
-from kvbench.engine.cache import Lane, PolicyCache, PolicyCacheLayer, last_queries
+from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.governor import Governor
 from kvbench.engine.interface import answering, attached, capture, own_attention
+from kvbench.engine.lanes import Lane, last_queries
 from kvbench.engine.prompt import Attends, Prefill
 from kvbench.engine.prompt_attention import prompt_attention
 from kvbench.engine.replay import ReplayCache

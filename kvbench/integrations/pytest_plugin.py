@@ -64,7 +64,7 @@ class RatioGate:
 
     def ratio(self, name: str, value: float, *, better: Literal["lower", "higher"] = "lower") -> float:
         """Record a ratio in pytest-benchmark's `extra_info` and gate it; return it."""
-        from kvbench.runs.results import processor  # noqa: PLC0415 - it is slow to import
+        from kvbench.runs.environment import processor  # noqa: PLC0415 - it is slow to import
 
         self.benchmark.extra_info[name] = value
         here = processor()

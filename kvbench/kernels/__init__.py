@@ -4,6 +4,7 @@ Shapes are fixed; lengths, positions and ids are integer tensors on the device; 
 each can be captured in a CUDA graph. B is the batch, H query heads, G key/value heads, d the head dimension.
 """
 
+from kvbench.kernels.assign import cluster_sums, nearest
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
@@ -26,6 +27,7 @@ __all__ = [
     "attend",
     "attend_kivi",
     "attention_weights",
+    "cluster_sums",
     "column_sums",
     "compiled",
     "decode",
@@ -33,6 +35,7 @@ __all__ = [
     "group_weights",
     "insert",
     "merge",
+    "nearest",
     "page_bounds",
     "page_scores",
     "pq_scores",

@@ -1,6 +1,8 @@
-"""The best scores of each row, as many as the device says, by a search for the threshold bit by bit."""
+"""The best scores of each row, as many as the device says, by a search for the threshold among the scores' values."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,16 +16,31 @@ except ImportError:
     tl = None
 
 IN_REGISTERS = 16384
-"""Most scores of a row that one program holds in registers; longer rows are read again for every bit."""
+"""Most scores of a row that one program holds in registers; longer rows are read again for every count."""
 LONGEST = 2**21 - 1
 """Most scores of a row."""
 
 
 @jit
 def _ordered(x: tl.tensor) -> tl.tensor:
-    """Floats as unsigned integers of the same order."""
+    """Floats as integers of the same order."""
     bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.uint32, bitcast=True) ^ 0x80000000
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@jit
+def _value(key: tl.tensor) -> tl.tensor:
+    """The float of an integer of `_ordered`."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@jit
+def _part(source: tl.tensor, first: tl.tensor, chunk: int, n: int, BLOCK: tl.constexpr, CHUNKS: tl.constexpr) -> Any:
+    """A chunk of a row's scores: the `first` is at hand, the others are read again."""
+    if CHUNKS == 1:
+        return first
+    at = chunk * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(source + at, mask=at < n, other=float("-inf"))
 
 
 @jit
@@ -32,47 +49,70 @@ def _select(
     sb: int, sh: int, cb: int, ch: int, heads: int,
     BLOCK: tl.constexpr, CHUNKS: tl.constexpr, K: tl.constexpr, ALSO: tl.constexpr,
 ) -> None:  # fmt: skip
+    """`low` and `high` close in on the threshold: `over_low` scores, at least as many as wanted, are `low` or more,
+    `over_high`, fewer, are `high` or more."""
     row = tl.program_id(0)
     b, h = row // heads, row % heads
     source = scores + b.to(tl.int64) * sb + h.to(tl.int64) * sh
     place = tl.arange(0, BLOCK)
-    count = tl.minimum(tl.load(counts + b * cb + h * ch).to(tl.int32), k)
     first = tl.load(source + place, mask=place < n, other=float("-inf"))
-    there = tl.sum((first > float("-inf")).to(tl.int32), 0)
-    for chunk in range(1, CHUNKS):
-        at = chunk * BLOCK + place
-        x = tl.load(source + at, mask=at < n, other=float("-inf"))
-        there += tl.sum((x > float("-inf")).to(tl.int32), 0)
-    want = tl.maximum(tl.minimum(count, there), 0)
-    key = _ordered(first)
-    threshold = tl.zeros((), tl.uint32)
-    for step in range(32):
-        candidate = threshold | (tl.full((), 0x80000000, tl.uint32) >> step)
-        found = tl.sum((key >= candidate).to(tl.int32), 0)
-        for chunk in range(1, CHUNKS):
-            at = chunk * BLOCK + place
-            x = tl.load(source + at, mask=at < n, other=float("-inf"))
-            found += tl.sum((_ordered(x) >= candidate).to(tl.int32), 0)
-        threshold = tl.where(found >= want, candidate, threshold)
-    above = tl.sum((key > threshold).to(tl.int32), 0)
-    for chunk in range(1, CHUNKS):
-        at = chunk * BLOCK + place
-        x = tl.load(source + at, mask=at < n, other=float("-inf"))
+    over_low = tl.zeros((), tl.int32)
+    least, most = tl.full((), 0x7FFFFFFF, tl.int32), tl.full((), -0x80000000, tl.int32)
+    for chunk in range(CHUNKS):
+        x = _part(source, first, chunk, n, BLOCK, CHUNKS)
+        there = x > float("-inf")
+        over_low += tl.sum(there.to(tl.int32), 0)
+        least = tl.minimum(least, tl.min(tl.where(there, _ordered(x), 0x7FFFFFFF), 0))
+        most = tl.maximum(most, tl.max(tl.where(there, _ordered(x), -0x80000000), 0))
+    count = tl.minimum(tl.load(counts + b * cb + h * ch).to(tl.int32), k)
+    want = tl.maximum(tl.minimum(count, over_low), 0)
+    low, high = least.to(tl.int64), most.to(tl.int64) + 1
+    over_high = tl.zeros((), tl.int32)
+    step = tl.zeros((), tl.int32)
+    while (high - low > 1) & (over_low > want) & (want > 0):
+        step += 1
+        if step % 10 == 0:  # to the nearest scores there are, which ends it where many are equal
+            least, most = tl.full((), 0x7FFFFFFF, tl.int32), tl.full((), -0x80000000, tl.int32)
+            for chunk in range(CHUNKS):
+                key = _ordered(_part(source, first, chunk, n, BLOCK, CHUNKS))
+                least = tl.minimum(least, tl.min(tl.where(key >= low.to(tl.int32), key, 0x7FFFFFFF), 0))
+                most = tl.maximum(most, tl.max(tl.where(key <= (high - 1).to(tl.int32), key, -0x80000000), 0))
+            low, high = least.to(tl.int64), most.to(tl.int64) + 1
+        middle = low + (high - low) // 2
+        if step % 3 != 0:  # as if the logarithm of the count fell evenly with the score
+            a, z = _value(low.to(tl.int32)), _value((high - 1).to(tl.int32))
+            over = tl.log2(over_low.to(tl.float32))
+            under = tl.log2(tl.maximum(over_high.to(tl.float32), 0.5))
+            guess = a + (z - a) * ((over - tl.log2(want.to(tl.float32))) / (over - under))
+            middle = _ordered(guess).to(tl.int64)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        found = tl.zeros((), tl.int32)
+        for chunk in range(CHUNKS):
+            key = _ordered(_part(source, first, chunk, n, BLOCK, CHUNKS))
+            found += tl.sum((key >= middle.to(tl.int32)).to(tl.int32), 0)
+        enough = found >= want
+        low, over_low = tl.where(enough, middle, low), tl.where(enough, found, over_low)
+        high, over_high = tl.where(enough, high, middle), tl.where(enough, over_high, found)
+    threshold = low.to(tl.int32)
+    above = tl.zeros((), tl.int32)
+    for chunk in range(CHUNKS):
+        x = _part(source, first, chunk, n, BLOCK, CHUNKS)
         above += tl.sum((_ordered(x) > threshold).to(tl.int32), 0)
     ties_left = want - above
     written = tl.zeros((), tl.int32)
     for chunk in range(CHUNKS):
         at = chunk * BLOCK + place
-        x = tl.load(source + at, mask=at < n, other=float("-inf"))
+        x = _part(source, first, chunk, n, BLOCK, CHUNKS)
         own = _ordered(x)
-        tie = (own == threshold) & (at < n)
-        rank = tl.cumsum(tie.to(tl.int32), 0)
-        chosen = (x > float("-inf")) & ((own > threshold) | (tie & (rank <= ties_left))) & (want > 0)
+        chosen = (x > float("-inf")) & (own >= threshold) & (want > 0)
+        if over_low > want:  # of the scores that are equal to it, the first
+            tie = (own == threshold) & (at < n)
+            chosen = chosen & ((own > threshold) | (tl.cumsum(tie.to(tl.int32), 0) <= ties_left))
+            ties_left -= tl.sum(tie.to(tl.int32), 0)
         slot = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
         stored = tl.where(chosen, slot, k) < k
         tl.store(ids + row.to(tl.int64) * columns + slot, at.to(tl.int32), mask=stored)
         written += tl.sum(chosen.to(tl.int32), 0)
-        ties_left -= tl.sum(tie.to(tl.int32), 0)
     rest = tl.arange(0, K)
     free = tl.where(rest >= want, rest, k) < k
     tl.store(ids + row.to(tl.int64) * columns + rest, tl.full((K,), -1, tl.int32), mask=free)

@@ -30,7 +30,8 @@ class HeldStep(FixedStep):
 
     def reads(self, tokens: int) -> dict[str, int]:
         """All tokens held."""
-        return {"device": self.held.nbytes, "host": 0}
+        share = float(self.held.lengths.float().mean()) / self.held.keys.shape[2]
+        return {"device": round(self.held.nbytes * share), "host": 0}
 
     def changed(self) -> Sequence[Tensor]:
         """The lengths."""
@@ -50,7 +51,7 @@ class GrowingStep(HeldStep):
                     tokens[row, :, :-pad] = tokens[row, :, pad:].clone()
                 held.lengths[row] -= pad
         self._token_bytes = self.held.nbytes // self.held.keys.shape[2]
-        self._beyond = int(clock.positions.max()) - int(self.held.lengths.max())
+        self._evicted = float(clock.positions.float().mean() - self.held.lengths.float().mean())
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Append and attend."""
@@ -60,7 +61,7 @@ class GrowingStep(HeldStep):
 
     def reads(self, tokens: int) -> dict[str, int]:
         """The tokens held at that length."""
-        return {"device": self._token_bytes * (tokens - self._beyond), "host": 0}
+        return {"device": round(self._token_bytes * (tokens - self._evicted)), "host": 0}
 
 
 class RingStep(HeldStep):

@@ -1,4 +1,4 @@
-"""Run folders: the configuration that names them, examples appended as they finish, and the metrics made of them.
+"""Run folders: examples appended as they finish, beside the configuration that names the folder and its metrics.
 
 A folder holds `run.json`; `examples.jsonl`, all that the configuration determines: the same bytes however often the run
 was stopped and continued; and `timings.jsonl`, the measurements that differ from one execution to the next. A line in
@@ -8,104 +8,41 @@ was stopped and continued; and `timings.jsonl`, the measurements that differ fro
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
-import math
 import os
-import platform
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import filelock
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError, unwritable
-from kvbench.contract.reading import parse_json, plain, read_json, reading
-from kvbench.identity import Identity, differences
+from kvbench.contract.reading import plain, read_json, reading
+from kvbench.identity import differences
+from kvbench.runs.config import SCHEMA, RunConfig
 from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
 from kvbench.runs.stored import StoredRun
-from kvbench.runs.timing import step_metrics
-from kvbench.statistics import confidence_interval, mean_interval, percentiles
+from kvbench.runs.summary import over_budget_text, summarise
 
-SCHEMA = 2
-"""Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
+__all__ = [
+    "REPLACED",
+    "Run",
+    "RunConfig",
+    "find_runs",
+    "finished_rows",
+    "over_budget_text",
+    "read",
+    "read_rows",
+    "replace",
+    "summarise",
+]
+
+
 READABLE = (1, 2)
-
 REPLACED = ".replaced"
 """Folder, beside the runs, that holds those which --fresh replaced; nothing reads it."""
-
-PACKAGES = ("kvbench", "torch", "transformers", "faiss-cpu", "numba", "numpy", "pluggy", "pydantic", "scipy")
-
-
-LARGEST = 2**31 - 1
-"""Of the numbers that a run is asked for."""
-BEYOND = "tokens_beyond_budget"
-"""Name under which the density probe says how far a step went beyond what its budget and its policy allow."""
-
-LATER = ("dense_layers", "prompt_attention", "decoding")
-"""Fields of a configuration that earlier versions did not have, and whose defaults are what these did."""
-
-
-class RunConfig(BaseModel):
-    """Everything that a run's numbers depend on; its hash names the run's folder."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    model: str
-    model_fingerprint: str
-    device: str
-    dtype: str
-    policy: str
-    policy_options: dict[str, Any]
-    budget: Budget | None
-    task: str
-    task_options: dict[str, Any]
-    task_data: dict[str, str]
-    context_length: int = Field(ge=1, le=LARGEST)
-    examples: int = Field(ge=1, le=LARGEST)
-    seed: int = Field(ge=-LARGEST, le=LARGEST)
-    question: Literal["aware", "agnostic"]
-    prefill_chunk: int | None = Field(ge=1, le=LARGEST)
-    recall_k: int = Field(ge=1, le=LARGEST)
-    probe_examples: int = Field(ge=0, le=LARGEST)
-    probes: tuple[str, ...] = ()
-    """Probes beyond the standard ones."""
-    batch_size: int = Field(1, ge=1, le=LARGEST)
-    share_prefill: bool = False
-    dense_layers: int = Field(0, ge=0, le=LARGEST)
-    """First full-attention layers that keep everything and attend to it, whatever the policy; beyond the budget."""
-    prompt_attention: Literal["exact", "policy"] = "exact"
-    """Whose the prompt's attention is: the model's own, or the policy's (`attend_prompt`)."""
-    decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
-    plugins: dict[str, Identity] = Field(default_factory=dict)
-    """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
-
-    @model_validator(mode="after")
-    def _text_and_numbers(self) -> RunConfig:
-        # What `run.json` can hold and `read` takes: no halves of characters from names of files, no NaN in options.
-        parse_json(json.dumps(self.model_dump(mode="json"), allow_nan=False))
-        return self
-
-    @property
-    def hash(self) -> str:
-        """The first 12 hexadecimal digits of the SHA-256 of the configuration and the schema version.
-
-        Fields that came later count only where they differ from what earlier versions did.
-        """
-        left_out = {name for name in LATER if getattr(self, name) == RunConfig.model_fields[name].default}
-        fields = self.model_dump(mode="json", exclude=left_out)
-        canonical = json.dumps({"schema": SCHEMA, **fields}, sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
-
-    @property
-    def folder(self) -> str:
-        """Name of the run's folder."""
-        return f"{self.policy}-{self.task}-{self.context_length}-{self.hash}"
 
 
 class Run:
@@ -340,114 +277,6 @@ def _sync_folder(path: Path) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def environment(device: str, device_name: str, threads: int, memory_method: str) -> dict[str, Any]:
-    """What the numbers were measured on."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {package: version(package) for package in PACKAGES},
-        "device": device,
-        "device_name": device_name,
-        "threads": threads,
-        "peak_memory_method": memory_method,
-    }
-
-
-def processor() -> str:
-    """This machine's processor, by name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Metrics of a run from its examples; None where nothing was measured."""
-    scores = [row["score"] for row in rows]
-    low, high = confidence_interval(scores)
-    steps = [step for row in rows for step in row["step_s"]]
-    p50, p95 = percentiles(steps, 50, 95)
-    fresh = [row for row in rows if not row.get("reused_tokens")]
-    prefill, index = _mean([row["prefill_s"] for row in fresh]), _mean([row["index_s"] for row in fresh])
-    peaks = [row["peak_memory_bytes"] for row in rows if row["peak_memory_bytes"] is not None]
-    probed = [row["probes"] for row in rows if row.get("probes")]
-    names = sorted({name for probes in probed for name in probes})
-    measured = {name: _mean([p[name] for p in probed if p.get(name) is not None]) for name in names}
-    named = sorted({name for row in rows for name in row.get("scores", {})})
-    values = {name: [row["scores"][name] for row in rows if name in row.get("scores", {})] for name in named}
-    return {
-        **{name: _summary(found) for name, found in values.items()},
-        "accuracy": {"mean": _mean(scores), "ci95": [_number(low), _number(high)], "n": len(scores)},
-        "recall_at_k": measured.pop("recall_at_k", None),
-        "recovered_mass": measured.pop("recovered_mass", None),
-        "density": measured.pop("density", None),
-        "bytes": {tier: _mean([row["bytes"][tier] for row in rows]) for tier in ("resident", "offloaded", "index")},
-        "ttft_s": {
-            "prefill": prefill,
-            "index": index,
-            "total": None if prefill is None or index is None else prefill + index,
-        },
-        "tpot_s": {"p50": _number(p50), "p95": _number(p95)},
-        **step_metrics(rows),
-        "peak_memory_bytes": max(peaks, default=None),
-        "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
-        "generated_tokens": _mean([row["generated_tokens"] for row in rows]),
-        "probed_examples": len(probed),
-        "truncated_examples": sum("truncated_tokens" in row.get("info", {}) for row in rows),
-        "prefix_left_out_examples": sum("prefix_left_out" in row.get("info", {}) for row in rows),
-        "probe_overhead": _probe_overhead(rows),
-        "budget_tokens": _mean([row["budget_tokens"] for row in rows if row.get("budget_tokens")]),
-        "attended_bytes": _product(measured.get("attended_tokens"), _mean([row.get("token_bytes", 0) for row in rows])),
-        "over_budget": _over_budget(rows),
-        **measured,
-    }
-
-
-def _over_budget(rows: list[dict[str, Any]]) -> dict[str, float] | None:
-    """Tokens asked for and attended to at the step that went farthest beyond what was allowed; None where none did."""
-    probed = [row for row in rows if row.get("budget_tokens") and (row.get("probes") or {}).get(BEYOND)]
-    if not probed:
-        return None
-    worst = max(probed, key=lambda row: float(row["probes"][BEYOND]))
-    attended = worst["probes"]["most_attended_tokens"]
-    return {"asked": worst["budget_tokens"], "allowed": attended - worst["probes"][BEYOND], "attended": attended}
-
-
-def over_budget_text(metrics: dict[str, Any]) -> str:
-    """How a run went over its budget, in words; empty where it did not, or nobody measured it."""
-    over = metrics.get("over_budget")
-    return f"over budget: asked {over['asked']:.0f} tokens, attended {over['attended']:.0f}" if over else ""
-
-
-def _probe_overhead(rows: list[dict[str, Any]]) -> float | None:
-    """What the probes add to a decoding step, as a share of the undisturbed step of the same examples (medians)."""
-    both = [row for row in rows if row["step_s"] and row.get("probed_step_s")]
-    if not both:
-        return None
-    (plain,) = percentiles([step for row in both for step in row["step_s"]], 50)
-    (probed,) = percentiles([step for row in both for step in row["probed_step_s"]], 50)
-    return probed / plain - 1
-
-
-def _summary(values: list[float]) -> dict[str, Any]:
-    low, high = mean_interval(values)
-    return {"mean": _mean(values), "ci95": [_number(low), _number(high)], "n": len(values)}
-
-
-def _product(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else a * b
-
-
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError, sentence
 from kvbench.contract.reading import DEPTH, check_regular, plain, reading
 from kvbench.models import DEFAULT_MODEL
-from kvbench.runs.results import LARGEST
+from kvbench.runs.config import LARGEST
 
 MOST_NODES = 100_000
 """Values in a sweep's file, each counted as often as an alias names it."""

@@ -72,6 +72,21 @@ def timed(decoder: Any, steps: int) -> dict[str, float]:
     return {"p50_s": statistics.median(each), "p95_s": each[int(0.95 * len(each))], "wall_s": wall}
 
 
+def profiled(decoder: Any, steps: int = 5) -> list[dict[str, Any]]:
+    """The kernels of a step, most time first: milliseconds and launches a step."""
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            decoder.step()
+        torch.cuda.synchronize()
+    found = sorted(profile.key_averages(), key=lambda each: -each.self_device_time_total)
+    return [
+        {"name": each.key[:120], "ms": each.self_device_time_total / steps / 1e3, "launches": each.count / steps}
+        for each in found
+        if each.self_device_time_total
+    ]
+
+
 def eager(session: Session, model: Any, batch: int, steps: int) -> float:
     """The median step hook by hook, synchronised."""
     token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
@@ -107,12 +122,14 @@ def measure(model: Any, prompt: Prefill, name: str, budget: int, steps: int, arg
             row["eager_s"] = eager(session, model, batch, 12)
             session.resume(prompt)
         began = time.perf_counter()
-        decoder = session.fixed(torch.zeros(batch), steps + 8, graph=True, compiled=arguments.compile)
+        decoder = session.fixed(torch.zeros(batch), steps + 16, graph=True, compiled=arguments.compile)
         if isinstance(decoder, str):
             return {**row, "mode": "eager", "reason": decoder}
         row |= {"mode": decoder.mode, "capture_s": time.perf_counter() - began}
         row |= timed(decoder, steps) | {f"read_{tier}": size for tier, size in decoder.reads(tokens).items()}
         row |= {f"{tier}_bytes": size for tier, size in decoder.bytes().items()}
+        if arguments.profile:
+            row["kernels"] = profiled(decoder)
     return row
 
 
@@ -129,6 +146,7 @@ def main() -> None:
     parser.add_argument("--unequal", action="store_true", help="rows of a batch from half as long to as long")
     parser.add_argument("--compile", action="store_true", help="compile the model's own code, too")
     parser.add_argument("--eager", action="store_true", help="time the steps hook by hook, too")
+    parser.add_argument("--profile", action="store_true", help="the kernels of a step and their times, too")
     parser.add_argument("--commit", help="where there is no checkout")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -192,6 +210,8 @@ def show(row: dict[str, Any]) -> None:
     print(head + f"{ms['p50_s']:8.2f} {ms['p95_s']:7.2f} {ms['wall_s']:7.2f} {ms['floor_s']:6.2f} "
           f"{row['floor_ratio']:5.2f} {ms['eager_s']:7.1f} {row['construction_s']:8.2f} {row['capture_s']:7.1f} "
           f"{row['construction_peak_gib']:6.1f}", flush=True)  # fmt: skip
+    for kernel in row.get("kernels", [])[:8]:
+        print(f"    {kernel['ms']:8.3f} ms {kernel['launches']:6.0f} x {kernel['name'][:90]}", flush=True)
 
 
 def commit() -> str:

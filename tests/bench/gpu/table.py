@@ -56,7 +56,29 @@ def table(found: dict[str, Any], name: str) -> str:
             f"{row['construction_s']:.2f}", f"{row['construction_peak_gib']:.1f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, *(["", "Not measured:", "", *missing] if missing else [])])
+    lines += ["", "Not measured:", "", *missing] if missing else []
+    return "\n".join([*lines, *_profiles(found["rows"])])
+
+
+def _profiles(rows: list[dict[str, Any]], most: int = 6) -> list[str]:
+    """Where the time of a step goes, for the rows that were profiled."""
+    rows = [row for row in rows if row.get("kernels")]
+    if not rows:
+        return []
+    lines = ["", "Where a step's time goes, kernel by kernel:", ""]
+    lines += ["| context | batch | policy | kernels: milliseconds (launches) a step |", "|--:|--:|---|---|"]
+    for row in rows:
+        first, rest = row["kernels"][:most], row["kernels"][most:]
+        cells = [f"`{_kernel(each['name'])}` {each['ms']:.2f} ({each['launches']:.0f})" for each in first]
+        cells.append(f"others {sum(each['ms'] for each in rest):.2f} ({sum(each['launches'] for each in rest):.0f})")
+        lines.append(f"| {_length(row)} | {row['batch']} | `{row['policy']}` | {', '.join(cells)} |")
+    return lines
+
+
+def _kernel(name: str) -> str:
+    """A kernel's name without its return type and arguments."""
+    name = name.removeprefix("void ").split("<")[0].split("(")[0].strip()
+    return _one_line(name.rsplit("::", 1)[-1] or name)[:40]
 
 
 def _length(row: dict[str, Any]) -> str:

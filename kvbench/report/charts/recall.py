@@ -1,0 +1,187 @@
+"""Recall, recovered attention mass and scanned keys, over a run and by decoding step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvbench import figures
+from kvbench.report.charts.chart import (
+    NO_RECALL,
+    WIDTH,
+    Chart,
+    base_row,
+    commands_of,
+    commands_with,
+    legend,
+    missing_chart,
+    percent,
+    policy_styles,
+    portions,
+    setting_text,
+)
+from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting, labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import FigureBase
+
+
+MOST_STEPS = 200
+"""Decoding steps drawn one by one; more are averaged in as many windows."""
+_PROBED = {
+    "recall_at_k": ("recall@k", "o", 0), "recovered_mass": ("recovered attention mass", "^", 2),
+    "scanned_fraction": ("keys scanned", "s", 1),
+}  # fmt: skip
+
+
+def recall_charts(found: Collection) -> list[Chart]:
+    """The figures of recall, recovered mass and scanned keys."""
+    title = "Recall and scanned keys"
+    have = [run for run in found.runs if run.metrics["recall_at_k"] is not None]
+    lack = [run for run in found.runs if run not in have and run.policy != BASELINE]
+    if not have:
+        return [missing_chart("recall-scanned", title, found, NO_RECALL, lack, probes=())]  # fmt: skip
+    groups = found.settings(have)
+    result = []
+    for suffix, settings in portions(groups):
+        shown = {setting: groups[setting] for setting in settings}
+        rows, words = [], []
+        for setting, runs in shown.items():
+            names = labels(runs)
+            rows += [
+                {**base_row(run, names[id(run)]), "k": run.config["recall_k"],
+                 "probed_examples": run.metrics["probed_examples"], **{key: run.metrics.get(key) for key in _PROBED}}
+                for run in runs
+            ]  # fmt: skip
+            words.append(f"{setting_text(setting, found)}: " + "; ".join(
+                f"{names[id(run)]} recall {percent(run.metrics['recall_at_k'])}, recovered mass "
+                f"{percent(run.metrics['recovered_mass'])}, scanned {percent(run.metrics.get('scanned_fraction'))}"
+                for run in runs) + ".")  # fmt: skip
+        chart = Chart(
+            f"recall-scanned{suffix}", title,
+            "Recall@k against the exact top k by inner product, recovered attention mass, and the share of the keys "
+            "that finding them took; averages over decoding steps, layers and heads of the probed examples. Policies "
+            "that search nothing have no scanned share.",
+            rows, " ".join(words), commands=commands_of(run for part in shown.values() for run in part),
+            paint=partial(_paint_recall, groups=shown, found=found),
+            size=(WIDTH, 0.8 + sum(0.6 + 0.24 * len(runs) for runs in shown.values())),
+        )  # fmt: skip
+        if lack:
+            chart.missing = f"{len(lack)} of {len(found.runs)} runs measured no recall and are left out."
+            chart.remedy = commands_with(lack, ())
+        result.append(chart)
+    return result
+
+
+def _paint_recall(figure: FigureBase, groups: Mapping[Setting, list[ReportRun]], found: Collection) -> None:
+    grid = figure.subplots(
+        len(groups),
+        1,
+        squeeze=False,
+        sharex=True,
+        gridspec_kw={"height_ratios": [len(g) + 1.5 for g in groups.values()]},
+    )
+    for axis, (setting, runs) in zip(grid.flat, groups.items(), strict=True):
+        names = labels(runs)
+        for key, (label, marker, place) in _PROBED.items():
+            points: list[tuple[float, int]] = [
+                (run.metrics[key], y) for y, run in enumerate(runs) if run.metrics.get(key) is not None
+            ]
+            if points:
+                axis.plot(
+                    [100 * x for x, _ in points], [y for _, y in points], marker=marker, linestyle="none",
+                    color=figures.style(place).color, label=label, markersize=6,
+                    markerfacecolor="none" if key == "scanned_fraction" else None, markeredgewidth=1.4,
+                )  # fmt: skip
+        axis.set_yticks(range(len(runs)), [names[id(run)] for run in runs])
+        axis.set_ylim(len(runs) - 0.5, -0.5)
+        axis.set_xlim(-2, 102)
+        axis.set_title(setting_text(setting, found), loc="left")
+    grid.flat[-1].set_xlabel("% (of the top k, of the attention mass, of the keys)")
+    legend(figure, grid.flat)
+
+
+def step_charts(found: Collection) -> list[Chart]:
+    """The figures of recall over the decoding steps."""
+    title = "Recall over the decoding steps"
+    curves = {id(run): curve for run in found.runs if (curve := _curve(run))}
+    have = [run for run in found.runs if id(run) in curves]
+    lack = [run for run in found.runs if id(run) not in curves and run.policy != BASELINE]
+    if not have:
+        return [missing_chart("recall-steps", title, found, NO_RECALL, lack, probes=())]  # fmt: skip
+    groups = found.settings(have)
+    result = []
+    for suffix, settings in portions(groups):
+        shown = {setting: groups[setting] for setting in settings}
+        rows, words = [], []
+        for setting, runs in shown.items():
+            names = labels(runs)
+            for run in runs:
+                rows += [{**base_row(run, names[id(run)]), "step": step, "recall_at_k": value, "examples": count}
+                         for step, value, count in curves[id(run)]]  # fmt: skip
+            words.append(f"{setting_text(setting, found)}: " + "; ".join(
+                f"{names[id(run)]} {percent(curves[id(run)][0][1])} at the first step, "
+                f"{percent(curves[id(run)][-1][1])} at step {curves[id(run)][-1][0]}"
+                for run in runs) + ".")  # fmt: skip
+        chart = Chart(
+            f"recall-steps{suffix}", title,
+            "Recall@k at each decoding step, averaged over layers, heads and the probed examples that came so far."
+            + (f" Beyond {MOST_STEPS} steps, means of as many windows." if any(len(curves[id(run)]) > MOST_STEPS
+               for runs in shown.values() for run in runs) else ""),
+            rows, " ".join(words), commands=commands_of(run for part in shown.values() for run in part),
+            paint=partial(_paint_steps, groups=shown, curves=curves, found=found),
+            size=(WIDTH, 0.7 + 2.1 * len(settings)),
+        )  # fmt: skip
+        if lack:
+            chart.missing = f"{len(lack)} of {len(found.runs)} runs have no trace of recall and are left out."
+            chart.remedy = commands_with(lack, ())
+        result.append(chart)
+    return result
+
+
+def _curve(run: ReportRun) -> list[tuple[int, float, int]]:
+    """Step, recall and probed examples, over all steps that any probed example has."""
+    steps: dict[int, list[float]] = {}
+    for trace in run.traces:
+        column = trace.columns.get("recall_at_k")
+        if column is None:
+            continue
+        for position, values in zip(trace.positions, column, strict=True):
+            if np.isfinite(values).any():
+                steps.setdefault(int(position) - trace.prompt_tokens, []).append(float(np.nanmean(values)))
+    return [(step, fmean(values), len(values)) for step, values in sorted(steps.items())]
+
+
+def _paint_steps(
+    figure: FigureBase, groups: Mapping[Setting, list[ReportRun]], curves: Mapping[int, list[tuple[int, float, int]]],
+    found: Collection,
+) -> None:  # fmt: skip
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - slow
+
+    styles = policy_styles(found.runs)
+    grid = figure.subplots(len(groups), 1, squeeze=False)
+    for axis, (setting, runs) in zip(grid.flat, groups.items(), strict=True):
+        names = labels(runs)
+        several = len({run.policy for run in runs}) < len(runs)
+        for place, run in enumerate(runs):
+            points = np.array([(step, 100 * value) for step, value, _ in curves[id(run)]])
+            if len(points) > MOST_STEPS:
+                points = np.array([part.mean(0) for part in np.array_split(points, MOST_STEPS)])
+            look = figures.style(place) if several else styles[run.policy]
+            axis.plot(
+                points[:, 0], points[:, 1], color=look.color, linestyle=look.dashes, marker=look.marker, markersize=4,
+                markevery=max(1, len(points) // 12), label=names[id(run)],
+            )  # fmt: skip
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylim(-4, 104)
+        axis.set_ylabel("recall@k (%)")
+        axis.set_title(setting_text(setting, found), loc="left")
+        if several:
+            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    grid.flat[-1].set_xlabel("decoding step (tokens after the prompt)")
+    if not any(axis.get_legend() for axis in grid.flat):
+        legend(figure, grid.flat)

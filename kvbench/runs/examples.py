@@ -1,0 +1,224 @@
+"""Measures a task's examples: the answer undisturbed, its score, and the answer again with probes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from itertools import count, islice
+from typing import Any
+
+import torch
+
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.probe import Probe
+from kvbench.contract.task import Example, ForcedTask, Prompt, TokenExample
+from kvbench.engine.generation import Forced, Generation, exact_logits, force, generate_batch
+from kvbench.engine.governor import chosen_layers
+from kvbench.engine.prefill import PromptRecorder
+from kvbench.engine.prompt import Prefill
+from kvbench.engine.survey import token_bytes
+from kvbench.models import LoadedModel, check_context
+from kvbench.plugins import registry
+from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
+from kvbench.runs.memory import PeakMemory, release
+from kvbench.runs.planning import AnyTask
+from kvbench.runs.results import Run, RunConfig
+from kvbench.runs.sharing import SharedPrompt, is_probed, probe_passes, prompt_of, prompt_tokens, session_of
+from kvbench.runs.timing import can_be_fixed, step_row
+from kvbench.runs.traces import write_trace
+from kvbench.tasks.prompts import prompt_length
+
+EXACT_BYTES = 2**30
+"""Most memory for the exact logits of earlier examples."""
+_PREFIX_LEFT_OUT = {"prefix_left_out": "the chat template opens a thinking block"}
+"""In an example's `info` where that is so."""
+AnyExample = Example | TokenExample
+
+
+def extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], prompt: SharedPrompt | None) -> None:
+    """Add a batch's examples to a run; those that a stopped run had finished keep what they have."""
+    config, there = run.config, {row["id"] for row in run.rows}
+    single = not registry().find("policy", config.policy).batched
+    for part in [[example] for example in batch] if single else [batch]:
+        if all(example.id in there for example in part):
+            continue
+        shared = prompt if len(part) == len(batch) else None
+        for example, row, answer in _measure(config, loaded, task, part, shared):
+            if example.id in there:
+                continue
+            if is_probed(run):
+                row |= _probe(run, loaded, task, example, answer, shared)  # noqa: PLW2901
+            run.append(row)
+
+
+def batches(examples: Iterator[AnyExample], config: RunConfig, loaded: LoadedModel) -> Iterator[list[AnyExample]]:
+    """The examples to generate together: probed ones alone, the others by length."""
+    for example in islice(examples, config.probe_examples if config.batch_size > 1 else config.examples):
+        yield [example]
+    rest = sorted(examples, key=lambda example: _length(loaded, example))
+    for first in range(0, len(rest), config.batch_size):
+        yield rest[first : first + config.batch_size]
+
+
+def examples_of(task: AnyTask, config: RunConfig, loaded: LoadedModel) -> Iterator[AnyExample]:
+    """The examples of a run, as its task makes them."""
+    yield from task.examples(
+        loaded.tokenizer, context_length=config.context_length, count=config.examples, seed=config.seed
+    )
+
+
+def _length(loaded: LoadedModel, example: AnyExample) -> int:
+    """Tokens of a prompt."""
+    return example.prompt_tokens if isinstance(example, TokenExample) else prompt_length(loaded.tokenizer, example)
+
+
+def _longest(example: AnyExample, prompt: Prompt) -> int:
+    """Tokens of a prompt and its longest answer."""
+    if isinstance(example, TokenExample):
+        return len(example.input_ids)
+    return len(prompt.input_ids) + example.max_new_tokens
+
+
+def _scored(
+    config: RunConfig, loaded: LoadedModel, task: AnyTask, example: AnyExample, prediction: str, result: Generation
+) -> dict[str, Any]:
+    """An example's score and references, and what a task of given tokens measured besides."""
+    if isinstance(example, Example):
+        assert not isinstance(task, ForcedTask)
+        with task_errors(task, f"the score of example {example.id}"):
+            score = task.score(prediction, example)
+        return {"score": checked_score(task, example.id, score), "references": list(example.references)}
+    assert isinstance(task, ForcedTask) and isinstance(result, Forced)
+    targets = list(example.input_ids[example.prompt_tokens + 1 :])
+    exact = _exact(config, loaded, example)
+    with task_errors(task, f"the score of example {example.id}"):
+        scores = task.score(result.logits, exact, torch.tensor(targets, device=result.logits.device))
+        values = {name: checked_score(task, example.id, value, name) for name, value in scores.values.items()}
+        main = values[task.main]
+    return {
+        "score": main,
+        "scores": values,
+        "positions": scores.positions,
+        "references": [loaded.tokenizer.decode(targets, skip_special_tokens=True)],
+    }
+
+
+_EXACT: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
+"""Exact logits of the latest examples, which all policies of a run are compared with."""
+
+
+def _exact(config: RunConfig, loaded: LoadedModel, example: TokenExample) -> torch.Tensor:
+    prompt, chunk = example.prompt_tokens, config.prefill_chunk
+    key = (loaded.fingerprint, config.dtype, config.device, chunk, prompt, example.input_ids)
+    if key not in _EXACT:
+        _EXACT[key] = exact_logits(loaded.model, example.input_ids, prompt_tokens=prompt, prefill_chunk=chunk)
+        while len(_EXACT) > 1 and sum(logits.nbytes for logits in _EXACT.values()) > EXACT_BYTES:
+            _EXACT.popitem(last=False)
+    return _EXACT[key]
+
+
+def _measure(
+    config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], shared: SharedPrompt | None
+) -> Iterator[tuple[AnyExample, dict[str, Any], list[int]]]:
+    """Generate a batch's answers, or predict given tokens, undisturbed; each example's row, and the answer's tokens."""
+    prompts = [prompt_of(loaded, example) for example in batch]
+    for example, prompt in zip(batch, prompts, strict=True):
+        check_context(loaded, _longest(example, prompt))
+    policy = registry().make("policy", config.policy, config.policy_options)
+    layers = chosen_layers(loaded.model, policy, config.dense_layers) if policy.cached else []
+    governed = token_bytes(loaded.model, layers)
+    prefilled = recorder = None
+    if shared is not None and shared.is_own(config):
+        recorder = shared.recorder(config)
+    elif shared is not None:
+        prefilled = shared.prefill()
+    release()
+    with PeakMemory(loaded.device) as peak:
+        results = _generate(config, loaded, batch, [], shared, prefilled, recorder)
+    if shared is not None and recorder is not None:
+        shared.take(recorder)
+    for example, prompt, result in zip(batch, prompts, results, strict=True):
+        prediction = loaded.tokenizer.decode(result.tokens, skip_special_tokens=True)
+        row: dict[str, Any] = {
+            "id": example.id,
+            **_scored(config, loaded, task, example, prediction, result),
+            "prediction": prediction,
+            "prompt_tokens": len(prompt.input_ids),
+            "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), governed),
+            "token_bytes": token_bytes(loaded.model),
+            "generated_tokens": len(result.tokens),
+            "prefill_s": result.prefill_s,
+            "index_s": result.index_s,
+            **step_row(result, loaded.device),
+            "bytes": result.bytes,
+            "peak_memory_bytes": peak.bytes if prefilled is None else None,
+            "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
+        }
+        if prefilled is not None:
+            row["reused_tokens"] = prefilled.reused
+        yield example, row, result.tokens
+
+
+def _probe(
+    run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int], shared: SharedPrompt | None
+) -> dict[str, Any]:
+    """Generate an example once more with probes, and once more for each that needs a generation of its own."""
+    # Probes wrap hooks, and what a captured step answers may differ from them by rounding.
+    config, prompt = run.config.model_copy(update={"decoding": "eager"}), prompt_of(loaded, example)
+    passes = probe_passes(config)
+    probes = [probe for group in passes for probe in group]
+    step_s: list[float] = []
+    for group in passes:
+        prefilled = None if shared is None else shared.probed(config)
+        (again,) = _generate(config, loaded, [example], group, shared, prefilled)
+        if again.tokens != answer and can_be_fixed(loaded.device, run.config.decoding):
+            (undisturbed,) = _generate(config, loaded, [example], [], shared, prefilled)
+            answer = undisturbed.tokens
+        if again.tokens != answer:
+            raise KVBenchError(
+                f"Policy '{config.policy}' answered example {example.id} differently when it was measured by probes: "
+                "its results cannot be trusted. A policy must keep its state on the layer and be deterministic."
+            )
+        step_s = step_s or again.step_s
+    measured: dict[str, Any] = {
+        "probes": probed_values(probes, reserved=getattr(task, "metrics", ())),
+        "probed_step_s": step_s,
+    }
+    trace = probed_trace(probes)
+    if trace:
+        taken = {row.get("trace") for row in run.rows}
+        name = next(name for name in (f"traces/{number:06d}.safetensors" for number in count()) if name not in taken)
+        write_trace(run.path / name, trace, example=example.id, prompt_tokens=len(prompt.input_ids))
+        measured["trace"] = name
+    return measured
+
+
+def _generate(
+    config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe], shared: SharedPrompt | None,
+    prefilled: Prefill | None = None, recorder: PromptRecorder | None = None,
+) -> list[Generation]:  # fmt: skip
+    prompts = [prompt_of(loaded, example) for example in batch]
+    session = session_of(config, loaded, probes if recorder is None else [*probes, recorder])
+    torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
+    with session:
+        if isinstance(batch[0], TokenExample):
+            given = batch[0]
+            prompt_tokens, chunk = len(prompts[0].input_ids), config.prefill_chunk
+            return [force(session, given.input_ids, prompt_tokens=prompt_tokens, prefill_chunk=chunk)]
+        return generate_batch(
+            session, [prompt.input_ids for prompt in prompts],
+            prompt_tokens=None if config.question == "aware" else prompts[0].context_tokens,
+            max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
+            stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
+            border=None if shared is None else shared.border, recorder=recorder,
+            decoding=config.decoding,
+        )  # fmt: skip
+
+
+def stop_tokens(loaded: LoadedModel) -> set[int]:
+    """Token ids that end an answer."""
+    ends = loaded.model.generation_config.eos_token_id
+    found = {ends} if isinstance(ends, int) else set(ends or ())
+    if loaded.tokenizer.eos_token_id is not None:
+        found.add(int(loaded.tokenizer.eos_token_id))
+    return found

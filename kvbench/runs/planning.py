@@ -1,0 +1,146 @@
+"""Plans a run: what is asked for, checked before anything runs and completed to a configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvbench.contract.budget import Budget
+from kvbench.contract.errors import KVBenchError
+from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.reading import validating
+from kvbench.contract.task import ForcedTask, Task
+from kvbench.engine.generation import Decoding
+from kvbench.engine.governor import check_head_budgets, chosen_layers
+from kvbench.engine.survey import token_bytes
+from kvbench.engine.validation import check_hooks
+from kvbench.identity import Identity
+from kvbench.models import LoadedModel, check_context
+from kvbench.plugins import registry
+from kvbench.runs.results import RunConfig
+from kvbench.runs.sharing import STANDARD_PROBES
+from kvbench.runs.timing import check_decoding
+
+AnyTask = Task | ForcedTask
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to run: everything of a run's configuration that does not follow from the model and the plugins."""
+
+    policy: str
+    policy_options: dict[str, Any]
+    budget: Budget | None
+    task: str
+    task_options: dict[str, Any]
+    context_length: int
+    examples: int
+    seed: int
+    question: Literal["aware", "agnostic"] = "aware"
+    prefill_chunk: int | None = None
+    recall_k: int = 100
+    probe_examples: int = 1
+    probes: tuple[str, ...] = ()
+    batch_size: int = 1
+    dense_layers: int = 0
+    share_prefill: bool | None = None
+    """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
+    decoding: Decoding = "auto"
+
+
+@validating(lambda reason: f"There is no such run ({reason}): change that value.")
+def plan(request: Request, loaded: LoadedModel) -> RunConfig:
+    """Validate a request before anything runs, and complete it to a run's configuration."""
+    found = registry()
+    policy = found.find("policy", request.policy)
+    for plugin in (policy, *(found.find("probe", name) for name in request.probes)):
+        check_hooks(plugin)
+    options = found.options("policy", request.policy, request.policy_options)
+    task_options = found.options("task", request.task, request.task_options)
+    budget = request.budget if policy.takes_budget else None
+    task: AnyTask = found.find("task", request.task)(task_options)
+    forced = isinstance(task, ForcedTask)
+    if forced and (request.batch_size > 1 or request.share_prefill):
+        raise KVBenchError(
+            f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
+            "and prompts unshared."
+        )
+    wanted = request.batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
+    own_prompt = hasattr(policy, "attend_prompt")
+    share_prefill = wanted and policy.cached and not own_prompt
+    if budget is not None:
+        allocator = found.make("budget", budget.allocator, budget.options)
+        check_head_budgets(policy, allocator)
+        share_prefill = share_prefill and not allocator.reads_hidden
+        budget = budget.model_copy(update={"options": allocator.options.model_dump(mode="json")})
+    own = policy(options)
+    dense_layers = 0 if policy.exact or not policy.cached else request.dense_layers
+    layers = chosen_layers(loaded.model, own, dense_layers) if policy.cached else []
+    if budget is not None:
+        size = budget.size(request.context_length, token_bytes(loaded.model, layers))
+        _check_size(own, request.context_length, size)
+    check_context(loaded, request.context_length)
+    if request.batch_size > 1 and request.question == "agnostic":
+        raise KVBenchError(
+            f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
+            "aware, or --batch-size 1."
+        )
+    check_decoding(request.decoding, loaded.device, policy, forced=forced)
+    return RunConfig(
+        model=loaded.name, model_fingerprint=loaded.fingerprint, device=loaded.device.type,
+        dtype=str(loaded.dtype).removeprefix("torch."), policy=request.policy,
+        policy_options=options.model_dump(mode="json"), budget=budget, task=request.task,
+        task_options=task_options.model_dump(mode="json"), task_data=task.data(),
+        context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
+        prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
+        probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
+        batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+        prompt_attention="policy" if own_prompt else "exact", decoding=request.decoding,
+        plugins=_plugins(request, budget),
+    )  # fmt: skip
+
+
+def _check_size(policy: KVCachePolicy, context: int, size: int) -> None:
+    """Refuse a budget of `size` tokens that no prompt's static set fits into; prompts fill most of the context."""
+    least = min(sum(policy.static_tokens(length)) for length in (context, context // 2))
+    if size < least:
+        raise KVBenchError(
+            f"The budget of {size} tokens per layer is smaller than the policy's static set of {least} tokens: raise "
+            "--tokens or --ratio, or lower the sinks and window options."
+        )
+
+
+def _plugins(request: Request, budget: Budget | None) -> dict[str, Identity]:
+    """The code that a run's numbers depend on."""
+    found = registry()
+    named = {"policy": ("policy", request.policy), "task": ("task", request.task)}
+    if budget is not None:
+        named["budget"] = ("budget", budget.allocator)
+    if request.probe_examples:
+        named |= {f"probe {name}": ("probe", name) for name in (*STANDARD_PROBES, *_extra_probes(request))}
+    return {role: found.identity(*chosen) for role, chosen in sorted(named.items())}
+
+
+def check_plugins(config: RunConfig) -> None:
+    """Refuse to run a configuration that was planned with other code, on another machine or earlier."""
+    names = {"policy": config.policy, "task": config.task}
+    if config.budget is not None:
+        names["budget"] = config.budget.allocator
+    for role, planned in config.plugins.items():
+        kind, _, probe = role.partition(" ")
+        here = registry().identity(kind, probe or names[kind])
+        if here != planned:
+            raise KVBenchError(
+                f"{role.capitalize()} {probe or names[kind]} is {here} here and was {planned} when this run was "
+                "planned: install the same version wherever it runs, and plan it again."
+            )
+
+
+def _extra_probes(request: Request) -> tuple[str, ...]:
+    """The probes asked for beyond the standard ones, checked to exist and to have examples to run on."""
+    names = tuple(sorted({name for name in request.probes if name not in STANDARD_PROBES}))
+    for name in names:
+        registry().find("probe", name)
+    if request.probes and not request.probe_examples:
+        raise KVBenchError(f"Probe '{request.probes[0]}' has nothing to measure: give --probe-examples 1 or more.")
+    return names
