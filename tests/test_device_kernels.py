@@ -103,3 +103,33 @@ def test_rebuild_says_what_it_takes():
     out = torch.zeros(1, 1, 8, 4)
     with pytest.raises(KVBenchError, match="rebuilt keys"):
         kernels.rebuild(torch.zeros(1, 1, 2, dtype=torch.int32), held, out, out[..., :2], out)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1300])
+def test_take_clusters(count):
+    batch, groups, most, most_next = 3, 2, 40, 9
+    sizes = torch.randint(0, 6, (batch, groups, count), dtype=torch.int32)
+    order = torch.stack([torch.randperm(count) for _ in range(batch * groups)]).view(batch, groups, count)
+    starts = (sizes.cumsum(-1) - sizes).int()
+    members = torch.stack([torch.randperm(6 * count) for _ in range(batch * groups)]).view(batch, groups, -1).int()
+    left = torch.randint(0, most, (batch, groups), dtype=torch.int32)
+    left[1] = 0
+    zone, number = torch.tensor([6, 6, 2], dtype=torch.int32), torch.full((batch,), count, dtype=torch.int32)
+    given = [part.to(DEVICE) for part in (order, sizes, starts, members, left, zone, number)]
+    tokens, following, masses = (part.cpu() for part in kernels.take_clusters(*given, most, most_next))
+    for b, g in itertools.product(range(batch), range(groups)):
+        chosen, expected = order[b, g].tolist(), []
+        while chosen and len(expected) + int(sizes[b, g, chosen[0]]) <= int(left[b, g]):
+            i = chosen.pop(0)
+            expected += members[b, g, starts[b, g, i] : starts[b, g, i] + sizes[b, g, i]].tolist()
+        assert tokens[b, g].tolist() == expected + [-1] * (most - len(expected))
+        near = chosen[: int(zone[b])] if int(left[b].max()) else []
+        assert following[b, g].tolist() == near + [-1] * (most_next - len(near))
+        for i, mass in zip(near, masses[b, g].tolist(), strict=False):
+            assert mass == pytest.approx(float(sizes[b, g, i].float().log()))
+
+
+def test_take_clusters_says_what_it_takes():
+    six = torch.ones(1, 1, 6, dtype=torch.int32)
+    with pytest.raises(KVBenchError, match="the zone"):
+        kernels.take_clusters(six.long(), six, six, six, six[..., 0], six[0], six[0, 0, :1], 4, 4)

@@ -18,6 +18,7 @@ from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
+from kvbench.kernels.take import take_clusters
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "scores",
     "select_top",
     "settle_kivi",
+    "take_clusters",
     "update_bounds",
     "using",
 ]
