@@ -9,7 +9,7 @@ from kernel_references import DEVICE, randn
 from kvbench import kernels
 from kvbench.contract.errors import KVBenchError
 from kvbench.kernels import support
-from kvbench.strategies.compressing import kivi
+from kvbench.strategies.compressing import kivi_storage as kivi
 
 
 @pytest.fixture(params=["torch", "triton"], autouse=True)
@@ -52,7 +52,7 @@ def test_settle_kivi_quantises_as_the_policy_does(dim, bits, group, residual, dt
         kernels.settle_kivi(store, keys[rows][:, :, None], values[rows][:, :, None], place, residual)
     options = SimpleNamespace(bits=bits, group=group, residual=residual)
     for row, length in enumerate((tokens, tokens - behind)):
-        known = kivi._KIVIBuffer(options, keys[row : row + 1, :, :1], values[row : row + 1, :, :1])
+        known = kivi.KIVIBuffer(options, keys[row : row + 1, :, :1], values[row : row + 1, :, :1])
         for at in range(1, length):
             known.append(keys[row : row + 1, :, at : at + 1], values[row : row + 1, :, at : at + 1])
         assert int(store.lengths[row]) == length

@@ -493,7 +493,7 @@ def test_kivi_holds_what_other_policies_select_and_everything_selected_is_kivi_i
     with kvbench.attach(model, policy=f"{policy}+kivi", budget=24, options=given) as session:
         (made,) = generate_batch(session, [ids[0].tolist()], max_new_tokens=[20])
         stores = session.cache.stores()
-        assert {type(store.aside).__name__ for store in stores} == {"_KIVIBuffer"}
+        assert {type(store.aside).__name__ for store in stores} == {"KIVIBuffer"}
         tier = "offloaded" if plain["offloaded"] else "resident"
         assert made.bytes[tier] < 0.7 * plain[tier]
         assert made.bytes["index"] == plain["index"] or policy == "retrieval"
@@ -511,7 +511,7 @@ def test_compositions_from_the_command_line(python, model, tmp_path):
     assert ours["metrics"]["bytes"]["index"] == plain["metrics"]["bytes"]["index"]
     assert ours["status"] == "complete"
     for policy, options, told in (
-        ("snapkv+kivi", [], "'snapkv' selects nothing from tokens that 'kivi' could hold"),
+        ("full+kivi", [], "'full' neither selects nor evicts tokens that 'kivi' could hold"),
         ("quest+snapkv", [], "'snapkv' has no storage for other policies' tokens"),
         ("quest+kivi+kivi", [], "has 3 parts: one that selects and one that holds"),
         ("quest+nothing", [], "Unknown policy 'nothing'"),
@@ -526,3 +526,16 @@ def test_an_option_of_both_parts_must_say_whose_it_is():
         both.Options(page_size=4)
     made = both.Options(**{"quest.page_size": 4, "halves_of_pages.page_size": 2})
     assert (made.quest.page_size, made.halves_of_pages.page_size) == (4, 2)
+
+
+def test_the_static_set_in_other_storage_from_the_command_line(python, model, tmp_path):
+    done, _ = run(
+        python, model, tmp_path, "--policy", "recent_halves,streaming_llm,snapkv+kivi,snapkv+halves,snapkv", "--tokens",
+        200, "-o", "sinks=4", "-o", "residual=32",
+    )  # fmt: skip
+    held = {name: one["metrics"]["bytes"]["resident"] for name, one in done.items()}
+    assert held["recent_halves"] < 0.65 * held["streaming_llm"]
+    assert held["snapkv+halves"] < 0.65 * held["snapkv"]
+    assert held["snapkv+kivi"] < 0.65 * held["snapkv"]
+    assert {one["status"] for one in done.values()} == {"complete"}
+    assert done["snapkv+kivi"]["metrics"]["density"] == done["snapkv"]["metrics"]["density"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvbench.contract.attention import Attention, scores, softmax_parts
+from kvbench.contract.attention import Attention, Summed, scores, softmax_parts
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
 from kvbench.contract.storage import Storage
@@ -68,7 +68,7 @@ def _attend(
     layer: Layer, queries: Tensor, selection: Selection, positions: Tensor | None, with_weights: bool
 ) -> Attention:
     """Attend for queries [B, H, 1, d], or [B, H · m, 1, d] of m tokens at `positions` [m] that see none later."""
-    parts: list[tuple[Tensor, Tensor | Storage]]
+    parts: list[tuple[Tensor, Tensor | Summed]]
     if layer.apart and positions is None and not with_weights:
         parts = [_as_one_row(layer.static_attention or attend_static(layer, queries), queries.device)]
     else:
@@ -90,17 +90,17 @@ def attend_static(layer: Layer, queries: Tensor) -> Attention:
     return softmax_parts(_static(layer, queries, None))
 
 
-def _static(layer: Layer, queries: Tensor, positions: Tensor | None) -> list[tuple[Tensor, Tensor | Storage]]:
+def _static(layer: Layer, queries: Tensor, positions: Tensor | None) -> list[tuple[Tensor, Tensor | Summed]]:
     """Logits and values of the static set."""
-    parts: list[tuple[Tensor, Tensor | Storage]] = []
+    parts: list[tuple[Tensor, Tensor | Summed]] = []
     slot = 0
-    for keys, values, mask in layer.store.static_parts():
-        logits = layer.capped(scores(queries, keys, layer.scaling))
+    for found, values, mask in layer.store.attended(queries, layer.scaling):
+        logits = layer.capped(found)
         if mask is not None:
             logits = logits.masked_fill_(_per_head(~mask, queries.shape[1]), -torch.inf)
         if positions is not None:
-            logits = _causal(logits, layer.store.static_ids[..., slot : slot + keys.shape[2]], positions)
-            slot += keys.shape[2]
+            logits = _causal(logits, layer.store.static_ids[..., slot : slot + logits.shape[2]], positions)
+            slot += logits.shape[2]
         parts.append((logits, values))
     return parts
 

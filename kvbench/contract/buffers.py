@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvbench.contract.attention import scores, weighted_sum
+from kvbench.contract.attention import Summed, scores, weighted_sum
 from kvbench.contract.host import host_empty
 
 
@@ -80,6 +80,10 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Makes keys and values [B, H, t, d] of what is held of tokens, two [B, G, t, r], such as their latents."""
 
 
+PartLogits = tuple[Tensor, Tensor | Summed, Tensor | None]
+"""Tokens as a step's queries meet them: logits, float32 [B, H, t], values, and a mask [B, G, t] or None."""
+
+
 class TokenBuffer(Storage):
     """Keys and values of a growing number of tokens, [B, G, t, d], in memory that grows by a sixteenth at a time."""
 
@@ -135,7 +139,13 @@ class TokenBuffer(Storage):
         shape = (*old.shape[:2], capacity, old.shape[3])
         new = host_empty(shape, old.dtype, torch.device("cuda")) if old.is_pinned() else old.new_empty(shape)
         new[:, :, : self.length] = old[:, :, : self.length]
+        new[:, :, self.length :] = 0  # steps of fixed shapes multiply it by weights of 0, and 0 · NaN is NaN
         return new
+
+    def attended(self, queries: Tensor, scaling: float) -> PartLogits:
+        """Scaled inner products of `queries` [B, H, 1, d] with all keys, and the values."""
+        keys, values = self.decoded()
+        return scores(queries, keys, scaling), values, None
 
     def take(self, spare: int) -> tuple[Tensor, Tensor]:
         """Hand over the memory, keys and values [B, G, c, d] with room for `spare` tokens more, and hold nothing."""
@@ -149,6 +159,11 @@ class TokenBuffer(Storage):
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Copy the tokens in `slots` [B, H or G, k] (for `heads` H or G heads) as two tensors [B, H or G, k, d]."""
         return pick(self._keys, slots, heads), pick(self._values, slots, heads)
+
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, two [B, G, d], of each head's last token."""
+        keys, values = self.decoded()
+        return keys[:, :, -1], values[:, :, -1]
 
     def fill_from_end(self, slots: Tensor) -> None:
         """Overwrite, for each row and head, the token in `slots` [B, G] by the last one, and forget the last slot."""
@@ -166,16 +181,26 @@ class TokenBuffer(Storage):
 
 
 class RaggedBuffer:
-    """Keys and values of a fixed set of tokens that has a different size for each row and head, without padding."""
+    """Keys and values of a set of tokens that has a different size for each row and head, without padding."""
+
+    lengths: Tensor
+    """Tokens of each row and head, int64 [B, G]."""
+    mask: Tensor
+    """The slots that hold a token, bool [B, G, t]."""
 
     def __init__(self, keys: Tensor, values: Tensor, kept: Tensor) -> None:
         """Copy the tokens that `kept`, bool [B, G, n], marks out of `keys` and `values` [B, G, n, d]."""
         self.keys, self.values = keys[kept], values[kept]
-        self.lengths = kept.sum(-1)
-        rank = torch.arange(int(self.lengths.max()), device=kept.device)
+        self._count(kept)
         first = (self.lengths.reshape(-1).cumsum(0) - self.lengths.reshape(-1)).view(self.lengths.shape)
-        self.mask = rank < self.lengths[..., None]
+        rank = torch.arange(self.mask.shape[-1], device=kept.device)
         self._slots = torch.where(self.mask, first[..., None] + rank, 0)
+
+    def _count(self, kept: Tensor) -> None:
+        self.lengths = kept.sum(-1)
+        self.sizes: list[int] = self.lengths.flatten().tolist()
+        """The lengths of all rows and heads, one after the other."""
+        self.mask = torch.arange(max(self.sizes), device=kept.device) < self.lengths[..., None]
 
     def replace(self, slots: Tensor, where: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put `keys` and `values` [B, G, d] into `slots` [B, G] of the rows and heads that `where` [B, G] marks."""
@@ -188,5 +213,21 @@ class RaggedBuffer:
         return sum(t.untyped_storage().nbytes() for t in (self.keys, self.values, self.mask, self._slots))
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, G, t, d] padded to the longest head for one step, and their mask [B, G, t]."""
+        """Copies of keys and values [B, G, t, d] padded to the longest head, and their mask [B, G, t]."""
         return self.keys[self._slots], self.values[self._slots], self.mask
+
+    def attended(self, queries: Tensor, scaling: float) -> PartLogits:
+        """Scaled inner products of `queries` [B, H, 1, d] with all keys, the values and the mask; nothing is copied."""
+        grouped = queries.reshape(len(self.sizes), -1, queries.shape[-1])
+        logits = queries.new_zeros(len(self.sizes), grouped.shape[1], self.mask.shape[-1], dtype=torch.float32)
+        for head, keys in enumerate(torch.split(self.keys, self.sizes)):
+            logits[head, :, : len(keys)] = grouped[head] @ keys.T
+        return logits.mul_(scaling).view(*queries.shape[:2], -1), self, self.mask
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """Sum, float32 [B, H, 1, d], of all values with `weights` [B, H, t]."""
+        grouped = weights.reshape(len(self.sizes), -1, weights.shape[-1]).to(self.values.dtype)
+        found = [
+            grouped[head, :, : len(values)] @ values for head, values in enumerate(torch.split(self.values, self.sizes))
+        ]
+        return torch.stack(found).view(*weights.shape[:2], 1, -1).float()

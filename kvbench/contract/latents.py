@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvbench.contract.attention import scores
+from kvbench.contract.buffers import Expand, PartLogits, RaggedBuffer, StorageFactory, TokenBuffer
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.storage import Expand, KVStore, RaggedBuffer, TokenBuffer
+from kvbench.contract.storage import KVStore
 
 _SHARED = (
     "The heads of this model share a token's memory, so no policy can evict while decoding where heads keep different "
@@ -138,6 +140,13 @@ class LatentStore(KVStore):
         """Keys and values, two [B, H, t, d], of latents."""
         return self._expand(keys, values)
 
+    def hold_static(self, storage: StorageFactory) -> None:
+        """Refuse: latents are small already, and codes of the keys and values made of them would be larger."""
+        raise KVBenchError(
+            "This model's cache holds latents, which are smaller than the codes of their keys and values: choose the "
+            "policy that keeps tokens alone, without another one's storage."
+        )
+
     def _buffer(self, keys: Tensor, values: Tensor) -> LatentBuffer:
         return LatentBuffer(keys, values, self._expand)
 
@@ -176,6 +185,11 @@ class RaggedLatents(RaggedBuffer):
         self.ids = torch.where(self.mask, places, -1)
         """The slots, among the n, of the tokens of each head [B, H, u], −1 where it has none."""
         self.lengths = kept.sum(-1)
+
+    def attended(self, queries: Tensor, scaling: float) -> PartLogits:
+        """Scaled inner products with the keys of all tokens that any head keeps, their values and what a head keeps."""
+        keys, values, mask = self.padded()
+        return scores(queries, keys, scaling), values, mask
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [B, H, u, d] of the tokens that any head keeps, and what each head keeps [B, H, u]."""

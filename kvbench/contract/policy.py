@@ -127,9 +127,9 @@ class KVCachePolicy(Pluggable):
         return True
 
     def storage(self, layer: Layer) -> StorageFactory:
-        """Give what holds set-aside tokens in this policy's format, for other policies' selections (`quest+this`).
+        """Give what holds tokens in this policy's format, for what other policies select from or keep.
 
-        Only policies that define it can be the second part of a composition.
+        Only policies that define it can be the second part of a composition (`quest+this`, `snapkv+this`).
         """
         raise NotImplementedError
 
@@ -153,13 +153,27 @@ class KVCachePolicy(Pluggable):
         """
         return None
 
-    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
-        """Give one layer's decoding steps in fixed shapes, for a CUDA graph, or None where it has none.
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
+        """Give one layer's decoding steps in fixed shapes, for a CUDA graph, or why it has none (None: nothing to say).
 
         It takes over what the policy made of the prompt: `parts`, groups of rows, whose stores are not used any more. A
         policy that defines neither `insert`, `select` nor `attend` and sets nothing aside need not define it.
         """
         return None
+
+    def held_step(self, parts: Sequence[Part], clock: Clock, holder: KVCachePolicy) -> FixedStep | str | None:
+        """Give what `fixed_step` does for tokens that `holder` holds in its format (`this+holder`).
+
+        By default the holder's own step, where this policy leaves alone what it kept of the prompt.
+        """
+        if hasattr(self, "insert") or hasattr(self, "select"):
+            does = "selects from" if hasattr(self, "select") else "evicts at every step from"
+            return f"no step of fixed shapes {does} the codes of '{holder.name}' as '{self.name}' does"
+        return holder.static_step(parts, clock)
+
+    def static_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
+        """Give steps that attend to static sets in this policy's format, and add to them (`other+this`)."""
+        return f"'{self.name}' has no step of fixed shapes for other policies' tokens"
 
     def most_attended(self, layer: Layer) -> int | None:
         """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.

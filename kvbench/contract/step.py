@@ -27,6 +27,12 @@ class Part:
     rows: Tensor | None = None
 
 
+def rows_of(part: Part) -> Sequence[int]:
+    """The batch's rows that belong to a part."""
+    found: Sequence[int] = range(part.layer.rows) if part.rows is None else part.rows.tolist()
+    return found
+
+
 @dataclass(frozen=True)
 class Clock:
     """What the steps of all layers share.

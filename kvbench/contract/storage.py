@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.contract.buffers import Expand, RaggedBuffer, Storage, StorageFactory, TokenBuffer, pick
+from kvbench.contract.buffers import Expand, PartLogits, RaggedBuffer, Storage, StorageFactory, TokenBuffer, pick
+from kvbench.contract.coded import CodedBuffer, RaggedCodes
 from kvbench.contract.host import copy_to_host, pins
 
 __all__ = ["Expand", "KVStore", "RaggedBuffer", "Storage", "StorageFactory", "TokenBuffer", "pick"]
@@ -28,6 +29,7 @@ class KVStore:
         """Hold a whole prompt, `keys` and `values` [B, G, n, d], as the static set."""
         self.tokens = keys.shape[2]
         self._heads = tuple(keys.shape[:2])
+        self._format: StorageFactory | None = None
         self._static = self._buffer(keys, values)
         self._static_ids = torch.arange(self.tokens, device=keys.device)
         self._ragged: RaggedBuffer | None = None
@@ -58,6 +60,16 @@ class KVStore:
     def ragged(self) -> bool:
         """Whether heads hold different numbers of static tokens."""
         return self._ragged is not None
+
+    @property
+    def static_buffer(self) -> TokenBuffer:
+        """What holds the static tokens of which all heads have equally many."""
+        return self._static
+
+    @property
+    def ragged_buffer(self) -> RaggedBuffer | None:
+        """What holds the static tokens before those of `static_buffer` where heads have different numbers of them."""
+        return self._ragged
 
     @property
     def static_ids(self) -> Tensor:
@@ -95,6 +107,13 @@ class KVStore:
             parts.append(self._ragged.padded())
         if self._static.length or not parts:
             parts.append((*self._static.decoded(), None))
+        return parts
+
+    def attended(self, queries: Tensor, scaling: float) -> list[PartLogits]:
+        """The static set, in the slots of `static_ids`, as `queries` [B, H, 1, d] meet it; nothing of it is copied."""
+        parts: list[PartLogits] = [] if self._ragged is None else [self._ragged.attended(queries, scaling)]
+        if self._static.length or not parts:
+            parts.append(self._static.attended(queries, scaling))
         return parts
 
     def raw(self) -> tuple[Tensor, Tensor]:
@@ -146,12 +165,31 @@ class KVStore:
         self._static, self._static_ids = self._kept(self._slots(kept)), kept.clone()
         self._ragged = self._ragged_kept = None
 
+    def hold_static(self, storage: StorageFactory) -> None:
+        """Hold the static set, and what is added to it, in a format of the policy's own from now on.
+
+        `storage` makes what holds tokens from their keys and values [B, G, t, d], oldest first; where heads have
+        different numbers of tokens each has one of its own, of [1, 1, t, d]. Reading decodes for the step. Tokens that
+        leave one by one stay in memory until `kvbench.contract.coded.SPARE` of a head have, and are then encoded anew.
+        """
+        self._format = storage
+        if self._ragged is not None:
+            keys, values, mask = self._ragged.padded()
+            self._ragged = RaggedCodes(storage, keys, values, mask)
+        elif self._static_ids.shape[-1]:
+            order = self._static_ids.argsort(dim=-1)
+            keys, values = self._picked(order)
+            self._static_ids = self._static_ids.gather(-1, order)
+            self._static = self._buffer(keys, values)
+            return
+        self._static = self._buffer(*self._static.decoded())
+
     def _buffer(self, keys: Tensor, values: Tensor) -> TokenBuffer:
-        return TokenBuffer(keys, values)
+        return TokenBuffer(keys, values) if self._format is None else CodedBuffer(self._format, keys, values)
 
     def _kept(self, slots: Tensor) -> TokenBuffer:
         """A copy of the static tokens in the slots."""
-        return TokenBuffer(*self._picked(slots))
+        return self._buffer(*self._picked(slots))
 
     def set_aside(self, start: int, stop: int, *, offload: bool, storage: StorageFactory | None = None) -> None:
         """Move the prompt's tokens `start` to `stop` − 1 out of the static set, to the host where `offload`.
@@ -256,7 +294,8 @@ class KVStore:
             assert self._ragged_kept is not None
             fixed = self._ragged_kept.shape[-1]
             inside = slots < fixed
-            self._ragged.replace(slots, inside, self._static.keys[:, :, last], self._static.values[:, :, last])
+            newest_keys, newest_values = self._static.last()
+            self._ragged.replace(slots, inside, newest_keys, newest_values)
             held = self._ragged_kept.gather(-1, slots.clamp(max=fixed - 1)[..., None])
             self._ragged_kept.scatter_(
                 -1, slots.clamp(max=fixed - 1)[..., None], torch.where(inside[..., None], newest, held)
@@ -317,11 +356,15 @@ class KVStore:
                 part.gather(2, slots[..., None].expand(*slots.shape, part.shape[-1])) for part in (keys, values)
             )
             self._ragged = self._ragged_kept = None
-            self._static, self._static_ids = TokenBuffer(keys, values), ids.gather(-1, slots)
+            self._static, self._static_ids = self._buffer(keys, values), ids.gather(-1, slots)
             return
-        self._ragged = RaggedBuffer(keys, values, marks)
+        self._ragged = (
+            RaggedBuffer(keys, values, marks)
+            if self._format is None
+            else RaggedCodes(self._format, keys, values, marks)
+        )
         self._ragged_kept = torch.where(self._ragged.mask, ids.gather(-1, slots), -1)
-        self._static = TokenBuffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        self._static = self._buffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
         self._static_ids = torch.arange(0, device=marks.device)
 
     def _drop(self, slots: Tensor) -> None:

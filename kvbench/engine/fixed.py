@@ -199,9 +199,9 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_to
     for cached in cache.governed:
         parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
         step = _step(governor, parts, clock, padding)
-        if step is None:
+        if step is None or isinstance(step, str):
             assert not steps, "a policy has fixed steps in some layers only"
-            return f"policy '{governor.policy.name}' has no step of fixed shapes"
+            return step or f"policy '{governor.policy.name}' has no step of fixed shapes"
         steps[cached.number] = step
     for number in cache.dense:
         steps[number] = GrowingStep([_dense_part(cache, number)], clock, left_padding(cache.mask))
@@ -248,7 +248,7 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     return ""
 
 
-def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | None:
+def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | str | None:
     found = governor.policy.fixed_step(parts, clock)
     if found is not None:
         return found

@@ -193,7 +193,33 @@ class HalvesOfPages(Halves):
         kind: Literal["float16", "bfloat16"] = Field("float16", description="how numbers are held")
 
 
+class RecentHalves(kvbench.KVCachePolicy):
+    """Keeps sinks and recent tokens, all of them in 16 bits."""
+
+    name = "recent_halves"
+    summary = "Keeps the first and the most recent tokens of the prompt in 16 bits."
+    grows = True
+    never_exact = "keys and values are held in 16 bits"
+    query_window = 0
+
+    class Options(kvbench.Options):
+        """Options of the policy."""
+
+        sinks: int = Field(2, ge=0, description="first tokens that are kept")
+
+    def static_tokens(self, context):
+        """The sinks."""
+        return self.options.sinks, 0
+
+    def prefill(self, layer, queries, keys, values):
+        """Evict what lies between, and hold the rest, and what is generated, in 16 bits."""
+        if not layer.budget.covers_all:
+            ids, recent = torch.arange(layer.tokens), layer.budget.tokens - self.options.sinks
+            layer.store.keep(ids[(ids < self.options.sinks) | (ids >= layer.tokens - recent)])
+        layer.store.hold_static(partial(_HalfBuffer, torch.float16))
+
+
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther, BlockSparse, TopInBlocks, Searching, Halves, HalvesOfPages]
+    return [EveryOther, BlockSparse, TopInBlocks, Searching, Halves, HalvesOfPages, RecentHalves]
