@@ -133,3 +133,22 @@ def test_take_clusters_says_what_it_takes():
     six = torch.ones(1, 1, 6, dtype=torch.int32)
     with pytest.raises(KVBenchError, match="the zone"):
         kernels.take_clusters(six.long(), six, six, six, six[..., 0], six[0], six[0, 0, :1], 4, 4)
+
+
+@pytest.mark.parametrize(("count", "dim"), [(1, 8), (40, 80), (3000, 64)])
+def test_key_differences(count, dim):
+    held = randn(2, 3, count, dim + 8)[..., :dim]
+    real = torch.rand(2, 3, count).to(DEVICE) < 0.8
+    real[0, 0] = False
+    held[1, 1, 0] = 0
+    keys = randn(2, 3, 1, dim)
+    old = torch.nn.functional.normalize(held.double(), dim=-1) * real[..., None]
+    new = torch.nn.functional.normalize(keys.double(), dim=-1)
+    anchor = old.sum(2, keepdim=True) + new
+    found, fresh = kernels.key_differences(held, real, keys)
+    assert torch.allclose(found.double(), -torch.cosine_similarity(old, anchor, dim=-1), atol=2e-6)
+    assert torch.allclose(fresh.double(), -torch.cosine_similarity(new, anchor, dim=-1), atol=2e-6)
+    output = torch.empty(2, 3, count, device=DEVICE)
+    assert kernels.key_differences(held, real, keys, output=output)[0] is output
+    with pytest.raises(KVBenchError, match="marks"):
+        kernels.key_differences(held, real.int(), keys)

@@ -8,6 +8,7 @@ from kvbench.kernels.assign import cluster_sums, nearest
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
+from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
@@ -35,6 +36,7 @@ __all__ = [
     "gather",
     "group_weights",
     "insert",
+    "key_differences",
     "merge",
     "nearest",
     "page_bounds",

@@ -172,11 +172,11 @@ def coded_tiles(
         peak = higher
         total = total * fade + tl.sum(weights, 1)
         for piece in tl.static_range(D // WIDTH):
-            byte: tl.constexpr = piece * WIDTH % SPAN
+            column: tl.constexpr = piece * WIDTH % SPAN
             place = value_scales + (token + t) * vst + piece * WIDTH // VALUE_GROUP
             steps = tl.load(place).to(tl.float32)
             lows = tl.load(place + D // VALUE_GROUP).to(tl.float32)
-            packed = tl.load(value_place + token * vct + (byte + w)[None, :])
+            packed = tl.load(value_place + token * vct + (column + w)[None, :])
             codes = _codes(packed, piece * WIDTH // SPAN * BITS, BITS, LIKE)
             folded = (weights * steps[None, :]).to(codes.dtype)
             found = tl.dot(folded, codes, input_precision="ieee")

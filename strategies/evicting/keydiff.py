@@ -1,11 +1,13 @@
 """KeyDiff (arXiv 2504.15364): keep the keys that differ most from the others."""
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
+from kvbench.kernels.directions import key_differences
 from kvbench.strategies.evicting.eviction import DecodingEviction
 
 
@@ -46,10 +48,5 @@ class KeyDiff(DecodingEviction):
 
     def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Minus the cosine with the anchor of the keys held and the new one."""
-        old = functional.normalize(held.float(), dim=-1) * real[..., None]
-        new = functional.normalize(keys.float(), dim=-1)
-        anchor = old.sum(2, keepdim=True) + new
-        return (
-            -functional.cosine_similarity(old, anchor, dim=-1),
-            -functional.cosine_similarity(new, anchor, dim=-1),
-        )
+        inside = scores.is_contiguous() and scores.dtype == torch.float32
+        return key_differences(held, real, keys, output=scores if inside else None)
