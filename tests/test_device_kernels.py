@@ -41,7 +41,7 @@ def test_group_weights(reduce, groups, share, n):
         grouped = logits.double().view(2, groups, share, n).masked_fill(~part[:, :, None], -torch.inf)
         weights = torch.nan_to_num(grouped.softmax(-1))
         expected = weights.amax(2) if reduce == "max" else weights.sum(2)
-        expected = expected.masked_fill(~there, -torch.inf).masked_fill(forced, torch.inf)
+        expected = expected.masked_fill(~there, -torch.inf).masked_fill(forced, share + 1.0)
         found = kernels.group_weights(logits, groups, reduce, **options)
         assert torch.allclose(found.double(), expected, rtol=2e-5, atol=1e-9)
 

@@ -80,7 +80,7 @@ def _weights(
     x = tl.load(logits + head[:, None] * n + slot[None, :], mask=own[:, None] & part[None, :], other=float("-inf"))
     each = tl.exp(x - peak[:, None]) / total[:, None]
     found = tl.max(each, 0) if LARGEST else tl.sum(each, 0)
-    found = tl.where(forced, float("inf"), tl.where(exists, found, float("-inf")))
+    found = tl.where(forced, R + 1.0, tl.where(exists, found, float("-inf")))
     tl.store(weights + program.to(tl.int64) * n + slot, found, mask=slot < n)
 
 
@@ -99,7 +99,7 @@ def group_weights(
 
     Slots from `counts`, int32 [B] or [B, G], on get −∞. Slots whose `sizes`, contiguous integers [B, G, n], are 0
     stay out of the softmax and weigh 0. With `forced`, ranks int32 [B, G, n] and limits int32 [B], slots whose rank is
-    0 or more and below their row's limit stay out of the softmax and get +∞. Raises KVBenchError where shapes do not
+    0 or more and below their row's limit stay out of the softmax and get more than any weight. Raises KVBenchError where shapes do not
     fit.
     """
     batch, heads, n = logits.shape
@@ -154,4 +154,4 @@ def _twin(
     grouped = logits.view(batch, groups, -1, n).masked_fill(~part[:, :, None], -torch.inf)
     each = grouped.softmax(-1).nan_to_num(0.0)
     found = each.amax(2) if reduce == "max" else each.sum(2)
-    output.copy_(found.masked_fill(~exists, -torch.inf).masked_fill(always, torch.inf))
+    output.copy_(found.masked_fill(~exists, -torch.inf).masked_fill(always, logits.shape[1] // groups + 1.0))
