@@ -13,7 +13,7 @@ from kvbench import kernels
 from kvbench.contract.errors import KVBenchError
 from kvbench.kernels import Segment, support
 from kvbench.strategies.compressing import kivi_storage as kivi
-from kvbench.strategies.compressing.kivi import KIVI
+from kvbench.strategies.compressing.kivi import KIVI as KIVIPolicy
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -370,7 +370,7 @@ def test_kivi(dtype, dim, groups, share, bits, group, value_group, lengths):
 
 
 def test_kivi_reads_what_its_policy_writes():
-    options = KIVI.Options(bits=2, group=16, residual=32)
+    options = KIVIPolicy.Options(bits=2, group=16, residual=32)
     keys, values = torch.randn(1, 2, 75, 64), torch.randn(1, 2, 75, 64)
     buffer = kivi.KIVIBuffer(options, keys, values)
     late_keys, late_values = torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 64)

@@ -99,8 +99,8 @@ def group_weights(
 
     Slots from `counts`, int32 [B] or [B, G], on get −∞. Slots whose `sizes`, contiguous integers [B, G, n], are 0
     stay out of the softmax and weigh 0. With `forced`, ranks int32 [B, G, n] and limits int32 [B], slots whose rank is
-    0 or more and below their row's limit stay out of the softmax and get more than any weight. Raises KVBenchError where shapes do not
-    fit.
+    0 or more and below their row's limit stay out of the softmax and get more than any weight. Raises KVBenchError
+    where shapes do not fit.
     """
     batch, heads, n = logits.shape
     if heads % groups or not logits.is_contiguous() or logits.dtype != torch.float32 or reduce not in ("sum", "max"):
