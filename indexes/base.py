@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import Extension
 from kvbench.contract.reading import check_regular, parse_json, plain, reading, reason
+from kvbench.contract.saved import Saveable
 from kvbench.indexes.storage import BEYOND, KeyStore, Vectors, as_float32, from_bits
 
 FORMAT = "kvbench-index"
@@ -54,7 +55,7 @@ class SearchResult(NamedTuple):
     evaluations: NDArray[np.int64]
 
 
-class Index(Extension, ABC):
+class Index(Extension, Saveable, ABC):
     """An inner-product index over the keys of one layer, one structure per key/value head or per query head.
 
     Shapes: G key/value heads, H query heads (a multiple of G; head h reads the keys of group h // (H // G)),
@@ -150,11 +151,8 @@ class Index(Extension, ABC):
     def nbytes(self) -> int:
         """Bytes of the structure, besides the caller's keys."""
 
-    def save(self, path: str | Path, *, keys: bool = True) -> None:
-        """Write the index as safetensors, whole or not at all; with `keys=False` without the keys, which `load` needs.
-
-        Raises KVBenchError where it cannot be written.
-        """
+    def _parts(self) -> tuple[dict[str, Any], State]:
+        """What the index says of itself, and its arrays without the keys."""
         if not self.heads:
             raise KVBenchError(f"index {self.name} is empty; call build before save.")
         tensors: State = {}
@@ -162,8 +160,6 @@ class Index(Extension, ABC):
             tensors = {"index." + name: np.ascontiguousarray(array) for name, array in self._state().items()}
         elif self._waiting is not None:
             tensors = {"waiting": self._waiting}
-        if keys:
-            tensors["keys"] = np.ascontiguousarray(self.keys.array)
         about = {
             "name": self.name,
             "options": self.options.model_dump(mode="json"),
@@ -172,6 +168,29 @@ class Index(Extension, ABC):
             "shape": [self.keys.groups, self.keys.n, self.keys.d],
             "dtype": self.keys.dtype,
         }
+        return about, tensors
+
+    def saved(self) -> dict[str, Any]:
+        """The parts of a saved index, the keys as they lie in memory, which may be the caller's."""
+        about, tensors = self._parts()
+        return {"about": about, "tensors": tensors, "keys": self.keys.array}
+
+    @classmethod
+    def restored(cls, parts: dict[str, Any]) -> Self:
+        """An index that searches exactly as the saved one did; its parts are checked as in `load`."""
+        about = _About.model_validate(parts["about"])
+        if about.name != cls.name:
+            raise ValueError(f"an index of kind {plain(about.name)!r}, not {cls.name}")
+        return cls._whole(about, parts["tensors"], from_bits(parts["keys"], about.dtype), "The index")
+
+    def save(self, path: str | Path, *, keys: bool = True) -> None:
+        """Write the index as safetensors, whole or not at all; with `keys=False` without the keys, which `load` needs.
+
+        Raises KVBenchError where it cannot be written.
+        """
+        about, tensors = self._parts()
+        if keys:
+            tensors["keys"] = np.ascontiguousarray(self.keys.array)
         metadata = {"format": FORMAT, "version": VERSION, "index": json.dumps(about, sort_keys=True)}
         target = Path(path)
         temporary = target.with_name(f".{target.name}-{os.getpid()}")
@@ -203,25 +222,30 @@ class Index(Extension, ABC):
                     raise KVBenchError(f"{path} holds an index of kind {plain(about.name)!r}, not {cls.name}.")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         with reading(lambda reason: f"{path} is damaged: its parts do not fit together ({reason})."):
-            index = cls(cls.Options(**about.options), about.seed)
             if keys is None:
                 if "keys" not in tensors:
                     raise KVBenchError(f"{path} was saved without its keys; pass them as keys=.")
                 keys = from_bits(tensors["keys"], about.dtype)
-            index.keys = KeyStore(keys)
-            stored = index.keys
-            if (stored.groups, stored.n, stored.d) != about.shape or stored.dtype != about.dtype:
-                raise KVBenchError(f"{path} belongs to keys of shape {list(about.shape)}, not to these.")
-            index.heads = about.heads
-            if index.heads % stored.groups:
-                raise ValueError("heads")
-            waiting = tensors.get("waiting")
-            if waiting is not None:
-                index._waiting = index._checked_queries(waiting)
-            if stored.n:
-                index._restore(
-                    {name[len("index.") :]: array for name, array in tensors.items() if name.startswith("index.")}
-                )
+            return cls._whole(about, tensors, keys, str(path))
+
+    @classmethod
+    def _whole(cls, about: _About, tensors: State, keys: Vectors, told: str) -> Self:
+        """Put an index together; KVBenchError, ValueError or KeyError where the parts, of `told`, do not fit."""
+        index = cls(cls.Options(**about.options), about.seed)
+        index.keys = KeyStore(keys)
+        stored = index.keys
+        if (stored.groups, stored.n, stored.d) != about.shape or stored.dtype != about.dtype:
+            raise KVBenchError(f"{told} belongs to keys of shape {list(about.shape)}, not to these.")
+        index.heads = about.heads
+        if index.heads % stored.groups:
+            raise ValueError("heads")
+        waiting = tensors.get("waiting")
+        if waiting is not None:
+            index._waiting = index._checked_queries(waiting)
+        if stored.n:
+            index._restore(
+                {name[len("index.") :]: array for name, array in tensors.items() if name.startswith("index.")}
+            )
         return index
 
     def _effort(self, effort: int | None) -> int:

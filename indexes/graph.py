@@ -142,13 +142,7 @@ class GraphIndex(Index):
 
     def _state(self) -> State:
         n = self.keys.n
-        sizes = self.start[:, n] - self.start[:, 0]
-        begins = np.concatenate([[0], np.cumsum(sizes)])[:-1]
-        state: State = {
-            "links": np.concatenate([self.links[row[0] : row[n]] for row in self.start]),
-            "start": self.start[:, : n + 1] - self.start[:, :1] + begins[:, None],
-            "entries": self.entries,
-        }
+        state: State = {"links": self.links, "start": self.start, "entries": self.entries}
         if self.options.sq8:
             state |= {"codes": self.codes[:, :n], "low": self.low, "scale": self.scale}
         return state
@@ -156,7 +150,9 @@ class GraphIndex(Index):
     def _restore(self, state: State) -> None:
         n, d, groups, graphs = self.keys.n, self.keys.d, self.keys.groups, self.graphs
         self.links = expect_ids(state, "links", (None,), n)
-        self.start = expect(state, "start", np.int64, (graphs, n + 1))
+        self.start = expect(state, "start", np.int64, (graphs, None))
+        if self.start.shape[1] <= n:
+            raise ValueError("start")
         widths = np.diff(self.start, axis=1)
         begins = self.start[:, 0]
         ends = self.start[:, -1]
@@ -164,6 +160,9 @@ class GraphIndex(Index):
             raise ValueError("start")
         if widths.min() < 0 or widths.max() > self._degree:
             raise ValueError("start")
+        # what is reserved for keys to come is empty
+        if any((self.links[row[n] : row[-1]] >= 0).any() for row in self.start):
+            raise ValueError("links")
         self.entries = expect_ids(state, "entries", (graphs, None), n)
         if not self.entries.shape[1] or self.entries[:, 0].min() < 0:
             raise ValueError("entries")

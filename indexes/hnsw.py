@@ -56,12 +56,12 @@ class HNSW(Index):
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         self.indexes = [self._new() for _ in range(self.keys.groups)]
-        for index in self.indexes:
-            index.hnsw.rng = faiss.RandomGenerator(self.seed + 1)
         self._insert(0)
 
     def _insert(self, first: int) -> None:
         for index in self.indexes:
+            # by the number of keys, so that a loaded index draws the same levels
+            index.hnsw.rng = faiss.RandomGenerator(self.seed + 1 + first)
             index.hnsw.efConstruction = min(self.options.construction_ef, self.keys.n)
         each_head(self.keys.groups, lambda group: self.indexes[group].add(self.keys.float32(group, first)))
 
@@ -113,7 +113,6 @@ class HNSW(Index):
             faiss.copy_array_to_vector(np.ascontiguousarray(part), graph.neighbors)
             graph.entry_point, graph.max_level = int(entry[group]), int(level.max()) - 1
             index.ntotal = keys.n
-            graph.rng = faiss.RandomGenerator(self.seed + 1 + keys.n)
         if start != len(links):
             raise ValueError("links")
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvbench.contract.saved import Saveable
 from kvbench.indexes.compiled import kernel
 from kvbench.indexes.threads import on_threads
 
@@ -17,7 +18,7 @@ BLOCK = 2**22
 """Signs computed at a time."""
 
 
-class HashTables:
+class HashTables(Saveable):
     """`tables` hash tables of `bits` signs each over keys [g, n, d], on the CPU (SimHash: Charikar 2002).
 
     All tables' hyperplanes are the same for every group of keys. Two vectors at the angle θ share a table's bucket with
@@ -30,6 +31,25 @@ class HashTables:
         self.planes = torch.randn(d, tables * bits, generator=random)
         self._newest: NDArray[np.int32] = np.full((groups, tables, 2**bits), -1, np.int32)
         self._older: NDArray[np.int32] = np.empty((groups, tables, 0), np.int32)
+
+    def saved(self) -> dict[str, Any]:
+        """All attributes; room that no key uses is emptied first."""
+        self._older[:, :, self.n :] = -1
+        return super().saved()
+
+    @classmethod
+    def restored(cls, parts: dict[str, Any]) -> Self:
+        """The tables as they were; ValueError where a chain leads to a key that is not there, or never ends."""
+        made = super().restored(parts)
+        newest, older, order = made._newest, made._older, np.arange(made.n)
+        shape = (newest.shape[0], made.tables, 2**made.bits)
+        if newest.dtype != np.int32 or older.dtype != np.int32 or newest.shape != shape:
+            raise ValueError("hash tables of another shape")
+        if older.shape[:2] != shape[:2] or older.shape[2] < made.n or newest.max(initial=-1) >= made.n:
+            raise ValueError("hash tables that do not fit together")
+        if (older[:, :, : made.n] >= order).any() or made.planes.shape[1] != made.tables * made.bits:
+            raise ValueError("hash tables that do not fit together")
+        return made
 
     @property
     def nbytes(self) -> int:

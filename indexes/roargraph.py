@@ -122,8 +122,7 @@ class RoarGraph(GraphIndex):
         self._reserve()
         keys = self.keys
         if self._worst is None:
-            self._worst = np.empty(self.knn.shape[:2], np.float32)
-            on_threads(find_worst, self.heads, keys.rows, keys.stride, keys.groups, self.queries, self.knn, self._worst)
+            self._worst = self._find_worst()
         on_threads(
             insert_heads,
             self.heads,
@@ -142,7 +141,14 @@ class RoarGraph(GraphIndex):
         )
 
     def _state(self) -> State:
-        return super()._state() | {"queries": self.queries, "knn": self.knn}
+        worst = {} if self._worst is None else {"worst": self._worst}
+        return super()._state() | {"queries": self.queries, "knn": self.knn, **worst}
+
+    def _find_worst(self) -> NDArray[np.float32]:
+        """The smallest inner product of each query with the keys in its list, [H, m]."""
+        keys, worst = self.keys, np.empty(self.knn.shape[:2], np.float32)
+        on_threads(find_worst, self.heads, keys.rows, keys.stride, keys.groups, self.queries, self.knn, worst)
+        return worst
 
     def _restore(self, state: State) -> None:
         super()._restore(state)
@@ -158,4 +164,6 @@ class RoarGraph(GraphIndex):
             raise ValueError("knn")
         if twice.any():
             raise ValueError("knn")
-        self._worst = None
+        self._worst = self._find_worst() if "worst" in state else None
+        if self._worst is not None and not np.array_equal(self._worst, state["worst"]):
+            raise ValueError("worst")

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from kvbench.contract.layer import Layer, PromptView
     from kvbench.contract.policy import KVCachePolicy, ModelView, Place
     from kvbench.contract.probe import Probe
+    from kvbench.contract.saved import Saveable
     from kvbench.contract.selection import Pending, Selection
     from kvbench.engine.attach import attach
+    from kvbench.engine.resume import resume
     from kvbench.engine.session import Session
 
 _HOMES = {
@@ -37,9 +39,11 @@ _HOMES = {
     "Pending": "contract.selection",
     "Place": "contract.policy",
     "Probe": "contract.probe",
+    "Saveable": "contract.saved",
     "Selection": "contract.selection",
     "Session": "engine.session",
     "attach": "engine.attach",
+    "resume": "engine.resume",
 }
 
 __all__ = [
@@ -59,10 +63,12 @@ __all__ = [
     "Place",
     "Probe",
     "PromptView",
+    "Saveable",
     "Selection",
     "Session",
     "attach",
     "hookimpl",
+    "resume",
 ]
 
 

@@ -90,13 +90,18 @@ class Registry:
 
     def identity(self, kind: str, name: str) -> Identity:
         """Identify the code of the extension called `name`; computed once in a process."""
-        cls = self.find(kind, name)
-        if cls not in self._identities and cls.name in self._composed:
-            own = [self.identity(kind, part.name) for part in cls.parts]
-            self._identities[cls] = combined(own)
+        return self.identity_of(kind, self.find(kind, name))
+
+    def identity_of(self, kind: str, cls: type[Any]) -> Identity:
+        """Identify the code of an extension's class, registered or not."""
         if cls not in self._identities:
+            parts = getattr(cls, "parts", ()) if kind == "policy" else ()
             origin = self.distributions.get(cls)
-            self._identities[cls] = identity(cls, origin, loaded=None if origin is None else self.loaded)
+            self._identities[cls] = (
+                combined([self.identity_of(kind, part) for part in parts])
+                if parts
+                else identity(cls, origin, loaded=None if origin is None else self.loaded)
+            )
         return self._identities[cls]
 
 

@@ -1,5 +1,6 @@
 """Saved indexes that are damaged, crafted or cannot be written: refused in one sentence, or as good as valid ones."""
 
+import copy
 import os
 import resource
 import subprocess
@@ -161,3 +162,27 @@ def test_saving_on_a_full_disk_is_one_sentence_and_leaves_the_old_file(folder, t
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
     with pytest.raises(KVBenchError, match="cannot be written"):
         index.save(tmp_path / "missing" / "index")
+
+
+@pytest.mark.parametrize("inserted", [0, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_index_grows_as_the_saved_one_does(name, inserted, tmp_path):
+    live = make(name)
+    live.build(vectors(5, 2, 300), vectors(6, 4, 200))
+    if inserted:
+        live.insert(vectors(7, 2, inserted))
+    live.save(tmp_path / "index")
+    loaded = by_name[name].load(tmp_path / "index")
+    restored = by_name[name].restored(copy.deepcopy(live.saved()))
+    assert loaded.nbytes == live.nbytes == restored.nbytes
+    for seed, count in enumerate((1, 40, 90)):
+        for index in (live, loaded, restored):
+            index.insert(vectors(8 + seed, 2, count))
+    queries = vectors(9, 4, 20)
+    expected, state = live.search(queries, 10), live._state()
+    for index in (loaded, restored):
+        for ours, theirs in zip(index.search(queries, 10), expected, strict=True):
+            assert np.array_equal(ours, theirs)
+        assert {part: array.tobytes() for part, array in index._state().items()} == {
+            part: array.tobytes() for part, array in state.items()
+        }

@@ -522,3 +522,52 @@ def test_points_find_the_nearest_centroid_and_are_added_up(n, clusters, dim, dty
     assert error(sums, ones.transpose(1, 2) @ points.double()) < 1e-6
     again, _ = kernels.cluster_sums(points, found, clusters)
     assert torch.equal(sums, again)
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF, BRAIN])
+@pytest.mark.parametrize("tiles", [(32, 32), (16, 64), (64, 16)])
+@pytest.mark.parametrize("tokens", [1, 31, 64, 97, 150])
+def test_columns_of_causal_attention_are_summed(tokens, tiles, dtype, monkeypatch):
+    from kvbench.kernels import columns
+
+    if DEVICE.type == "cpu":
+        for sizes in (columns.TILES, columns.FULL):
+            monkeypatch.setitem(sizes, "rows", (*tiles, 4, 2))
+            monkeypatch.setitem(sizes, "columns", (*tiles, 4, 2))
+    queries, keys = randn(2, 6, tokens, 24, dtype=dtype), randn(2, 2, tokens, 24, dtype=dtype)
+    weights = queries.double() @ keys.double().repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    future = torch.ones(tokens, tokens, dtype=torch.bool, device=DEVICE).triu(1)
+    expected = weights.masked_fill(future, -torch.inf).softmax(-1).sum(2).view(2, 2, 3, tokens).sum(2)
+    assert error(columns.column_sums(queries, keys, 0.3), expected) < ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", [FULL, HALF, BRAIN])
+@pytest.mark.parametrize(("m", "n", "k", "dim"), [(1, 1, 3, 16), (3, 700, 9, 24), (2, 333, 1, 80)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_nearest_keys_are_exact_and_equal_ones_come_by_id(m, n, k, dim, dtype, ties, monkeypatch):
+    # small whole numbers: every product is exact, and many are equal
+    scale = 3.0 if ties else 300.0
+    queries = randn(4, m, dim, scale=scale).round().to(dtype)
+    keys = randn(2, n, dim, scale=scale / 3).round().to(dtype)
+    if ties:
+        keys[:, 1::2] = keys[:, ::2][:, : keys[:, 1::2].shape[1]]
+    scores = queries.double() @ keys.double().repeat_interleave(2, 0).transpose(1, 2)
+    if not ties:
+        scores = (queries.float() @ keys.float().repeat_interleave(2, 0).transpose(1, 2)).double()
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].int()
+    for way in ("auto", "unfused"):
+        found = kernels.top_keys(queries, keys, k, way=way)
+        if ties:
+            assert torch.equal(found, expected)
+        else:  # scores that differ by rounding may change places
+            got, best = scores.gather(-1, found.long()), scores.gather(-1, expected.long())
+            torch.testing.assert_close(got, best, rtol=1e-5, atol=1e-3)
+
+
+def test_queries_with_more_equal_scores_than_there_is_room_for_are_asked_again():
+    queries, keys = randn(2, 5, 16).round(), torch.zeros(1, 500, 16, device=DEVICE)
+    keys[:, 100:] = 1
+    found = kernels.top_keys(queries.abs(), keys, 3)
+    rows = queries.abs().sum(-1) > 0
+    assert (found[rows] == ints([100, 101, 102])).all()
+    assert (found[~rows] == ints([0, 1, 2])).all()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvbench.contract.attention import Summed, scores, weighted_sum
 from kvbench.contract.host import host_empty
+from kvbench.contract.saved import Saveable
 
 
 def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
@@ -21,7 +23,7 @@ def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
     return buffer.view(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
 
 
-class Storage(ABC):
+class Storage(Saveable, ABC):
     """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
 
     A policy hands a factory, called with the tokens' keys and values [B, G, t, d] where they shall lie, to
@@ -96,6 +98,12 @@ class TokenBuffer(Storage):
         self._keys = keys.contiguous()
         self._values = values.contiguous()
         self.length = keys.shape[2] if length is None else length
+
+    def saved(self) -> dict[str, Any]:
+        """All attributes; room that no token uses is emptied first."""
+        for held in (self._keys, self._values):
+            held[:, :, self.length :] = 0
+        return super().saved()
 
     @property
     def capacity(self) -> int:
@@ -180,7 +188,7 @@ class TokenBuffer(Storage):
         self.length = length
 
 
-class RaggedBuffer:
+class RaggedBuffer(Saveable):
     """Keys and values of a set of tokens that has a different size for each row and head, without padding."""
 
     lengths: Tensor

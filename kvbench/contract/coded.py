@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,6 +26,10 @@ class CodedBuffer(TokenBuffer):
         self._make = make
         self.held: Storage = make(keys, values)
         self._table: Tensor | None = None
+
+    def saved(self) -> dict[str, Any]:
+        """All attributes."""
+        return dict(vars(self))
 
     @property
     def length(self) -> int:  # type: ignore[override]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,10 @@ class LatentBuffer(TokenBuffer):
     def __init__(self, keys: Tensor, values: Tensor, expand: Expand, table: Tensor | None = None) -> None:
         """Hold the latents `keys` and `values`; `table` [B, H, t] says which of them the heads have, None for all."""
         self._held, self._expand, self._table, self._dropped = TokenBuffer(keys, values), expand, table, 0
+
+    def saved(self) -> dict[str, Any]:
+        """All attributes."""
+        return dict(vars(self))
 
     @property
     def length(self) -> int:  # type: ignore[override]

@@ -184,5 +184,17 @@ class KVCachePolicy(Pluggable):
             return layer.tokens
         return layer.budget.tokens + (layer.tokens - layer.prompt_tokens if self.grows else 0)
 
+    def save_state(self, layer: Layer) -> dict[str, Any]:
+        """What shall be saved of the policy's own for one group of rows of a layer; `layer.state`.
+
+        Tensors, plain data and whatever `kvbench.Saveable` says; the store has been saved apart. For policies that keep
+        something elsewhere, or want to leave out what follows from the rest.
+        """
+        return layer.state
+
+    def load_state(self, layer: Layer, state: dict[str, Any]) -> None:
+        """Take over what `save_state` gave, in a new session; the layer has its store."""
+        layer.state.update(state)
+
     def begin(self, model: ModelView) -> None:
         """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""

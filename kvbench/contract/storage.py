@@ -13,6 +13,7 @@ from torch import Tensor
 from kvbench.contract.buffers import Expand, PartLogits, RaggedBuffer, Storage, StorageFactory, TokenBuffer, pick
 from kvbench.contract.coded import CodedBuffer, RaggedCodes
 from kvbench.contract.host import copy_to_host, pins
+from kvbench.contract.saved import Saveable
 
 __all__ = ["Expand", "KVStore", "RaggedBuffer", "Storage", "StorageFactory", "TokenBuffer", "pick"]
 
@@ -22,7 +23,7 @@ ROOM = 64
 step in fixed shapes adds to it in place."""
 
 
-class KVStore:
+class KVStore(Saveable):
     """Keys and values of one layer for rows of equal length."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:

@@ -52,6 +52,10 @@ class PolicyCache(Cache):
         self.prompt_ids: list[Tensor | None] = []
         self.complete = False
         """Whether the policy has taken over the whole prompt."""
+        self.handed_over = False
+        """Whether steps of fixed shapes have taken over what the stores held."""
+        self.known_ids: list[Tensor] | None = []
+        """The token ids so far, call by call; None once a call brought embeddings."""
         self.open = self.failed = False
         """Whether a forward call of the attached model is under way with this cache; whether one ended in an error."""
 
@@ -67,6 +71,21 @@ class PolicyCache(Cache):
             self.lanes = [Lane((padding == pad).nonzero().squeeze(-1), pad) for pad in pads]
         else:
             self.lanes = [Lane(None, 0)]
+
+    def note(self, ids: Tensor | None) -> None:
+        """Keep the ids [B, m] of a forward call, where it has any."""
+        if ids is None:
+            self.known_ids = None
+        elif self.known_ids is not None:
+            self.known_ids.append(ids)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The token ids [B, n] so far; None where the model was given embeddings."""
+        if not self.known_ids:
+            return None
+        self.known_ids = [torch.cat(self.known_ids, dim=1)]
+        return self.known_ids[0]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise KVBenchError(_NO_COPY)
@@ -299,19 +318,9 @@ class PolicyCacheLayer(CacheLayerMixin):
             lane_keys, lane_values = self.decode(*held)
             tokens, groups = lane_keys.shape[2], lane_keys.shape[1]
             lane_queries = last_queries(lane.take(queries), tokens if window is None else min(window, tokens))
-            layer = Layer(
-                index=self.index, count=len(self.cache.governed), number=self.number, heads=attends.heads,
-                kv_heads=groups, head_dim=lane_keys.shape[3], scaling=attends.scaling, rows=lane_keys.shape[0],
-                store=KVStore(*held) if self.expand is None else LatentStore(*held, self.expand, groups),
-                budget=budget, static=session.policy.static_tokens(tokens), prompt_tokens=tokens,
-                module=attends.module, softcap=attends.softcap, sink_logits=attends.sink_logits,
-                rotary=Rotary(
-                    session.model, session.config, attends.module, self.number, latent=self.expand is not None
-                ),
-                previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
-                most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense), apart=session.overlaps,
-                state=self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {}),
-            )  # fmt: skip
+            layer = self.new_layer(attends, budget, lane_keys.shape[0], groups, lane_keys.shape[3], tokens)
+            layer.store = KVStore(*held) if self.expand is None else LatentStore(*held, self.expand, groups)
+            layer.state = self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {})
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:
                 layer.prompt_queries = lane_queries
@@ -321,6 +330,24 @@ class PolicyCacheLayer(CacheLayerMixin):
             session.call("prefill", layer=layer, queries=policy_queries, keys=lane_keys, values=lane_values)
             self.cache.index_s += session.now() - start
             layer.prompt_queries = None
+
+    def new_layer(
+        self, attends: Attends, budget: LayerBudget, rows: int, kv_heads: int, head_dim: int, tokens: int
+    ) -> Layer:
+        """The layer of the next group of rows, for a prompt of `tokens` tokens; its store is yet to be set."""
+        session = self.session
+        store: Any = None
+        return Layer(
+            index=self.index, count=len(self.cache.governed), number=self.number, heads=attends.heads,
+            kv_heads=kv_heads, head_dim=head_dim, scaling=attends.scaling, rows=rows, store=store, budget=budget,
+            static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=attends.module,
+            softcap=attends.softcap, sink_logits=attends.sink_logits,
+            rotary=Rotary(
+                session.model, session.config, attends.module, self.number, latent=self.expand is not None
+            ),
+            previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
+            most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense), apart=session.overlaps,
+        )  # fmt: skip
 
     def readers_of(self, attends: Attends) -> list[Layer]:
         """The layers, one for each group of rows, of another attention module that reads this layer's tokens.

@@ -71,7 +71,7 @@ class Governor:
             check_hooks(type(probe))
         self.model = model
         self.policy, self.budget, self.probes = policy, budget, list(probes)
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.dense_layers = prompt_tokens, dense_layers
         if policy.takes_budget and budget is None:
             raise KVBenchError(f"Policy '{policy.name}' needs a budget: give a number of tokens or a ratio.")
         self.allocator: BudgetAllocator | None = (
@@ -161,7 +161,7 @@ class Governor:
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call a policy hook; an error in a plugin is reported with the plugin's name."""
-        with self._named_errors(hook, arguments.get("layer")):
+        with self.named_errors(hook, arguments.get("layer")):
             answer = getattr(self.hook, hook)(**arguments)
         if self.probes and "layer" in arguments:
             check_wrapped(hook, answer, arguments["layer"], self.probes)
@@ -171,7 +171,7 @@ class Governor:
         """The policy's selection; where it has begun it, the static set is attended to in the meantime."""
         layer.begun = layer.static_attention = None
         if self.overlaps and not self.probes and queries.shape[2] == 1:
-            with self._named_errors("begin_select", layer):
+            with self.named_errors("begin_select", layer):
                 layer.begun = self.policy.begin_select(layer, queries, layer.budget)
             if layer.begun is not None:
                 check_begun(self.policy, layer)
@@ -182,7 +182,7 @@ class Governor:
         return found
 
     @contextmanager
-    def _named_errors(self, hook: str, layer: Layer | None) -> Iterator[None]:
+    def named_errors(self, hook: str, layer: Layer | None) -> Iterator[None]:
         """Report an error of the block with the plugin that it comes from."""
         try:
             yield

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -19,22 +19,22 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
+from kvbench.engine.attending import Attending
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
-from kvbench.engine.governor import Governor
-from kvbench.engine.interface import answering, attached, capture, own_attention
+from kvbench.engine.interface import answering, attached
 from kvbench.engine.lanes import Lane, last_queries
-from kvbench.engine.prompt import Attends, Prefill
-from kvbench.engine.prompt_attention import prompt_attention
+from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache
 from kvbench.engine.residual import watch_residual
+from kvbench.engine.saving.context import Attributes, load_context, save_context
 
 if TYPE_CHECKING:
     from kvbench.engine.conformance.report import Report
 
 
-class Session(Governor):
+class Session(Attending):
     """A model with a policy attached; see `attach`. `cache` is the latest sequence batch's cache."""
 
     def __init__(
@@ -51,12 +51,11 @@ class Session(Governor):
         self.tokenizer = tokenizer
         self.conformance: tuple[Report, ...] = ()
         """What was proven of the model and the policy (`attach(..., check=True)`)."""
-        self.cache: PolicyCache | None = None
         self.implementation = str(self.config._attn_implementation)
-        self._calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self._projecting = False
-        self._replay: ReplayCache | None = None
-        self._fixed: FixedDecoder | None = None
+        self._calls = {}
+        self.saved: Path | None = None
+        """The file whose context is loaded when the session is entered; see `kvbench.resume`."""
+        self._attributes: Attributes | None = None
         self._replaced: WeakKeyDictionary[Any, PolicyCache] = WeakKeyDictionary()
         """The caches that came with a prompt, and those that took their place."""
 
@@ -71,6 +70,9 @@ class Session(Governor):
                 stack.enter_context(answering(self.config, self))
             for handle in self._hooks():
                 stack.callback(handle.remove)
+            self._attributes = Attributes(self.policy)
+            if self.saved is not None:
+                self.load(self.saved)
             self._stack = stack.pop_all()
         return self
 
@@ -147,6 +149,7 @@ class Session(Governor):
             if past is not None:
                 self._replaced[past] = cache
                 past.layers = cache.layers
+        cache.note(ids)
         if not cache.complete:
             cache.mask = kwargs.get("attention_mask")
             cache.expect(ids, self._padding(cache.mask, rows or 0))
@@ -208,6 +211,7 @@ class Session(Governor):
         self._end_fixed()
         self.cache = cache = PolicyCache(self, whole if tokens is None else self.prompt_tokens, len(prompt.ids))
         cache.mask = prompt.mask
+        cache.note(prompt.ids[:, :count])
         cache.expect(prompt.ids[:, :count], self._padding(prompt.mask, len(prompt.ids)))
         for number, layer in prompt.others.items():
             cache.layers[number] = copy.deepcopy(layer)
@@ -226,6 +230,48 @@ class Session(Governor):
         if self.defers:
             cache.finish_prompt()
         self._complete(cache)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The token ids [B, n] of the context so far, padding included; None where the model was given embeddings."""
+        return None if self.cache is None else self.cache.ids
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The attention mask [B, n] of `ids`: 0 where a row is padded."""
+        ids = self.ids
+        if self.cache is None or ids is None:
+            return None
+        prompt = self.cache.mask
+        mask = torch.ones_like(ids)
+        if isinstance(prompt, Tensor) and prompt.dim() == 2:
+            mask[:, : prompt.shape[1]] = prompt.to(mask)
+        return mask
+
+    def save(self, path: str | Path) -> None:
+        """Save all that model, policy, index and store hold of the context, to go on from it later.
+
+        A safetensors file, whole or not at all; `kvbench.resume` and `load` read it, in any process, and go on bit for
+        bit as this session does. Raises KVBenchError before the prompt is complete, for a policy that keeps what
+        cannot be saved, and where the file cannot be written.
+        """
+        save_context(self, self.cache, self._attributes, Path(path))
+
+    def load(self, path: str | Path) -> PolicyCache:
+        """Take over a context that `save` wrote, in place of the prompt; returns the cache to go on with.
+
+        Raises KVBenchError for a file of another model, policy, options, budget or code, or a damaged one; the session
+        is then as it was.
+        """
+        if not self.policy.cached:
+            raise KVBenchError(f"Policy '{self.policy.name}' keeps no cache, so none can be loaded.")
+        cache = load_context(self, Path(path))
+        self._end_fixed()
+        self._calls.clear()
+        self.cache = cache
+        return cache
 
     # -- running ---------------------------------------------------------------------------------------------------
 
@@ -256,30 +302,6 @@ class Session(Governor):
             self.call("after_prompt", layers=layers, ids=own[:, lane.padding :], replay=replay)
             cache.index_s += self.now() - start
 
-    def _note_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        decoding = self.cache is not None and self.cache.complete
-        if decoding and not self._projecting and self._replay is None:
-            self._calls[module] = args, kwargs
-
-    def _project(self, module: Any, lane: Lane, now: slice, hidden: Tensor) -> Tensor:
-        """The queries of `module` at this call for `hidden` [B, m, D] in place of its own input of the lane's rows."""
-        args, kwargs = self._calls[module]
-        rows = slice(None) if lane.rows is None else lane.rows
-        inputs = _hidden(args, kwargs).clone()
-        inputs[rows, now] = hidden.to(inputs.device)
-        args = tuple(None if value is self.cache else value for value in args)
-        kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
-        self._projecting = True
-        try:
-            found = (
-                capture(module, (inputs, *args[1:]), kwargs)
-                if args
-                else capture(module, (), {**kwargs, "hidden_states": inputs})
-            )
-        finally:
-            self._projecting = False
-        return lane.take(found.query)[:, :, now]
-
     def _end_fixed(self) -> None:
         if self._fixed is not None:
             self._fixed.close()
@@ -296,156 +318,9 @@ class Session(Governor):
         assert self.cache is not None
         found = fixed_decoder(self, self.cache, tokens, new_tokens)
         if isinstance(found, FixedDecoder):
-            self._fixed = found
+            self._fixed, self.cache.handed_over = found, True
             if compiled:
                 found.compile()
             if graph:
                 found.capture()
         return found
-
-    def attention(
-        self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """The attention of one layer: the model's own for the prompt, the policy's afterwards."""
-        if self._fixed is not None:
-            return self._fixed.attention(module, query, key, value), None
-        own = functools.partial(own_attention(module, self.implementation), module, query, key, value, mask, **kwargs)
-        if self._replay is not None:
-            self._replay.observed(query, key)
-            return own()
-        if self.cache is None or not self.cache.open:
-            raise KVBenchError(
-                f"Call {type(self.model).__name__} itself while a policy is attached to it, not a part of it, nor a "
-                "model that shares its configuration."
-            )
-        cached = self.cache.source(key)
-        if cached is None:
-            number = getattr(module, "layer_idx", None)
-            if number in self.cache.dense:
-                self.cache.dense[number] = Attends.of(module, query, kwargs)
-            return own()
-        first, cached.pending = cached.pending, False
-        if first:
-            cached.check_given(key, value)
-        attends = Attends.of(module, query, kwargs)
-        if cached.in_prompt:
-            output = (self._own_prompt(cached, attends, query, own), None) if self.own_prompt and first else own()
-            if first:
-                self._prompt_attended(cached, attends, query)
-            return output
-        cached.attended += query.shape[2] if first else 0
-        layers = cached.groups if first else cached.readers_of(attends)
-        if self.policy.exact:
-            return self._exact_step(layers[0], query, key, value, first, lambda: own()[0]), None
-        self._check_mask(mask, cached)
-        return self._policy_steps(cached, layers, query, key, value, first), None
-
-    def _own_prompt(
-        self, cached: PolicyCacheLayer, attends: Attends, query: Tensor, own: Callable[[], tuple[Tensor, Any]]
-    ) -> Tensor:
-        """The prompt's attention by the policy, output [B, m, H, d]."""
-        if attends.softcap is not None or attends.sink_logits is not None:
-            raise KVBenchError(
-                f"{type(self.model).__name__} caps its scores or has attention sinks, which policy "
-                f"'{self.policy.name}' cannot follow in the prompt's attention: choose another model or policy."
-            )
-        return prompt_attention(cached, attends.module, query, attends.scaling, lambda: own()[0])
-
-    def _prompt_attended(self, cached: PolicyCacheLayer, attends: Attends, query: Tensor) -> None:
-        """Keep of the prompt's queries what the policy needs; the prompt may end here."""
-        cached.attended += query.shape[2]
-        window = self.query_window(cached.number)
-        if window is None:
-            cached.prompt_queries.append(query)
-        else:
-            last = torch.cat([*cached.prompt_queries, query], dim=2)
-            cached.prompt_queries = [last[:, :, max(last.shape[2] - window, 0) :].clone()]
-        if cached.seen == cached.cache.prompt_tokens:
-            cached.end_prompt(attends)
-
-    def _exact_step(
-        self, layer: Layer, query: Tensor, key: Tensor, value: Tensor, first: bool, own: Callable[[], Tensor]
-    ) -> Tensor:
-        layer.exact_attention = lambda: own().transpose(1, 2)
-        if first:
-            start = key.shape[2] - query.shape[2]
-            self.call("insert", layer=layer, keys=key[:, :, start:], values=value[:, :, start:])
-        selection = self.call("select", layer=layer, queries=query, budget=layer.budget)
-        output: Tensor = self.call("attend", layer=layer, queries=query, selection=selection).output
-        return output.transpose(1, 2)
-
-    def _policy_steps(
-        self, cached: PolicyCacheLayer, layers: list[Layer], query: Tensor, key: Tensor, value: Tensor, first: bool
-    ) -> Tensor:
-        """The policy's attention, token by token; only the `first` layer that reads new tokens inserts them."""
-        assert self.cache is not None and cached.new is not None
-        if query.shape[2] > 1 and not first:
-            raise KVBenchError(
-                f"Layers of {type(self.model).__name__} share their keys and values, so the tokens after the prompt "
-                f"must come one at a time, not {query.shape[2]} in a call."
-            )
-        module: Any = layers[0].module
-        hidden = _hidden(*self._calls[module]) if self.policy.uses_hidden else None
-        dense = self._dense_before(cached) if self.policy.uses_hidden else None
-        output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
-        count = query.shape[2]
-        blocks = [slice(0, count)] if self.blocks else [slice(step, step + 1) for step in range(count)]
-        for lane, layer in zip(self.cache.lanes, layers, strict=True):
-            lane_queries, lane_keys, lane_values = lane.take(query), lane.take(key), lane.take(value)
-            held_keys, held_values = (lane.take(part) for part in cached.new)
-            for now in blocks:
-                queries = lane_queries[:, :, now]
-                if hidden is not None:
-                    layer.hidden = lane.take(hidden)[:, now]
-                    before = layer.previous
-                    if dense is not None:
-                        layer.hidden_before = lane.take(dense)[:, now]
-                    elif before is not None:
-                        layer.hidden_before = before.hidden
-                    layer.project = functools.partial(self._project, module, lane, now)
-                if first:
-                    layer.store.append(held_keys[:, :, now], held_values[:, :, now])
-                    self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
-                selection = self.select(layer, queries)
-                result = self.call("attend", layer=layer, queries=queries, selection=selection).output
-                layer.static_attention = None
-                part = result.transpose(1, 2).to(output.dtype)
-                if lane.rows is None:
-                    output[:, now] = part
-                else:
-                    output[lane.rows, now] = part
-                layer.project = None
-        self._calls.pop(module, None)
-        return output
-
-    def _check_mask(self, mask: Tensor | None, cached: PolicyCacheLayer) -> None:
-        """Refuse a model whose mask hides more than padding and the future, at the first step of each layer."""
-        if mask is None or cached.checked:
-            return
-        cached.checked = True
-        hidden = ~mask if mask.dtype == torch.bool else mask != 0
-        assert self.cache is not None
-        padding = torch.zeros(hidden.shape[0], dtype=torch.int64)
-        for lane in self.cache.lanes:
-            padding[slice(None) if lane.rows is None else lane.rows] = lane.padding
-        columns = torch.arange(hidden.shape[-1], device=hidden.device)
-        seen = (columns >= padding.to(hidden.device)[:, None]) & (columns < cached.before_step + 1)
-        if bool((hidden[:, :, 0] & seen[:, None]).any()):
-            raise KVBenchError(
-                f"The mask of layer {cached.number} of {type(self.model).__name__} hides or weighs tokens itself, so a "
-                "policy cannot govern it: choose policy 'full'."
-            )
-
-    def _dense_before(self, cached: PolicyCacheLayer) -> Tensor | None:
-        """The input [B, m, D] of the full-attention layer before a governed one, where the policy leaves it exact."""
-        assert self.cache is not None
-        lowest = self.numbers[cached.index - 1] if cached.index else -1
-        between = [number for number in self.cache.dense if lowest < number < cached.number]
-        found = self.cache.dense[max(between)] if between else None
-        return None if found is None else _hidden(*self._calls[found.module])
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input [B, m, D] that an attention module was called with."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden

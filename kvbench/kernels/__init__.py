@@ -20,6 +20,7 @@ from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
 from kvbench.kernels.take import take_clusters
+from kvbench.kernels.top_keys import top_keys
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "select_top",
     "settle_kivi",
     "take_clusters",
+    "top_keys",
     "update_bounds",
     "using",
 ]

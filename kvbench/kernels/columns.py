@@ -18,13 +18,44 @@ BLOCK = 2**22
 
 
 @jit
+def _tile(
+    source: tl.tensor, first: int, tokens: int, stride: int, D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """N rows of d numbers from row `first` on, as columns [BLOCK_D, N]; `WHOLE` where none lies beyond the tokens."""
+    j = first + tl.arange(0, N)
+    c = tl.arange(0, BLOCK_D)
+    place = source + j.to(tl.int64)[None, :] * stride + c[:, None]
+    if WHOLE and D == BLOCK_D:
+        return tl.load(place)
+    return tl.load(place, mask=(j < tokens)[None, :] & (c < D)[:, None], other=0.0)
+
+
+@jit
+def _add_row_sums(
+    queries: tl.tensor, k: tl.tensor, peak: tl.tensor, total: tl.tensor, i: tl.tensor, first: int, tokens: int, kt: int,
+    scale: float, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, WHOLE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    keys = _tile(k, first, tokens, kt, D, BLOCK_D, KEYS, WHOLE).to(queries.dtype)
+    scores = tl.dot(queries, keys, input_precision="ieee")
+    if not WHOLE:
+        scores = tl.where(i[:, None] >= (first + tl.arange(0, KEYS))[None, :], scores, float("-inf"))
+    higher = tl.maximum(peak, tl.max(scores, 1) * scale)
+    total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(scores * scale - higher[:, None]), 1)
+    return higher, total
+
+
+@jit
 def _row_sums(
     q: tl.tensor, k: tl.tensor, lse: tl.tensor, qb: int, qh: int, qt: int, kb: int, kg: int, kt: int,
     heads: int, tokens: int, scale: float,
     R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Log-sum-exp, base 2, of each query's scores; `scale` is that of base 2. The longest rows start first."""
+    """Log-sum-exp, base 2, of each query's scores; `scale`, above 0, is that of base 2. The longest rows start first.
+
+    Keys before the block are all seen: only the diagonal's tiles ask which.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     row = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -37,16 +68,28 @@ def _row_sums(
     k += row * kb + head // R * kg
     peak = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
-    for first in range(0, tl.minimum(block * QUERIES + QUERIES, tokens), KEYS):
-        j = first + tl.arange(0, KEYS)
-        mask = (j < tokens)[None, :] & (c < D)[:, None]
-        keys = tl.load(k + j.to(tl.int64)[None, :] * kt + c[:, None], mask=mask, other=0.0).to(queries.dtype)
-        scores = tl.dot(queries, keys, input_precision="ieee") * scale
-        scores = tl.where(i[:, None] >= j[None, :], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        total = total * tl.exp2(peak - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
-        peak = higher
+    diagonal = block * QUERIES // KEYS * KEYS
+    for first in range(0, diagonal, KEYS):
+        peak, total = _add_row_sums(queries, k, peak, total, i, first, tokens, kt, scale, D, BLOCK_D, KEYS, True)
+    for first in range(diagonal, tl.minimum(block * QUERIES + QUERIES, tokens), KEYS):
+        peak, total = _add_row_sums(queries, k, peak, total, i, first, tokens, kt, scale, D, BLOCK_D, KEYS, False)
     tl.store(lse + tl.program_id(1).to(tl.int64) * tokens + i, peak + tl.log2(total), mask=i < tokens)
+
+
+@jit
+def _weights(
+    keys: tl.tensor, q: tl.tensor, lse: tl.tensor, j: tl.tensor, first: int, tokens: int, qt: int, scale: float,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, WHOLE: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """Weights [KEYS, QUERIES] that queries from `first` on give the keys."""
+    i = first + tl.arange(0, QUERIES)
+    queries = _tile(q, first, tokens, qt, D, BLOCK_D, QUERIES, WHOLE)
+    norms = tl.load(lse + i) if WHOLE else tl.load(lse + i, mask=i < tokens, other=float("inf"))
+    scores = tl.dot(keys, queries.to(keys.dtype), input_precision="ieee")
+    weights = tl.exp2(scores * scale - norms[None, :])
+    if not WHOLE:
+        weights = tl.where(i[None, :] >= j[:, None], weights, 0.0)
+    return weights
 
 
 @jit
@@ -62,25 +105,31 @@ def _column_sums(
     group = tl.program_id(1) % groups
     j = block * KEYS + tl.arange(0, KEYS)
     c = tl.arange(0, BLOCK_D)
-    mask = (j < tokens)[None, :] & (c < D)[:, None]
-    keys = tl.load(k + row * kb + group * kg + j.to(tl.int64)[None, :] * kt + c[:, None], mask=mask, other=0.0)
+    mask = (j < tokens)[:, None] & (c < D)[None, :]
+    keys = tl.load(k + row * kb + group * kg + j.to(tl.int64)[:, None] * kt + c[None, :], mask=mask, other=0.0)
     if UPCAST:
         keys = keys.to(tl.float32)
-    total = tl.zeros((QUERIES, KEYS), tl.float32)
+    total = tl.zeros((KEYS, QUERIES), tl.float32)
     start = block * KEYS // QUERIES * QUERIES
+    later = tl.minimum(tl.cdiv(block * KEYS + KEYS, QUERIES), tl.cdiv(tokens, QUERIES)) * QUERIES
+    whole = tl.maximum(tokens // QUERIES * QUERIES, later)
     for r in range(0, R):
         head = group * R + r
         source = q + row * qb + head * qh
-        lse_of = lse + (row * groups * R + head) * tokens
-        for first in range(start, tokens, QUERIES):
-            i = first + tl.arange(0, QUERIES)
-            own = (i < tokens)[:, None] & (c < D)[None, :]
-            queries = tl.load(source + i.to(tl.int64)[:, None] * qt + c[None, :], mask=own, other=0.0)
-            norms = tl.load(lse_of + i, mask=i < tokens, other=float("inf"))
-            scores = tl.dot(queries.to(keys.dtype), keys, input_precision="ieee") * scale
-            weights = tl.exp2(scores - norms[:, None])
-            total += tl.where(i[:, None] >= j[None, :], weights, 0.0)
-    tl.store(sums + tl.program_id(1).to(tl.int64) * tokens + j, tl.sum(total, 0), mask=j < tokens)
+        norms = lse + (row * groups * R + head) * tokens
+        for first in range(start, later, QUERIES):
+            total += _weights(keys, source, norms, j, first, tokens, qt, scale, D, BLOCK_D, QUERIES, False)
+        for first in range(later, whole, QUERIES):
+            total += _weights(keys, source, norms, j, first, tokens, qt, scale, D, BLOCK_D, QUERIES, True)
+        for first in range(whole, tokens, QUERIES):
+            total += _weights(keys, source, norms, j, first, tokens, qt, scale, D, BLOCK_D, QUERIES, False)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * tokens + j, tl.sum(total, 1), mask=j < tokens)
+
+
+# Queries and keys of a tile, warps and stages: of both passes.
+TILES = {"rows": (128, 128, 8, 3), "columns": (128, 128, 8, 3)}
+WIDE = {"rows": (128, 32, 8, 2), "columns": (32, 128, 8, 2)}  # rows of more than 128 numbers
+FULL = {"rows": (32, 32, 4, 2), "columns": (32, 32, 4, 2)}  # float32
 
 
 def column_sums(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
@@ -104,18 +153,23 @@ def column_sums(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     lse = torch.empty(batch, heads, tokens, dtype=torch.float32, device=queries.device)
     if not tokens:
         return sums
-    wide = dots_in_float32(queries, keys)
-    more, fewer = (32, 32) if wide else (128, 64 if dim <= 128 else 32)
+    if scaling <= 0:
+        raise KVBenchError(f"scaling is {scaling}: softmax weights are expected of scores times a positive number.")
+    upcast = dots_in_float32(queries, keys)
+    tiles = FULL if upcast else TILES if dim <= 128 else WIDE
     strides, scale = (*queries.stride()[:3], *keys.stride()[:3]), scaling * 1.4426950408889634
     shape = heads // groups, dim, max(16, next_power_of_2(dim))
-    options = {"num_warps": 4 if wide else 8, "num_stages": 2 if wide else 3}
     with device_of(queries):
-        _row_sums[(-(-tokens // more), batch * heads)](
-            queries, keys, lse, *strides, heads, tokens, scale, *shape, more, fewer, wide, **options
-        )
-        _column_sums[(-(-tokens // more), batch * groups)](
-            queries, keys, lse, sums, *strides, groups, tokens, scale, *shape, fewer, more, wide, **options
-        )
+        many, few, warps, stages = tiles["rows"]
+        _row_sums[(-(-tokens // many), batch * heads)](
+            queries, keys, lse, *strides, heads, tokens, scale, *shape, many, few, upcast,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        few, many, warps, stages = tiles["columns"]
+        _column_sums[(-(-tokens // many), batch * groups)](
+            queries, keys, lse, sums, *strides, groups, tokens, scale, *shape, few, many, upcast,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
     return sums
 
 
