@@ -20,7 +20,7 @@ def implementation(request):
         yield request.param
 
 
-@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("reduce", ["sum", "max", "margin"])
 @pytest.mark.parametrize(("groups", "share", "n"), [(2, 3, 1), (1, 1, 40), (2, 4, 2500), (1, 16, 1025)])
 def test_group_weights(reduce, groups, share, n):
     logits = randn(2, groups * share, n, scale=3.0)
@@ -40,7 +40,9 @@ def test_group_weights(reduce, groups, share, n):
     ):
         grouped = logits.double().view(2, groups, share, n).masked_fill(~part[:, :, None], -torch.inf)
         weights = torch.nan_to_num(grouped.softmax(-1))
-        expected = weights.amax(2) if reduce == "max" else weights.sum(2)
+        if reduce == "margin":
+            weights = grouped - torch.nan_to_num(grouped.amax(-1, keepdim=True), neginf=0.0)
+        expected = weights.sum(2) if reduce == "sum" else weights.amax(2)
         expected = expected.masked_fill(~there, -torch.inf).masked_fill(forced, share + 1.0)
         found = kernels.group_weights(logits, groups, reduce, **options)
         assert torch.allclose(found.double(), expected, rtol=2e-5, atol=1e-9)
@@ -152,3 +154,39 @@ def test_key_differences(count, dim):
     assert kernels.key_differences(held, real, keys, output=output)[0] is output
     with pytest.raises(KVBenchError, match="marks"):
         kernels.key_differences(held, real.int(), keys)
+
+
+@pytest.mark.parametrize(("dtype", "groups", "share", "dim"), [(torch.float32, 2, 3, 80), (torch.float16, 1, 8, 16)])
+def test_turn(dtype, groups, share, dim):
+    queries = randn(2, groups * share, 1, dim + 8, dtype=dtype)[..., :dim]
+    cos, sin = randn(2, dim), randn(2, dim)
+    partner = torch.arange(dim, device=DEVICE, dtype=torch.int32).roll(dim // 2)
+    plain = queries.double()
+    expected = plain * cos.double()[:, None, None] + plain.roll(dim // 2, -1) * sin.double()[:, None, None]
+    turned, asked, summed = kernels.turn(queries, cos, sin, partner, groups)
+    assert error(turned, expected) < ERROR[dtype]
+    assert error(asked, expected.view(2, groups, share, dim).sum(2)) < 2 * ERROR[dtype]
+    assert error(summed, plain.reshape(2, groups, share, dim).sum(2)) < ERROR[dtype]
+    with pytest.raises(KVBenchError, match="cosines"):
+        kernels.turn(queries, cos[:1], sin, partner, groups)
+
+
+def lowbias32(x):
+    """The published function, in Python's integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
+def test_lots():
+    heads, steps, counts = ints([3, 2**33 + 5], torch.int64), ints([7, 123456]), ints([1100, 4])
+    found = kernels.lots(heads, steps, counts, 1100).cpu()
+    for b, h, slot in itertools.product(range(2), range(2), (0, 1, 3, 4, 1099)):
+        if slot >= int(counts[b]):
+            assert found[b, h, slot] == -torch.inf
+            continue
+        mixed = lowbias32(lowbias32(int(heads[h]) % 2**32) ^ lowbias32(int(steps[b])))
+        bits = lowbias32(mixed ^ slot) % 0x7F800000
+        assert found[b, h, slot].view(torch.int32).item() == bits

@@ -13,6 +13,7 @@ from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_settle import settle_kivi
+from kvbench.kernels.lots import lots
 from kvbench.kernels.low_rank import LowRankKeys, rebuild
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
@@ -21,6 +22,7 @@ from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
 from kvbench.kernels.take import take_clusters
 from kvbench.kernels.top_keys import top_keys
+from kvbench.kernels.turn import turn
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "group_weights",
     "insert",
     "key_differences",
+    "lots",
     "merge",
     "nearest",
     "page_bounds",
@@ -51,6 +54,7 @@ __all__ = [
     "settle_kivi",
     "take_clusters",
     "top_keys",
+    "turn",
     "update_bounds",
     "using",
 ]
