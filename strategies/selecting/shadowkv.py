@@ -237,8 +237,9 @@ class ShadowStep(HeldStep):
         batch, chunks = clock.batch, tokens // chunk
         self._clock, self._groups, self._chunk = clock, groups, chunk
         super().__init__(parts, clock, clock.new_tokens)
+        basis = sample.new_zeros(batch, groups, rank, dim)
         self._low = LowRankKeys(
-            sample.new_zeros(batch, tokens, rank), *(sample.new_zeros(batch, groups, rank, dim) for _ in range(2)),
+            sample.new_zeros(batch, tokens, rank), basis, torch.zeros_like(basis),
             turned.cos, turned.sin, turned.partner,
             torch.full((batch, groups, chunks), -1, dtype=torch.int32, device=device),
             sample.new_zeros(batch, groups, exact, dim), chunk,
