@@ -76,6 +76,10 @@ class FixedStep(ABC):
         Called uncaptured, after the steps before; the step's tensors keep their places.
         """
 
+    def held_tokens(self) -> float | None:
+        """Tokens held per key/value head, on average, after the latest step; None where it does not count them."""
+        return None
+
     @abstractmethod
     def bytes(self) -> dict[str, int]:
         """Bytes held: `resident`, `offloaded` and `index`."""
@@ -90,6 +94,46 @@ class FixedStep(ABC):
     @abstractmethod
     def changed(self) -> Sequence[Tensor]:
         """The tensors that a step changes otherwise than by writing the same token to the same place again."""
+
+
+class SplitStep(FixedStep):
+    """One layer's decoding step with the host in its middle, such as a search in the host's memory.
+
+    The device's parts are captured as CUDA graphs of their own. For each layer in turn the engine runs `before` and
+    `beside`, waits for `before` alone, runs `search` on the host, and goes on with `after`. `between` is called before
+    the warm-up steps, too: it must bear to be called for the same step again. Call the parts, not the step.
+    """
+
+    @abstractmethod
+    def before(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """On the device: take in the step's token, and send the host what it needs, to pinned memory."""
+
+    @abstractmethod
+    def beside(self) -> None:
+        """On the device, while the host searches: attend to what is known without it."""
+
+    @abstractmethod
+    def search(self) -> None:
+        """On the host, once `before` is done: leave in pinned memory what `after` needs. Repeatable for a step."""
+
+    @abstractmethod
+    def after(self) -> Tensor:
+        """On the device: fetch what the host found and give the output [B, H, 1, d] in the queries' dtype."""
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """All parts in turn, for a device whose work is done when a call returns."""
+        self.before(queries, keys, values)
+        self.beside()
+        self.search()
+        return self.after()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds that the host spent since the last call, by what it did (`search`, `attention`, `insertion`)."""
+        return {}
+
+    def apart(self) -> dict[str, float]:
+        """Seconds of the device's parts that can't be told within a graph (`transfer`), measured by themselves."""
+        return {}
 
 
 @dataclass
@@ -147,7 +191,8 @@ def hold_static(parts: Sequence[Part], batch: int, spare: int, also: Sequence[st
             target[rows, :, : own.shape[2]] = joined.gather(2, places)
         ids[rows, :, : own.shape[2]] = own.gather(-1, order).int()
         for name, tensor in more.items():
-            tensor[rows, :, : own.shape[2]] = part.layer.state[name].expand_as(own).gather(-1, order)
+            spread_out = part.layer.state[name].expand_as(own).masked_fill(own < 0, 0)
+            tensor[rows, :, : own.shape[2]] = spread_out.gather(-1, order)
         lengths[rows] = (own >= 0).sum(-1).int()
         store.release_static(0)
     return Held(keys, values, lengths, ids, more)

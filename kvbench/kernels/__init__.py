@@ -23,6 +23,7 @@ from kvbench.kernels.support import compiled, using
 from kvbench.kernels.take import take_clusters
 from kvbench.kernels.top_keys import top_keys
 from kvbench.kernels.turn import turn
+from kvbench.kernels.weigh import weigh
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
@@ -57,4 +58,5 @@ __all__ = [
     "turn",
     "update_bounds",
     "using",
+    "weigh",
 ]
