@@ -54,6 +54,26 @@ class Attending(Governor):
         )
         return lane.take(found.query)[:, :, now]
 
+    def before(self, number: int) -> Tensor | None:
+        """The input [B, 1, D] of the full-attention layer before layer `number` at this step; None for the first."""
+        earlier = [other for other in self.survey.layers if other < number]
+        return _hidden(*self._calls[self.survey.layers[max(earlier)].modules[0]]) if earlier else None
+
+    def queries_for(self, number: int, hidden: Tensor) -> Tensor:
+        """The queries [B, H, 1, d] that layer `number` would have at this step for `hidden` [B, 1, D] of all rows."""
+        module = self.survey.layers[number].modules[0]
+        args, kwargs = self._calls[module]
+        self._projecting = True
+        try:
+            found = (
+                capture(module, (hidden, *args[1:]), kwargs)
+                if args
+                else capture(module, (), {**kwargs, "hidden_states": hidden})
+            )
+        finally:
+            self._projecting = False
+        return found.query
+
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvbench.contract.budget import LayerBudget
 from kvbench.contract.host import event, wait
 from kvbench.contract.layer import Layer
-from kvbench.contract.step import Clock, FixedStep, Part, SplitStep
+from kvbench.contract.step import Clock, FixedStep, Inputs, Part, SplitStep
 from kvbench.contract.storage import KVStore
 from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
@@ -293,7 +293,9 @@ def weight_bytes(model: Any) -> int:
     return sum(seen.values())
 
 
-def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int) -> FixedDecoder | str:
+def fixed_decoder(
+    governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int, inputs: Inputs | None = None
+) -> FixedDecoder | str:
     """Make the decoder that takes over a batch's cache after its prompt and reads `tokens` [B], or say why not.
 
     The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
@@ -308,7 +310,7 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_to
     padding = left_padding(cache.mask) if governor.policy.exact else None
     if padding is not None:  # the one lane of a policy that keeps everything holds the padding, too
         positions -= padding.to(positions)
-    clock = Clock(positions, new_tokens)
+    clock = Clock(positions, new_tokens, inputs=inputs)
     steps: dict[int, FixedStep] = {}
     for cached in cache.governed:
         parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
