@@ -169,6 +169,11 @@ class FixedDecoder:
             "host": sum(each["host"] for each in found),
         }
 
+    def hot_hit_rate(self) -> float | None:
+        """The share of the tokens chosen from the host that hot sets on the device had; None without such sets."""
+        found, asked = (sum(part) for part in zip(*(step.hits() for step in self._steps.values()), strict=True))
+        return found / asked if asked else None
+
 
 def weight_bytes(model: Any) -> int:
     """Bytes of the weights that a decoding step reads: all but the rows of the input embedding that are looked up."""

@@ -46,6 +46,8 @@ class Generation:
     """From the prompt to the first step: the tensors of the fixed steps, their warm-up and the capture."""
     reads: dict[str, int] = field(default_factory=dict)
     """Fewest bytes that the median step reads, by `weights`, `device` and `host`; empty for steps hook by hook."""
+    hot_hit_rate: float | None = None
+    """The share of the tokens chosen from the host that a hot set on the device had; None without such a set."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def generate_batch(
         halfway = sum(map(len, prompts)) // len(prompts) + max(map(len, step_s)) // 2
         device_s = decoder.device_s()
         about = {"mode": decoder.mode, "capture_s": capture_s, "reads": decoder.reads(halfway)}
+        about["hot_hit_rate"] = decoder.hot_hit_rate()
     index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
     return [
         Generation(mine, prefill_s, index_s, steps, held, device_step_s=device_s[: len(steps)], **about)
