@@ -274,6 +274,11 @@ class FixedDecoder:
             "host": sum(each["host"] for each in found),
         }
 
+    def hot_hit_rate(self) -> float | None:
+        """The share of the tokens chosen from the host that hot sets on the device had; None without such sets."""
+        found, asked = (sum(part) for part in zip(*(step.hits() for step in self._steps.values()), strict=True))
+        return found / asked if asked else None
+
 
 def _summed(found: Sequence[dict[str, float]]) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
