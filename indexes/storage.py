@@ -156,6 +156,11 @@ class KeyStore:
         self.rows = self._capacity.reshape(-1, d)
         self.n = first + m
 
+    def pick(self, group: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Keys of one group as float32, a copy: [q, c, d] for `ids` [q, c]."""
+        found = self.array[group][ids]
+        return found if self.dtype == "float32" else decode(found)
+
     def float32(self, group: int, first: int = 0, end: int | None = None) -> NDArray[np.float32]:
         """Keys from `first` to `end` of one group as float32: a view where they are float32 already."""
         part = self.array[group, first:end]

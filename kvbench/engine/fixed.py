@@ -190,6 +190,8 @@ class FixedDecoder:
                 for tensor, old in zip(changed, kept, strict=True):
                     tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
+        for step in self._split:
+            step.ended()
         del kept
         if self._split:
             self._cut(stream)
@@ -226,18 +228,26 @@ class FixedDecoder:
             start.record()
         for step in self._between:
             step.between(self._taken)
-        waited = 0.0
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._segments is not None:
-            waited = self._segments.replay()
-        else:
-            self._forward()
+        try:
+            waited = self._run()
+        finally:
+            for step in self._split:
+                step.ended()
         if self._split:
             self.parts.append(_summed([{"wait": waited}, self._apart, *(step.spent() for step in self._split)]))
         if start is not None and end is not None:
             end.record()
             self._events.append((start, end))
+
+    def _run(self) -> float:
+        """Take a step as it was captured; the seconds that the host waited for the device in its midst."""
+        if self._segments is not None:
+            return self._segments.replay()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._forward()
+        return 0.0
 
     def device_s(self) -> list[float]:
         """Each step's seconds by events on the GPU, after waiting for the last; empty on a CPU."""

@@ -18,7 +18,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, Part, SplitStep
 from kvbench.indexes.base import Index
 from kvbench.indexes.storage import as_bits, from_bits, rows_in_place
-from kvbench.indexes.threads import on_threads
+from kvbench.indexes.threads import assemble, dismiss, on_threads
 from kvbench.indexes.weighing import score_rows, weigh_rows
 from kvbench.kernels.attention import Segment, attend
 from kvbench.kernels.insert import insert
@@ -120,6 +120,8 @@ class IndexStep(AsideStep, SplitStep):
             clock.shared[key] = Numbers(self._turns, self._rows, self.batch, self.sinks, longest, self._ring, device)
         self._numbers: Numbers = clock.shared[key]
         self._taken = 1
+        # on a CPU torch's own threads need the cores
+        self._leads = device.type == "cuda" and clock.shared.setdefault("crew", self) is self
         shape, dim = (self.batch, self.heads), self.values.shape[3]
         most = max(min(int(self.start.budget.max()) - self.sinks - self.recent, self.capacity), 1)
         few = self.batch * self.heads * most <= ON_HOST
@@ -145,6 +147,13 @@ class IndexStep(AsideStep, SplitStep):
         self._taken = taken
         if self._first:
             self._numbers.look(taken)
+        if self._leads:
+            assemble()
+
+    def ended(self) -> None:
+        """Let the searching threads sleep."""
+        if self._leads:
+            dismiss()
 
     def before(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Take the token in, in the ring and in the host's store, and send the queries."""
@@ -219,6 +228,7 @@ class _Searched:
         assert found is not None
         self._values, self._stride = found
         index.keys.move(self._keys[:, : index.keys.n])
+        index.reserve(self._keys.shape[1] - index.keys.n)
         share = layer.heads // layer.kv_heads
         own = layer.budget.heads
         each = np.full((layer.rows, layer.heads), layer.budget.most) if own is None else (
