@@ -112,6 +112,11 @@ class KVCachePolicy(Pluggable):
     """
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
+    query_aware: str = ""
+    """What the policy keeps or how it codes it by the prompt's last queries, in one line; empty where by none.
+
+    A context that is saved without its question is then compressed by its own last tokens.
+    """
     never_exact: str = ""
     """Why not even a budget that covers everything gives exact attention, in one line; empty where it does."""
 

@@ -120,6 +120,14 @@ class Governor:
         """Whether the prompt's attention is in the hands of the policy, or of a probe."""
         return bool(self.hook.attend_prompt.get_hookimpls())
 
+    @property
+    def query_aware(self) -> str:
+        """What policy or allocator chose by the prompt's last queries, in one line; empty where nothing."""
+        found = self.policy.query_aware
+        if not found and self.allocator is not None and self.allocator.query_window:
+            return f"budget '{self.allocator.name}' is shared by what the prompt's last queries attend to"
+        return found
+
     def drop(self, probe: Probe) -> None:
         """Take a probe off, so that what follows is undisturbed."""
         self.probes.remove(probe)

@@ -20,6 +20,7 @@ class ExpectedAttention(KVCachePolicy):
     """
 
     name = "expected_attention"
+    query_aware = "keeps what a Gaussian of the prompt's queries, a question's among them, weighs most"
     summary = "Keeps the pairs that a Gaussian of future queries is expected to weigh most, times the value's norm."
     reference = (
         "Devoto et al., Expected Attention: KV Cache Compression by Estimating Attention from Future Queries "

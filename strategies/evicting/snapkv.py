@@ -43,6 +43,7 @@ class SnapKV(KVCachePolicy):
     name = "snapkv"
     summary = "Keeps what the prompt's last queries attend to most, per head, and the last tokens; evicts the rest."
     grows = True
+    query_aware = "keeps what the prompt's last queries attend to"
     head_budgets = True
     reference = "Li et al., SnapKV: LLM Knows What You are Looking for Before Generation, arXiv 2404.14469"
 

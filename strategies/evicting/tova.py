@@ -17,6 +17,7 @@ class TOVA(AttentionEviction):
     summary = "Drops at every step the token with the smallest weight of the latest query, averaged over the heads."
     reference = "Oren et al., Transformers are Multi-State RNNs, arXiv 2401.06104"
     query_window = 1
+    query_aware = "keeps what the prompt's last query attends to"
 
     def prompt_scores(self, layer: Layer, queries: Tensor, keys: Tensor) -> Tensor:
         """The weights of the prompt's last query, averaged over the heads."""
