@@ -52,11 +52,11 @@ class IVF(Index):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of centroids, of each key's list, and of the lists' ids, beginnings and sizes, with their room."""
+        """Bytes of centroids and their norms, of each key's list, and of the lists' ids with an eighth of room."""
         if not self.keys.n:
             return 0
-        held = (self.centroids, self.half_norms, self.assigned, self.begins, self.sizes, self.members)
-        return sum(part.nbytes for part in held)
+        groups, number, d = self.centroids.shape
+        return groups * (4 * number * (d + 1) + 4 * self.keys.n + 4 * room(self.keys.n, number) + 8 * (2 * number + 1))
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         keys = self.keys
@@ -122,7 +122,7 @@ class IVF(Index):
         keys, number = self.keys, self.centroids.shape[1]
         self.begins = np.empty((keys.groups, number + 1), np.int64)
         self.sizes = np.empty((keys.groups, number), np.int64)
-        self.members = np.empty((keys.groups, keys.n + keys.n // 8 + 4 * number), np.int32)
+        self.members = np.empty((keys.groups, room(keys.n, number)), np.int32)
         self.half_norms = (self.centroids.astype(np.float32) ** 2).sum(2) / np.float32(2)
         on_threads(arrange_lists, keys.groups, self.assigned, keys.n, self.begins, self.sizes, self.members)
 
@@ -151,6 +151,11 @@ class IVF(Index):
         self.centroids = expect_finite(state, "centroids", (keys.groups, None, keys.d))
         self.assigned = expect_ids(state, "assigned", (keys.groups, keys.n), self.centroids.shape[1], lowest=0)
         self._arrange()
+
+
+def room(n: int, number: int) -> int:
+    """Places in `number` lists of n keys, where each has room for an eighth more and four."""
+    return n + n // 8 + 4 * number
 
 
 def rescore(keys: KeyStore, group: int, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -70,7 +70,7 @@ def rows_in_place(array: Array) -> tuple[Array, int] | None:
         and (d < 2 or array.strides[2] == size)
         and (groups < 2 or (array.strides[0] % row == 0 and array.strides[0] >= n * row))
     )
-    if not viewable:
+    if not viewable and n:
         return None
     stride = array.strides[0] // row if groups > 1 and n > 0 else n
     total = (groups - 1) * stride + n

@@ -109,10 +109,15 @@ class IndexStep(AsideStep, SplitStep):
         ]
         super().__init__(policy, placed, clock)
         assert self._ring is not None, "an index searches the host's memory"
+        # on a CPU torch's own threads need the cores
+        self._leads = device.type == "cuda" and clock.shared.setdefault("crew", self) is self
+        if self._leads:
+            assemble()
         self._parts = [
             _Searched(index, layer, rows, self.aside_keys, self.aside_values)
             for index, layer, rows in zip(indexes, layers, self._rows, strict=True)
         ]
+        self.ended()
         longest = self.sinks + self._ring
         key = ("numbers", self.sinks, self._ring, tuple(self._turns), tuple(order))
         self._first = key not in clock.shared
@@ -120,8 +125,6 @@ class IndexStep(AsideStep, SplitStep):
             clock.shared[key] = Numbers(self._turns, self._rows, self.batch, self.sinks, longest, self._ring, device)
         self._numbers: Numbers = clock.shared[key]
         self._taken = 1
-        # on a CPU torch's own threads need the cores
-        self._leads = device.type == "cuda" and clock.shared.setdefault("crew", self) is self
         shape, dim = (self.batch, self.heads), self.values.shape[3]
         most = max(min(int(self.start.budget.max()) - self.sinks - self.recent, self.capacity), 1)
         few = self.batch * self.heads * most <= ON_HOST
