@@ -55,7 +55,7 @@ class IVF(Index):
         """Bytes of centroids and their norms, of each key's list, and of the lists' ids with an eighth of room."""
         if not self.keys.n:
             return 0
-        groups, number, d = self.centroids.shape
+        groups, number, d = map(int, self.centroids.shape)
         return groups * (4 * number * (d + 1) + 4 * self.keys.n + 4 * room(self.keys.n, number) + 8 * (2 * number + 1))
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
