@@ -134,6 +134,9 @@ class SplitStep(FixedStep):
         self.search()
         return self.after()
 
+    def ended(self) -> None:
+        """After a step, or several: let go of what only a step needs, such as threads that wait for its work."""
+
     def spent(self) -> dict[str, float]:
         """Seconds that the host spent since the last call, by what it did (`search`, `attention`, `insertion`)."""
         return {}

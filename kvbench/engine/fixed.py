@@ -27,14 +27,15 @@ from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
-from kvbench.kernels.steps import CompressingStep, GrowingStep
+from kvbench.engine.inherited import unfollowed
+from kvbench.engine.policy_step import only_some_layers, policy_step
+from kvbench.kernels.steps import GrowingStep
 
 Mode = Literal["graph", "partial", "fixed", "eager"]
 """How a step ran: one replayed CUDA graph; graphs around what the host does in each layer; the same code uncaptured; or
 hook by hook."""
 
 WARM_UPS = 2
-_HOOKS = ("insert", "select", "attend")
 _BY_LENGTH = ("dynamic", "longrope")
 """Rotary kinds that ask the device for the longest position at every step."""
 
@@ -190,6 +191,8 @@ class FixedDecoder:
                 for tensor, old in zip(changed, kept, strict=True):
                     tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
+        for step in self._split:
+            step.ended()
         del kept
         if self._split:
             self._cut(stream)
@@ -226,18 +229,26 @@ class FixedDecoder:
             start.record()
         for step in self._between:
             step.between(self._taken)
-        waited = 0.0
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._segments is not None:
-            waited = self._segments.replay()
-        else:
-            self._forward()
+        try:
+            waited = self._run()
+        finally:
+            for step in self._split:
+                step.ended()
         if self._split:
             self.parts.append(_summed([{"wait": waited}, self._apart, *(step.spent() for step in self._split)]))
         if start is not None and end is not None:
             end.record()
             self._events.append((start, end))
+
+    def _run(self) -> float:
+        """Take a step as it was captured; the seconds that the host waited for the device in its midst."""
+        if self._segments is not None:
+            return self._segments.replay()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._forward()
+        return 0.0
 
     def device_s(self) -> list[float]:
         """Each step's seconds by events on the GPU, after waiting for the last; empty on a CPU."""
@@ -304,7 +315,7 @@ def fixed_decoder(
 
     The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
     """
-    reason = _unfit(governor, cache)
+    reason = _unfit(governor, cache) or unfollowed(type(governor.policy))
     if reason:
         return reason
     device = cache.governed[0].groups[0].store.static_ids.device
@@ -318,9 +329,10 @@ def fixed_decoder(
     steps: dict[int, FixedStep] = {}
     for cached in cache.governed:
         parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
-        step = _step(governor, parts, clock, padding)
-        if step is None or isinstance(step, str):
-            assert not steps, "a policy has fixed steps in some layers only"
+        step = policy_step(governor, parts, clock, padding, cached.number)
+        if not isinstance(step, FixedStep):
+            if steps:
+                raise only_some_layers(governor.policy, cached.number)
             return step or f"policy '{governor.policy.name}' has no step of fixed shapes"
         steps[cached.number] = step
     for number in cache.dense:
@@ -366,16 +378,3 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     if any(layer.softcap is not None or layer.sink_logits is not None for layer in layers):
         return "the model's attention has terms of its own"
     return ""
-
-
-def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | str | None:
-    found = governor.policy.fixed_step(parts, clock)
-    if found is None and governor.every and not any(hasattr(governor.policy, hook) for hook in _HOOKS):
-        return CompressingStep(governor.policy, parts, clock)
-    if found is not None:
-        return found
-    if governor.policy.exact:
-        return GrowingStep(parts, clock, padding)
-    plain = not any(hasattr(governor.policy, hook) for hook in _HOOKS)
-    aside = any(part.layer.store.aside_stop > part.layer.store.aside_start for part in parts)
-    return GrowingStep(parts, clock) if plain and not aside else None
