@@ -298,9 +298,9 @@ def test_buckets_and_collisions(dtype, dim, bits, tables):
         kernels.keep_collisions(scores, codes[..., 1:], asked, 2)
 
 
-def test_centred_products():
+def test_centred_cosines():
     queries, keys, mean = randn(2, 6, 1, 40), randn(2, 6, 35, 40), randn(2, 2, 1, 40)
+    keys[0, 0, 0] = mean[0, 0, 0]
     centred = keys.double() - mean.double().repeat_interleave(3, dim=1)
-    products, norms = kernels.centred_products(queries, keys, mean)
-    assert error(products, (centred * queries.double()).sum(-1)) < 1e-6
-    assert error(norms, centred.norm(dim=-1)) < 1e-6
+    expected = torch.cosine_similarity(centred, queries.double(), dim=-1)
+    assert error(kernels.centred_cosines(queries, keys, mean), expected) < 1e-6

@@ -135,7 +135,7 @@ def buckets(vectors: Tensor, planes: Tensor, bits: int, mean: Tensor | None = No
 
 @jit
 def _centred(
-    keys: tl.tensor, q: tl.tensor, mean: tl.tensor, products: tl.tensor, norms: tl.tensor, qb: int, qh: int, k: int,
+    keys: tl.tensor, q: tl.tensor, mean: tl.tensor, cosines: tl.tensor, qb: int, qh: int, k: int,
     heads: int, share: int, D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr,
 ) -> None:  # fmt: skip
     program = tl.program_id(1).to(tl.int64)
@@ -147,15 +147,16 @@ def _centred(
     place = (program * k + slot)[:, None] * D + c[None, :]
     rows = tl.load(keys + place, mask=(slot < k)[:, None] & (c < D)[None, :], other=0.0).to(tl.float32)
     rows = tl.where((c < D)[None, :], rows - middle[None, :], 0.0)
-    tl.store(products + program * k + slot, tl.sum(rows * query[None, :], 1), mask=slot < k)
-    tl.store(norms + program * k + slot, tl.sqrt(tl.sum(rows * rows, 1)), mask=slot < k)
+    lengths = tl.sqrt(tl.sum(rows * rows, 1)) * tl.sqrt(tl.sum(query * query, 0))
+    found = tl.sum(rows * query[None, :], 1) / tl.maximum(lengths, 1e-12)
+    tl.store(cosines + program * k + slot, found, mask=slot < k)
 
 
 @kernel
-def centred_products(queries: Tensor, keys: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Products of `queries` [B, H, 1, d] with `keys`, contiguous [B, H, k, d], less `mean`, and the lengths of those.
+def centred_cosines(queries: Tensor, keys: Tensor, mean: Tensor) -> Tensor:
+    """Cosines, float32 [B, H, k], of `queries` [B, H, 1, d] and `keys`, contiguous [B, H, k, d], less their `mean`.
 
-    `mean` is contiguous float32 [B, G, 1, d]; both results are float32 [B, H, k].
+    `mean` is contiguous float32 [B, G, 1, d].
     """
     batch, heads, count, dim = keys.shape
     share = heads // mean.shape[1]
@@ -163,12 +164,14 @@ def centred_products(queries: Tensor, keys: Tensor, mean: Tensor) -> tuple[Tenso
         raise KVBenchError(f"keys {list(keys.shape)} and means {list(mean.shape)} do not fit {list(queries.shape)}.")
     if not compiled(keys):
         centred = keys.float() - mean.repeat_interleave(share, dim=1)
-        return (centred * queries.float()).sum(-1), centred.norm(dim=-1)
-    products, norms = (torch.empty(batch, heads, count, device=keys.device) for _ in range(2))
+        lengths = centred.norm(dim=-1) * queries.float().norm(dim=-1)
+        found: Tensor = (centred * queries.float()).sum(-1) / lengths.clamp_min(1e-12)
+        return found
+    cosines = torch.empty(batch, heads, count, device=keys.device)
     tokens = 32
     with device_of(keys):
         _centred[(-(-count // tokens), batch * heads)](
-            keys, queries, mean, products, norms, *queries.stride()[:2], count, heads, share, dim,
+            keys, queries, mean, cosines, *queries.stride()[:2], count, heads, share, dim,
             next_power_of_2(dim), tokens, num_warps=4,
         )  # fmt: skip
-    return products, norms
+    return cosines

@@ -12,7 +12,7 @@ from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.lsh import HashTables, collision_probability
 from kvbench.kernels.attention import Segment, attend
-from kvbench.kernels.hashing import buckets, centred_products, hash_buckets, keep_collisions
+from kvbench.kernels.hashing import buckets, centred_cosines, hash_buckets, keep_collisions
 from kvbench.kernels.hot import fetch
 from kvbench.kernels.lots import lots, lots_of, seeds
 from kvbench.kernels.merge import merge
@@ -110,7 +110,7 @@ class _SamplingStep(AsideStep):
         self._hot = None  # the sample is fetched here
         self._bits, self._tables = policy.options.bits, policy.options.tables
         self._heads = seeds(policy.options.seed, layer.index, layer.heads, device)
-        self._planes = states[0]["tables"].planes.to(device)
+        self._planes: Tensor = states[0]["tables"].planes.to(device)
         shape, dim = (clock.batch, layer.kv_heads), layer.head_dim
         self._mean = torch.zeros(*shape, 1, dim, device=device)
         self._codes = torch.zeros(*shape, self._tables, self.capacity, dtype=torch.int16, device=device)
@@ -165,15 +165,16 @@ class _SamplingStep(AsideStep):
         hash_buckets(queries, self._planes, self._bits, self._asked)
         found = lots(self._heads, self._clock.positions, self.window.aside, self.capacity)
         keep_collisions(found, self._codes, self._asked, 2)
-        sizes = (found > -torch.inf).sum(-1)
-        ids = best_of(found, self.window.left, self.most)
-        fetch(ids, self.aside_keys, self.aside_values, *self._sample)
-        products, norms = centred_products(queries, self._sample[0], self._mean)
-        lengths = queries.float().norm(dim=-1)
-        u = collision_probability(products / (norms * lengths).clamp_min(1e-12), self._bits, self._tables)
-        taken = (sizes / self.window.left.clamp_min(1)).clamp_min(1).log()[..., None]
+        sizes = (found > -torch.inf).sum(-1, dtype=torch.int32)
+        left = self.window.left
+        ids = best_of(found, left, self.most)
+        keys, values = self._sample
+        fetch(ids, self.aside_keys, self.aside_values, keys, values)
+        cosines = centred_cosines(queries, keys, self._mean)
+        u = collision_probability(cosines, self._bits, self._tables)
+        taken = (sizes / left.clamp_min(1)).clamp_min(1).log()[..., None]
         bias = (taken - u.clamp_min(torch.finfo(u.dtype).tiny).log()).float()
-        sample = Segment(*self._sample, sizes.minimum(self.window.left).int(), bias=bias)
+        sample = Segment(keys, values, sizes.minimum(left), bias=bias)
         attend(queries, static, scaling=self.scaling, output=self._outputs[0], lse=self._lses[0])
         attend(queries, sample, scaling=self.scaling, output=self._outputs[1], lse=self._lses[1])
         return merge(self._outputs, self._lses, dtype=queries.dtype)[0]
