@@ -134,7 +134,10 @@ def test_a_hot_set_changes_nothing_but_where_tokens_come_from(policy):
     assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
-    assert 0 < fixed[0].hot_hit_rate < 1 and hooks[0].hot_hit_rate is None
+    rate = fixed[0].hot_hit_rate
+    assert 0 < rate < 1 and hooks[0].hot_hit_rate is None
+    if policy != "infinigen":  # 14 tokens of each row and layer are chosen, for both heads
+        assert fixed[0].reads["host"] == pytest.approx(len(PROMPTS) * 14 * 3 * 2 * 2 * 8 * 4 * (1 - rate), abs=3)
     with (
         kvbench.attach(model, policy=policy, budget=24, options=options | {"hot": 3}) as session,
         pytest.raises(KVBenchError, match=r"hot set of 3 tokens has no room for the \d+ tokens"),

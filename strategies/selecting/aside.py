@@ -222,7 +222,13 @@ class AsideStep(FixedStep):
         found = {"device": 0, "host": 0} if self._all else self.index_reads(aside / self.capacity)
         found["device"] += static * token
         found[tier] += chosen
-        return found
+        return self._with_hits(found, chosen)
+
+    def _with_hits(self, reads: dict[str, int], chosen: int) -> dict[str, int]:
+        """Bytes read, of which the hot set has its share of those of the `chosen` tokens."""
+        found, asked = self.hits()
+        had = chosen * found // asked if asked else 0
+        return {"device": reads["device"] + had, "host": reads["host"] - had}
 
     def changed(self) -> Sequence[Tensor]:
         """Nothing on the host; the ring loses a token at each step, and the hot set changes."""
