@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 from test_tasks import THINKS, make_tokenizer
@@ -309,3 +310,7 @@ def test_a_file_in_place_of_a_folder_is_told_before_any_work(kvbench, tmp_path, 
 def test_no_index_is_named(kvbench):
     code, _, err = kvbench("index", "--indexes", "")
     assert (code, "--indexes '' names no index" in err) == (2, True)
+
+
+def test_the_version_is_that_of_the_package(kvbench):
+    assert kvbench("--version") == (0, f"kvbench {version('kvbench')}\n", "")

@@ -60,10 +60,10 @@ def index(
     check_output(output)
     for name in chosen:
         found.find("index", name)
-    from kvbench.analysis import index_sweep  # noqa: PLC0415
+    from kvbench.analysis import index_benchmark, index_results  # noqa: PLC0415
     from kvbench.capture.files import load_capture  # noqa: PLC0415
 
-    config = index_sweep.SweepConfig(
+    config = index_benchmark.IndexBenchmark(
         chosen, k=k, layers=numbers("--layers", layers), heads=numbers("--heads", heads),
         efforts=_index_efforts(efforts, chosen), options=_index_options(option, chosen), sinks=sinks, window=window,
     )  # fmt: skip
@@ -76,10 +76,10 @@ def index(
             store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
         )  # fmt: skip
     with err.status("") as status:
-        rows = index_sweep.sweep(source, config, status.update)
-    content = index_sweep.document(source, config, rows)
-    folder = output / index_sweep.folder_name(source, config)
-    index_sweep.write(content, folder)
+        rows = index_benchmark.run(source, config, status.update)
+    content = index_results.document(source, config, rows)
+    folder = output / index_results.folder_name(source, config)
+    index_results.write(content, folder)
     if as_json:
         print(json.dumps({**content, "folder": str(folder)}, indent=1))
         return

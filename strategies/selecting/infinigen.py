@@ -31,7 +31,6 @@ class InfiniGen(KVCachePolicy):
         "Management, OSDI 2024, arXiv 2406.19707"
     )
     uses_hidden = True
-    adaptive = True
     head_budgets = True
 
     class Options(extension.Options):
