@@ -65,6 +65,10 @@ class FixedStep(ABC):
         Called uncaptured, after the steps before; the step's tensors keep their places.
         """
 
+    def held_tokens(self) -> float | None:
+        """Tokens held per key/value head, on average, after the latest step; None where it does not count them."""
+        return None
+
     @abstractmethod
     def bytes(self) -> dict[str, int]:
         """Bytes held: `resident`, `offloaded` and `index`."""
@@ -176,7 +180,8 @@ def hold_static(parts: Sequence[Part], batch: int, spare: int, also: Sequence[st
             target[rows, :, : own.shape[2]] = joined.gather(2, places)
         ids[rows, :, : own.shape[2]] = own.gather(-1, order).int()
         for name, tensor in more.items():
-            tensor[rows, :, : own.shape[2]] = part.layer.state[name].expand_as(own).gather(-1, order)
+            spread_out = part.layer.state[name].expand_as(own).masked_fill(own < 0, 0)
+            tensor[rows, :, : own.shape[2]] = spread_out.gather(-1, order)
         lengths[rows] = (own >= 0).sum(-1).int()
         store.release_static(0)
     return Held(keys, values, lengths, ids, more)

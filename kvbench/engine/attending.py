@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
+from kvbench.engine.compression import compress, note
 from kvbench.engine.fixed import FixedDecoder
 from kvbench.engine.governor import Governor
 from kvbench.engine.interface import capture, own_attention
@@ -159,11 +160,15 @@ class Attending(Governor):
                         layer.hidden_before = before.hidden
                     layer.project = functools.partial(self._project, module, lane, now)
                 if first:
+                    if self.every:
+                        compress(self.policy, layer)
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
                     self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
                 selection = self.select(layer, queries)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
                 layer.static_attention = None
+                if self.every and first:
+                    note(self.policy, layer, queries)
                 part = result.transpose(1, 2).to(output.dtype)
                 if lane.rows is None:
                     output[:, now] = part

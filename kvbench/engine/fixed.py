@@ -27,7 +27,7 @@ from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
-from kvbench.kernels.steps import GrowingStep
+from kvbench.kernels.steps import CompressingStep, GrowingStep
 
 Mode = Literal["graph", "partial", "fixed", "eager"]
 """How a step ran: one replayed CUDA graph; graphs around what the host does in each layer; the same code uncaptured; or
@@ -259,6 +259,12 @@ class FixedDecoder:
         held = [step.bytes() for step in self._steps.values()]
         return {tier: sum(each[tier] for each in held) for tier in ("resident", "offloaded", "index")}
 
+    def held_tokens(self) -> float | None:
+        """Tokens held per layer and head, on average; None where a step does not count them."""
+        found = [step.held_tokens() for step in self._steps.values()]
+        known = [tokens for tokens in found if tokens is not None]
+        return sum(known) / len(known) if len(known) == len(found) else None
+
     def reads(self, tokens: int) -> dict[str, int]:
         """Fewest bytes that a step reads at `tokens` tokens of context a row: the weights and what the policy needs."""
         found = [step.reads(tokens) for step in self._steps.values()]
@@ -357,6 +363,8 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
 
 def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | str | None:
     found = governor.policy.fixed_step(parts, clock)
+    if found is None and governor.every and not any(hasattr(governor.policy, hook) for hook in _HOOKS):
+        return CompressingStep(governor.policy, parts, clock)
     if found is not None:
         return found
     if governor.policy.exact:
