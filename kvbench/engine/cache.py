@@ -18,7 +18,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.governor import Governor
 from kvbench.engine.lanes import Lane, last_queries
-from kvbench.engine.prompt import Attends
+from kvbench.engine.prompt import Attends, finite
 from kvbench.engine.rotary import Rotary
 
 _NO_COPY = (
@@ -264,7 +264,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         session = self.session
         keys, values = self.prompt.keys, self.prompt.values
         self.waiting = attends
-        if not session.policy.exact and not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
+        if not session.policy.exact and not (finite(keys) and finite(values)):
             raise KVBenchError(
                 f"Layer {self.number} of {type(session.model).__name__} gave keys or values that are NaN or infinite: "
                 "load the model in another dtype (--dtype float32), or check its weights."
