@@ -48,6 +48,8 @@ def compile_only() -> None:
         return launch(self, *args, grid=grid, warmup=True, **kwargs)
 
     JITFunction.run = run
+    # what a kernel would have written must at least be numbers, since ids are looked up
+    torch.empty, torch.Tensor.new_empty = torch.zeros, torch.Tensor.new_zeros
     support.interpreting = lambda: True
 
     for module in [module for name, module in sys.modules.items() if name.startswith("kvbench.kernels.")]:

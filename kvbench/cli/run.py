@@ -182,7 +182,8 @@ def run(
         failures[config.policy] = sentence(error)
 
     with _Progress([config.policy for config in configs], examples) as progress:
-        runs = execute(configs, loaded, output, progress, failed if len(configs) > 1 else None)
+        tell = failed if len(configs) > 1 else None
+        runs = execute(configs, loaded, output, progress, tell, check_anew=fresh)
     for name, reason in left_out.items():
         err.print(f"Left out {name}: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for note in dict.fromkeys(note for done in runs for note in done.notes):

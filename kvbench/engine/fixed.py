@@ -21,20 +21,21 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvbench.contract.budget import LayerBudget
 from kvbench.contract.host import event, wait
 from kvbench.contract.layer import Layer
-from kvbench.contract.step import Clock, FixedStep, Part, SplitStep
+from kvbench.contract.step import Clock, FixedStep, Inputs, Part, SplitStep
 from kvbench.contract.storage import KVStore
 from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
-from kvbench.kernels.steps import CompressingStep, GrowingStep
+from kvbench.engine.inherited import unfollowed
+from kvbench.engine.policy_step import only_some_layers, policy_step
+from kvbench.kernels.steps import GrowingStep
 
 Mode = Literal["graph", "partial", "fixed", "eager"]
 """How a step ran: one replayed CUDA graph; graphs around what the host does in each layer; the same code uncaptured; or
 hook by hook."""
 
 WARM_UPS = 2
-_HOOKS = ("insert", "select", "attend")
 _BY_LENGTH = ("dynamic", "longrope")
 """Rotary kinds that ask the device for the longest position at every step."""
 
@@ -292,12 +293,14 @@ def weight_bytes(model: Any) -> int:
     return sum(seen.values())
 
 
-def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int) -> FixedDecoder | str:
+def fixed_decoder(
+    governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int, inputs: Inputs | None = None
+) -> FixedDecoder | str:
     """Make the decoder that takes over a batch's cache after its prompt and reads `tokens` [B], or say why not.
 
     The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
     """
-    reason = _unfit(governor, cache)
+    reason = _unfit(governor, cache) or unfollowed(type(governor.policy))
     if reason:
         return reason
     device = cache.governed[0].by_lane[0].store.static_ids.device
@@ -307,13 +310,14 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_to
     padding = left_padding(cache.mask) if governor.policy.exact else None
     if padding is not None:  # the one lane of a policy that keeps everything holds the padding, too
         positions -= padding.to(positions)
-    clock = Clock(positions, new_tokens)
+    clock = Clock(positions, new_tokens, inputs=inputs)
     steps: dict[int, FixedStep] = {}
     for cached in cache.governed:
         parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.by_lane, strict=True)]
-        step = _step(governor, parts, clock, padding)
-        if step is None or isinstance(step, str):
-            assert not steps, "a policy has fixed steps in some layers only"
+        step = policy_step(governor, parts, clock, padding, cached.number)
+        if not isinstance(step, FixedStep):
+            if steps:
+                raise only_some_layers(governor.policy, cached.number)
             return step or f"policy '{governor.policy.name}' has no step of fixed shapes"
         steps[cached.number] = step
     for number in cache.dense:
@@ -359,16 +363,3 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     if any(layer.softcap is not None or layer.sink_logits is not None for layer in layers):
         return "the model's attention has terms of its own"
     return ""
-
-
-def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | str | None:
-    found = governor.policy.fixed_step(parts, clock)
-    if found is None and governor.every and not any(hasattr(governor.policy, hook) for hook in _HOOKS):
-        return CompressingStep(governor.policy, parts, clock)
-    if found is not None:
-        return found
-    if governor.policy.exact:
-        return GrowingStep(parts, clock, padding)
-    plain = not any(hasattr(governor.policy, hook) for hook in _HOOKS)
-    aside = any(part.layer.store.aside_stop > part.layer.store.aside_start for part in parts)
-    return GrowingStep(parts, clock) if plain and not aside else None

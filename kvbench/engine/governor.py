@@ -95,11 +95,7 @@ class Governor:
         self.hook: Any = manager.hook
         self.config: Any = text_config(model)
         self.survey: Survey = survey(model) if policy.cached else Survey({})
-        if self.survey.refusal is not None and not policy.exact:
-            raise KVBenchError(
-                f"{self.survey.refusal}, so policy '{policy.name}' cannot govern it: choose policy 'full', or an "
-                "architecture of docs/models.md that policies govern (Llama, Qwen, Gemma, DeepSeek-V3, ...)."
-            )
+        self.survey.require(policy)
         self.numbers = chosen_layers(model, policy, dense_layers) if policy.cached else []
         """The places in the model of the layers that the policy governs."""
         self.dense = [number for number in self.survey.layers if number not in self.numbers]

@@ -8,6 +8,7 @@ from torch.nn import functional
 from kvbench.contract.extension import Options
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
+from kvbench.kernels.directions import key_differences
 from kvbench.strategies.evicting.eviction import DecodingEviction
 
 
@@ -49,13 +50,8 @@ class KeyDiff(DecodingEviction):
 
     def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Minus the cosine with the anchor of the keys held and the new one."""
-        old = functional.normalize(held.float(), dim=-1) * real[..., None]
-        new = functional.normalize(keys.float(), dim=-1)
-        anchor = old.sum(2, keepdim=True) + new
-        return (
-            -functional.cosine_similarity(old, anchor, dim=-1),
-            -functional.cosine_similarity(new, anchor, dim=-1),
-        )
+        inside = scores.is_contiguous() and scores.dtype == torch.float32
+        return key_differences(held, real, keys, output=scores if inside else None)
 
     def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
         """Minus the cosine with the anchor of the keys held; the window stays."""
