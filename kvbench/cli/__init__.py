@@ -22,6 +22,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     report,
     run,
     sweep,
+    verify,
 )
 from kvbench.cli.common import app, err
 from kvbench.contract.errors import KVBenchError, out_of_memory, sentence
