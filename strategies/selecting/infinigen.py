@@ -43,7 +43,6 @@ class InfiniGen(KVCachePolicy):
     )
     uses_hidden = True
     offload: ClassVar[bool] = True
-    adaptive = True
     head_budgets = True
 
     class Options(extension.Options):

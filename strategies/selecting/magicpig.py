@@ -33,7 +33,6 @@ class MagicPIG(SelectingPolicy):
     name = "magicpig"
     summary = "Samples offloaded keys by hash tables (LSH) and weighs them by their sampling probability."
     reference = "Chen et al., MagicPIG: LSH Sampling for Efficient LLM Generation, arXiv 2410.16179"
-    adaptive = True
     head_budgets = True
     offload = True
     query_window = 0
