@@ -231,7 +231,7 @@ class Index(Extension, Saveable, ABC):
     @classmethod
     def _whole(cls, about: _About, tensors: State, keys: Vectors, told: str) -> Self:
         """Put an index together; KVBenchError, ValueError or KeyError where the parts, of `told`, do not fit."""
-        index = cls(cls.Options(**about.options), about.seed)
+        index = cls(cls.Options(**cls.saved_options(about.options)), about.seed)
         index.keys = KeyStore(keys)
         stored = index.keys
         if (stored.groups, stored.n, stored.d) != about.shape or stored.dtype != about.dtype:
@@ -247,6 +247,11 @@ class Index(Extension, Saveable, ABC):
                 {name[len("index.") :]: array for name, array in tensors.items() if name.startswith("index.")}
             )
         return index
+
+    @classmethod
+    def saved_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a saved index; those that an older version did not know get the value that it had."""
+        return options
 
     def _effort(self, effort: int | None) -> int:
         if effort is not None:

@@ -239,28 +239,29 @@ def test_codes_are_re_ranked_exactly_and_counted(name):
     assert coded.nbytes > plain.nbytes
 
 
-def test_roargraph_by_pivots_finds_the_best_keys():
+@pytest.mark.parametrize("shared", [True, False])
+def test_roargraph_by_pivots_finds_the_best_keys(shared):
     keys, queries = vectors(20, 2, 600), vectors(21, 4, 500)
-    index = RoarGraph(RoarGraph.Options(projection="pivot", degree=40))
+    index = RoarGraph(RoarGraph.Options(projection="pivot", degree=40, shared=shared))
     index.build(keys, queries[:, :400])
     result = index.search(queries[:, 400:], 10)
     best = -np.sort(-exact(keys, queries[:, 400:]), axis=2)[:, :, :10]
     assert np.mean(np.isclose(result.scores, best, rtol=1e-3)) > 0.9
-    assert index.unreached.shape == (4,) and np.all(index.unreached < 0.05)
+    assert index.unreached.shape == (2 if shared else 4,) and np.all(index.unreached < 0.05)
 
 
 @quick
 @given(
     st.integers(0, 2**16), st.integers(1, 40), st.lists(st.integers(1, 25), max_size=8), st.integers(1, 6),
-    st.integers(2, 9), st.sampled_from(["cooccurrence", "pivot"]), st.booleans(),
+    st.integers(2, 9), st.sampled_from(["cooccurrence", "pivot"]), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_roargraph_reaches_every_key_whatever_is_inserted(seed, n, batches, eager, degree, projection, ties):
+def test_roargraph_reaches_every_key_whatever_is_inserted(seed, n, batches, eager, degree, projection, ties, shared):
     keys = vectors(seed, 2, n + sum(batches))
     if ties:
         keys[:, ::3] = keys[:, :1]
         keys[:, 1::4] = 0
     queries = vectors(seed + 1, 4, 12)
-    index = RoarGraph(RoarGraph.Options(eager=eager, degree=degree, projection=projection, entries=2))
+    index = RoarGraph(RoarGraph.Options(eager=eager, degree=degree, projection=projection, entries=2, shared=shared))
     index.build(keys[:, :n], queries[:, :10])
     for count in [0, *batches]:
         index.insert(keys[:, n : n + count])
