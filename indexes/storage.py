@@ -57,6 +57,26 @@ def as_float32(vectors: Vectors, what: str) -> NDArray[np.float32]:
     return wide
 
 
+def rows_in_place(array: Array) -> tuple[Array, int] | None:
+    """The memory of [g, n, d] as read-only rows [≥ n, d], and the rows from one group to the next; None if it has gaps.
+
+    Row i of group g is row `g * stride + i`.
+    """
+    groups, n, d = array.shape
+    size = array.itemsize
+    row = d * size
+    viewable = (
+        (n < 2 or array.strides[1] == row)
+        and (d < 2 or array.strides[2] == size)
+        and (groups < 2 or (array.strides[0] % row == 0 and array.strides[0] >= n * row))
+    )
+    if not viewable:
+        return None
+    stride = array.strides[0] // row if groups > 1 and n > 0 else n
+    total = (groups - 1) * stride + n
+    return np.lib.stride_tricks.as_strided(array, (total, d), (row, size), writeable=False), stride
+
+
 class KeyStore:
     """Keys [G, n, d] of G key/value heads: a view of the caller's memory, or the index's own growable copy.
 
@@ -75,21 +95,15 @@ class KeyStore:
     def _attach(self, keys: Vectors, checked: int) -> None:
         array, self.dtype = as_bits(keys, "keys")
         groups, n, d = array.shape
-        size = array.itemsize
         if groups == 0 or d == 0:
             raise KVBenchError(f"keys have shape {array.shape}; give at least one head and one dimension.")
-        row = d * size
-        viewable = (
-            (n < 2 or array.strides[1] == row)
-            and (d < 2 or array.strides[2] == size)
-            and (groups < 2 or (array.strides[0] % row == 0 and array.strides[0] >= n * row))
-        )
-        if not viewable:
+        found = rows_in_place(array)
+        if found is None:
             array = np.ascontiguousarray(array)
+            found = rows_in_place(array)
+            assert found is not None
         self.array = array
-        self.stride = array.strides[0] // row if groups > 1 and n > 0 else n
-        total = (groups - 1) * self.stride + n
-        self.rows = np.lib.stride_tricks.as_strided(array, (total, d), (row, size), writeable=False)
+        self.rows, self.stride = found
         self.groups, self.n, self.d = groups, n, d
         bad = find_beyond(self.rows, self.stride, groups, checked, n, _LARGEST[self.dtype])
         if bad >= 0:
@@ -97,6 +111,13 @@ class KeyStore:
                 f"key {bad % n} of head {bad // n} is NaN or infinite, or beyond {BEYOND:g}, whose square overflows; "
                 "an index needs finite vectors."
             )
+
+    def move(self, keys: Vectors) -> None:
+        """Read the same keys at another place, `keys` [G, n, d], from now on."""
+        array, dtype = as_bits(keys, "keys")
+        assert (array.shape, dtype) == ((self.groups, self.n, self.d), self.dtype), "these are other keys"
+        self._attach(keys, checked=self.n)
+        self.owned = False
 
     def append(self, keys: Vectors, storage: Vectors | None) -> None:
         """Append keys [G, m, d]: read from `storage` [G, n + m, d] where given, else copied to memory of our own."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import faiss
 import numba
 import torch
+
+Result = TypeVar("Result")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
 os.register_at_fork(after_in_child=_pools.clear)
@@ -47,6 +49,12 @@ def on_threads(work: Callable[..., None], items: int, *arguments: Any, least: in
     finally:
         for other in others:
             other.result()
+
+
+def beside(work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    """Run `work(*arguments)` on a thread of its own, after what was handed to it before."""
+    pool = _pools.get(0) or _pools.setdefault(0, ThreadPoolExecutor(1, "kvbench-search"))
+    return pool.submit(work, *arguments)
 
 
 def each_head(heads: int, work: Callable[[int], None]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from tiny import small_options, tiny_model, tokens
@@ -20,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvbench
 from kvbench.contract.budget import Budget
+from kvbench.engine import fixed
 from kvbench.engine.fixed import FixedDecoder
 from kvbench.kernels.support import observing
 from kvbench.plugins import registry
@@ -97,7 +99,8 @@ def counting() -> Iterator[Counter]:
     """Count what the block does."""
     counter = Counter()
     with ExitStack() as stack:
-        for context in (observing(counter.one), _ToTheHost(counter), counter):
+        waits = patch.object(fixed, "wait", lambda event: counter.wait())
+        for context in (observing(counter.one), _ToTheHost(counter), waits, counter):
             stack.enter_context(context)
         yield counter
 

@@ -17,6 +17,7 @@ from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
+INDEXES = ("retrieval", "robust_vamana", "vamana", "hnsw", "ivf", "ivfpq", "sq8")
 SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention", "shadowkv")
 FIXED = (
     "full",
@@ -69,8 +70,8 @@ def logits(session, prompt, steps, decoding, batch=None):
 @pytest.mark.parametrize(
     ("policy", "allocator"),
     [
-        *((policy, "uniform") for policy in FIXED),
-        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest", *SET_ASIDE), ("ada",)),
+        *((policy, "uniform") for policy in (*FIXED, *INDEXES)),
+        *itertools.product(("snapkv", "h2o", "streaming_llm", "quest", "ivf", *SET_ASIDE), ("ada",)),
     ],
 )
 @pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
@@ -87,7 +88,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
 
 
-@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "pqcache", "retroinfer"])
+@pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "ivf", "pqcache", "retroinfer"])
 def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     model = tiny_model(pad_token_id=None)
     with attach(model, policy, 0.4) as session:
@@ -96,7 +97,7 @@ def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
 
 
-@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("policy", [*FIXED, "ivf"])
 def test_a_covering_budget_is_exact_in_fixed_steps(policy):
     model = tiny_model(pad_token_id=None)
     ids = torch.tensor([PROMPTS[1]])
@@ -155,10 +156,16 @@ def test_a_second_generation_begins_anew_and_the_model_is_restored():
 
 
 def test_what_has_no_fixed_step_says_why():
+    class Plain(kvbench.KVCachePolicy):
+        name, summary = "plain", "Selects nothing."
+
+        def select(self, layer, queries, budget):
+            return kvbench.Selection()
+
     model = tiny_model(pad_token_id=None)
     with (
-        attach(model, "retrieval") as session,
-        pytest.raises(KVBenchError, match="'retrieval' cannot decode in fixed steps here: policy 'retrieval' has no"),
+        kvbench.attach(model, policy=Plain(), budget=24) as session,
+        pytest.raises(KVBenchError, match="'plain' cannot decode in fixed steps here: policy 'plain' has no"),
     ):
         generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
     with pytest.raises(KVBenchError, match="no full-attention"):
@@ -227,7 +234,7 @@ def test_rows_of_unequal_length_read_what_each_of_them_holds(policy):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("policy", FIXED)
+@pytest.mark.parametrize("policy", [*FIXED, *INDEXES])
 @pytest.mark.parametrize("batch", [PROMPTS[:1], PROMPTS], ids=["one", "unequal"])
 def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
     model = tiny_model(pad_token_id=None).cuda()
@@ -235,7 +242,7 @@ def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
         hooks = generate_batch(session, batch, max_new_tokens=[20] * len(batch), decoding="eager")
         graph = generate_batch(session, batch, max_new_tokens=[20] * len(batch))
     assert [one.tokens for one in graph] == [one.tokens for one in hooks]
-    assert {one.mode for one in graph} == {"graph"}
+    assert {one.mode for one in graph} == {"partial" if policy in INDEXES else "graph"}
 
 
 def check_tiers(policy, held, reads, token):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,3 +54,32 @@ def copy_to_host(tokens: Tensor, room: int) -> Tensor:
         for group in range(groups):  # pieces without gaps on both sides, which are copied directly
             whole[row, group, :count].copy_(tokens[row, group], non_blocking=True)
     return whole
+
+
+def event(timing: bool = False) -> torch.cuda.Event:
+    """A CUDA event."""
+    found: torch.cuda.Event = torch.cuda.Event(enable_timing=timing)  # type: ignore[no-untyped-call]
+    return found
+
+
+def wait(arrived: torch.cuda.Event | None) -> None:
+    """Wait for what the device did before the event; no event where it does everything at once."""
+    if arrived is not None:
+        arrived.synchronize()
+
+
+def seconds_of(work: Callable[[], object], on: Tensor, times: int = 20) -> float:
+    """Seconds that the device of `on` spends on the work, the mean of some calls after a first one."""
+    work()
+    if not on.is_cuda:
+        began = time.perf_counter()
+        for _ in range(times):
+            work()
+        return (time.perf_counter() - began) / times
+    start, end = event(timing=True), event(timing=True)
+    start.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / times

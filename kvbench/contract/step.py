@@ -81,6 +81,46 @@ class FixedStep(ABC):
         """The tensors that a step changes otherwise than by writing the same token to the same place again."""
 
 
+class SplitStep(FixedStep):
+    """One layer's decoding step with the host in its middle, such as a search in the host's memory.
+
+    The device's parts are captured as CUDA graphs of their own. For each layer in turn the engine runs `before` and
+    `beside`, waits for `before` alone, runs `search` on the host, and goes on with `after`. `between` is called before
+    the warm-up steps, too: it must bear to be called for the same step again. Call the parts, not the step.
+    """
+
+    @abstractmethod
+    def before(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        """On the device: take in the step's token, and send the host what it needs, to pinned memory."""
+
+    @abstractmethod
+    def beside(self) -> None:
+        """On the device, while the host searches: attend to what is known without it."""
+
+    @abstractmethod
+    def search(self) -> None:
+        """On the host, once `before` is done: leave in pinned memory what `after` needs. Repeatable for a step."""
+
+    @abstractmethod
+    def after(self) -> Tensor:
+        """On the device: fetch what the host found and give the output [B, H, 1, d] in the queries' dtype."""
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """All parts in turn, for a device whose work is done when a call returns."""
+        self.before(queries, keys, values)
+        self.beside()
+        self.search()
+        return self.after()
+
+    def spent(self) -> dict[str, float]:
+        """Seconds that the host spent since the last call, by what it did (`search`, `attention`, `insertion`)."""
+        return {}
+
+    def apart(self) -> dict[str, float]:
+        """Seconds of the device's parts that can't be told within a graph (`transfer`), measured by themselves."""
+        return {}
+
+
 @dataclass
 class Held:
     """Static sets of all rows in one place: `keys`, `values` [B, G, t, d], of which `lengths` int32 [B, G] count.

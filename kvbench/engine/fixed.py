@@ -2,11 +2,15 @@
 
 After the prompt each governed layer's stores are handed to the policy's `fixed_step`. A step then is the model's own
 forward with a cache that gives the new keys and values alone, positions on the device, and the choice of the next
-token; on a GPU it is captured once and replayed.
+token; on a GPU it is captured once and replayed, as one CUDA graph, or, where the host takes part in a layer's step
+(`SplitStep`), as graphs of what lies between.
 """
 
 from __future__ import annotations
 
+import gc
+import time
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -15,8 +19,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvbench.contract.budget import LayerBudget
+from kvbench.contract.host import event, wait
 from kvbench.contract.layer import Layer
-from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.step import Clock, FixedStep, Part, SplitStep
 from kvbench.contract.storage import KVStore
 from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
@@ -24,8 +29,9 @@ from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
 from kvbench.kernels.steps import GrowingStep
 
-Mode = Literal["graph", "fixed", "eager"]
-"""How a step ran: a replayed CUDA graph; the same code uncaptured; or hook by hook."""
+Mode = Literal["graph", "partial", "fixed", "eager"]
+"""How a step ran: one replayed CUDA graph; graphs around what the host does in each layer; the same code uncaptured; or
+hook by hook."""
 
 WARM_UPS = 2
 _HOOKS = ("insert", "select", "attend")
@@ -64,6 +70,50 @@ class _FixedLayer(CacheLayerMixin):
         return -1
 
 
+class _Segments:
+    """The CUDA graphs of a step that the host takes part in; they share memory and are replayed in their order."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._pieces: list[tuple[torch.cuda.CUDAGraph, torch.cuda.CUDAGraph, SplitStep]] = []
+        self._last: torch.cuda.CUDAGraph
+        self._arrived = event()
+
+    def begin(self) -> None:
+        """Capture what follows."""
+        self._last = torch.cuda.CUDAGraph()
+        self._last.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def end(self) -> torch.cuda.CUDAGraph:
+        """End the capture."""
+        self._last.capture_end()
+        return self._last
+
+    def cut(self, step: SplitStep, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Capture a layer's step in the midst of a forward, in three pieces around the host's work."""
+        step.before(queries, keys, values)
+        before = self.end()
+        self.begin()
+        step.beside()
+        self._pieces.append((before, self.end(), step))
+        self.begin()
+        return step.after()
+
+    def replay(self) -> float:
+        """Take a step; the seconds that the host waited for the device."""
+        waited = 0.0
+        for before, beside, step in self._pieces:
+            before.replay()
+            self._arrived.record()
+            beside.replay()
+            began = time.perf_counter()
+            wait(self._arrived)
+            waited += time.perf_counter() - began
+            step.search()
+        self._last.replay()
+        return waited
+
+
 class FixedDecoder:
     """The steps of a batch after its prompt, up to `new_tokens` of them; see `fixed_decoder`.
 
@@ -82,6 +132,13 @@ class FixedDecoder:
         vocabulary = governor.model.get_output_embeddings().weight.shape[0]
         self.logits = torch.zeros(clock.batch, vocabulary, dtype=governor.model.dtype, device=device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._segments: _Segments | None = None
+        self._cutting = False
+        self._split = [step for step in steps.values() if isinstance(step, SplitStep)]
+        self._apart: dict[str, float] = {}
+        self.parts: list[dict[str, float]] = []
+        """Parts, in seconds, of each step that the host takes part in: `search`, `insertion`, `attention`, `transfer`,
+        and `wait`, the host's for the device."""
         self._taken = 0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._between = [step for step in steps.values() if type(step).between is not FixedStep.between]
@@ -90,7 +147,21 @@ class FixedDecoder:
 
     def attention(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One layer's part of the step: output [B, 1, H, d]."""
-        output = self._steps[module.layer_idx](query, key, value)  # type: ignore[index]
+        step = self._steps[module.layer_idx]  # type: ignore[index]
+        if not isinstance(step, SplitStep):
+            output = step(query, key, value)
+        elif self._cutting:
+            assert self._segments is not None
+            output = self._segments.cut(step, query, key, value)
+        else:
+            step.before(query, key, value)
+            arrived = event() if query.is_cuda else None
+            if arrived is not None:
+                arrived.record()
+            step.beside()
+            wait(arrived)
+            step.search()
+            output = step.after()
         return output.transpose(1, 2)
 
     def compile(self) -> None:
@@ -100,12 +171,14 @@ class FixedDecoder:
 
     def close(self) -> None:
         """Give the graph's memory back and the model its own code."""
-        self._graph = None
+        self._graph = self._segments = None
         if self._compiled is not None:
             self._compiled._compiled_call_impl = None
 
     def capture(self) -> None:
-        """Run the first step for its compilations, set everything back, and capture it as a CUDA graph."""
+        """Run the first step for its compilations, set everything back, and capture it as CUDA graphs."""
+        for step in self._split:
+            step.between(1)
         changed = [tensor for step in self._steps.values() for tensor in step.changed()]
         changed += [self._clock.positions, self._position_ids, self.tokens]
         kept = [tensor.clone() for tensor in changed]
@@ -118,10 +191,31 @@ class FixedDecoder:
                     tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
         del kept
+        if self._split:
+            self._cut(stream)
+            return
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._forward()
         self.mode = "graph"
+
+    def _cut(self, stream: torch.cuda.Stream) -> None:
+        """Capture a step in pieces: each layer's attention ends one graph and begins the next."""
+        self._apart = _summed([step.apart() for step in self._split])
+        for step in self._split:
+            step.spent()
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
+        self._segments, self._cutting = _Segments(), True
+        try:
+            with torch.cuda.stream(stream):
+                self._segments.begin()
+                self._forward()
+                self._segments.end()
+        finally:
+            self._cutting = False
+        self.mode = "partial"
 
     def step(self) -> None:
         """Take one step: read `tokens`, write `logits`, and put the likeliest next tokens in `tokens`."""
@@ -132,10 +226,15 @@ class FixedDecoder:
             start.record()
         for step in self._between:
             step.between(self._taken)
+        waited = 0.0
         if self._graph is not None:
             self._graph.replay()
+        elif self._segments is not None:
+            waited = self._segments.replay()
         else:
             self._forward()
+        if self._split:
+            self.parts.append(_summed([{"wait": waited}, self._apart, *(step.spent() for step in self._split)]))
         if start is not None and end is not None:
             end.record()
             self._events.append((start, end))
@@ -168,6 +267,14 @@ class FixedDecoder:
             "device": sum(each["device"] for each in found),
             "host": sum(each["host"] for each in found),
         }
+
+
+def _summed(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
+    for each in found:
+        for name, seconds in each.items():
+            total[name] += seconds
+    return dict(total)
 
 
 def weight_bytes(model: Any) -> int:

@@ -46,6 +46,8 @@ class Generation:
     """From the prompt to the first step: the tensors of the fixed steps, their warm-up and the capture."""
     reads: dict[str, int] = field(default_factory=dict)
     """Fewest bytes that the median step reads, by `weights`, `device` and `host`; empty for steps hook by hook."""
+    parts_s: list[dict[str, float]] = field(default_factory=list)
+    """Parts of each step that the host takes part in (`FixedDecoder.parts`); empty for others."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,23 @@ def generate_batch(
     held = {tier: size // len(prompts) for tier, size in whole.items()}
     about: dict[str, Any] = {"mode_reason": decoder}
     device_s: list[float] = []
+    parts_s: list[dict[str, float]] = []
     if isinstance(decoder, FixedDecoder):
         halfway = sum(map(len, prompts)) // len(prompts) + max(map(len, step_s)) // 2
-        device_s = decoder.device_s()
+        device_s, parts_s = decoder.device_s(), decoder.parts
         about = {"mode": decoder.mode, "capture_s": capture_s, "reads": decoder.reads(halfway)}
     index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
     return [
-        Generation(mine, prefill_s, index_s, steps, held, device_step_s=device_s[: len(steps)], **about)
+        Generation(
+            mine,
+            prefill_s,
+            index_s,
+            steps,
+            held,
+            device_step_s=device_s[: len(steps)],
+            parts_s=parts_s[: len(steps)],
+            **about,
+        )
         for mine, steps in zip(tokens, step_s, strict=True)
     ]
 

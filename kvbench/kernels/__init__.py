@@ -19,6 +19,7 @@ from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
 from kvbench.kernels.top_keys import top_keys
+from kvbench.kernels.weigh import weigh
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "top_keys",
     "update_bounds",
     "using",
+    "weigh",
 ]

@@ -35,6 +35,7 @@ class Metrics(_Open):
     mode: Text | None = None
     mode_reason: Text | None = None
     device_tpot_s: dict[str, Number | None] = Field(default_factory=dict)
+    step_parts_s: dict[str, Number | None] = Field(default_factory=dict)
 
 
 class Environment(_Open):
@@ -73,11 +74,12 @@ class StoredExample(_Open):
     index_s: Number = 0
     step_s: list[Number] = Field(default_factory=list)
     device_step_s: list[Number] = Field(default_factory=list)
-    mode: Literal["graph", "fixed", "eager"] | None = None
+    mode: Literal["graph", "partial", "fixed", "eager"] | None = None
     mode_reason: Text = ""
     capture_s: Number | None = None
     floor_s: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None
     read_bytes: dict[str, Count] = Field(default_factory=dict)
+    step_parts_s: dict[str, Number] = Field(default_factory=dict)
     probed_step_s: list[Number] = Field(default_factory=list)
     bytes: dict[str, Number] = Field(default_factory=dict)
     peak_memory_bytes: Number | None = None

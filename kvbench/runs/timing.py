@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvbench.contract.policy import KVCachePolicy
     from kvbench.engine.generation import Decoding, Generation
 
-STEP_METRICS = ("mode", "mode_reason", "device_tpot_s", "capture_s", "floor_s", "floor_ratio")
+STEP_METRICS = ("mode", "mode_reason", "device_tpot_s", "step_parts_s", "capture_s", "floor_s", "floor_ratio")
 """Names of what `step_metrics` gives."""
 
 
@@ -57,12 +57,27 @@ def step_row(result: Generation, device: torch.device) -> dict[str, Any]:
         found["mode_reason"] = result.mode_reason
     if result.device_step_s:
         found["device_step_s"] = result.device_step_s
+    if result.parts_s:
+        found["step_parts_s"] = step_parts(result)
     if result.reads:
         found |= {"capture_s": result.capture_s, "read_bytes": result.reads}
         rates = bandwidth(device)
         if rates is not None:
             found["floor_s"] = rates.floor_s(result.reads)
     return found
+
+
+def step_parts(result: Generation) -> dict[str, float]:
+    """Mean seconds of the parts of steps that the host takes part in, which add up to the mean step.
+
+    `search`, `insertion`, `attention` (over the found tokens), `transfer`, and the `rest`: the model, the static set.
+    """
+    count = len(result.parts_s)
+    parts = {
+        name: sum(step.get(name, 0.0) for step in result.parts_s) / count
+        for name in ("search", "insertion", "attention", "transfer")
+    }
+    return {**parts, "rest": sum(result.step_s) / len(result.step_s) - sum(parts.values())}
 
 
 def step_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -76,10 +91,15 @@ def step_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
     ratios = [
         step / row["floor_s"] for row in rows if row.get("floor_s") for step in row.get("device_step_s", row["step_s"])
     ]
+    split = [row for row in rows if row.get("step_parts_s")]
     return {
         "mode": ", ".join(modes) or None,
         "mode_reason": "; ".join(reasons) or None,
         "device_tpot_s": {"p50": _number(p50), "p95": _number(p95)},
+        "step_parts_s": {
+            name: _mean([row["step_parts_s"][name] for row in split])
+            for name in (split[0]["step_parts_s"] if split else ())
+        },
         "capture_s": _mean([row["capture_s"] for row in rows if row.get("capture_s") is not None]),
         "floor_s": _mean([row["floor_s"] for row in rows if row.get("floor_s") is not None]),
         "floor_ratio": _number(percentiles(ratios, 50)[0]),

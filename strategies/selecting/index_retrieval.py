@@ -7,12 +7,15 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from kvbench.contract.budget import LayerBudget
 from kvbench.contract.layer import Layer
-from kvbench.contract.selection import Selection
+from kvbench.contract.selection import Pending, Selection
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.base import Index
 from kvbench.indexes.flat import Flat
+from kvbench.indexes.threads import beside
 from kvbench.strategies.selecting.aside import ScoreStep
+from kvbench.strategies.selecting.index_step import IndexStep, Where
 from kvbench.strategies.selecting.static_set import StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy
 
@@ -24,6 +27,10 @@ class RetrievalOptions(StaticSetOptions):
         16,
         ge=0,
         description="tokens that leave the window for the index at a time; 0 keeps all new tokens in the window",
+    )
+    attention: Where = Field(
+        "auto",
+        description="where steps of fixed shapes attend to the found tokens: host, device (in pinned memory), or auto",
     )
 
 
@@ -70,16 +77,39 @@ class IndexRetrieval(SelectingPolicy):
             super().insert(layer, keys, values)
 
     def moves(self, layer: Layer, beyond: int) -> bool:
-        """Every `insert_every` tokens."""
-        return beyond >= int(self.options.insert_every)
+        """Every `insert_every` tokens; the first time sooner, so that only some of the layers insert at a step."""
+        every = int(self.options.insert_every)
+        moved = layer.store.aside_stop > layer.prompt_tokens - layer.static[1]
+        early = 0 if moved or self.index is Flat else layer.index * every // layer.count
+        return beyond >= every - early
+
+    def until(self, layer: Layer, most: int) -> int:
+        """Tokens beyond the window when some leave it the next time; more than `most` where none does so soon."""
+        return super().period(layer, most) if self.options.insert_every else most + 1
 
     def period(self, layer: Layer, most: int) -> int:
         """As `insert_every` says, or sooner where the budget is tight."""
-        return super().period(layer, most) if self.options.insert_every else most + 1
+        every = min(int(self.options.insert_every) or most + 1, most + 1)
+        tight = range(1, every) if self.options.insert_every else ()
+        return next((n for n in tight if self._over_budget(layer, n)), every)
+
+    def begin_select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Pending | None:
+        """Search on another thread; None where nothing is searched for."""
+        store = layer.store
+        available = store.aside_stop - store.aside_start
+        if budget.beside(store.static_tokens, available) in (0, available):
+            return None
+        return beside(self.select, layer, queries.cpu(), budget)
 
     def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
-        """With exact search, which needs no structure: every key is read from the host at each step."""
-        return ScoreStep(self, parts, clock) if self.index is Flat else None
+        """A search on the host between two graphs of a layer.
+
+        With exact search, which needs no structure, every key is read from the host by the device at each step; and
+        nothing is searched for where all tokens are attended to.
+        """
+        if self.index is Flat or all(part.layer.budget.covers_all for part in parts):
+            return ScoreStep(self, parts, clock)
+        return IndexStep(self, parts, clock, self.options.attention)
 
     def grow(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Insert the new keys into the index."""
