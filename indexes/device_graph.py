@@ -7,16 +7,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kvbench.kernels.assign import nearest
+from kvbench.indexes.kmeans import kmeans
 from kvbench.kernels.cooccur import candidates, lists_of
 from kvbench.kernels.occlude import occlude
-from kvbench.kernels.support import next_power_of_2
 
 LISTS = 16
 """Of the lists that a key is in, so many are looked at."""
-CANDIDATES = 64
+CANDIDATES = 128
 """Keys that the occlusion test chooses a key's links from, at most."""
-FEW = 4
+CELL = 64
+"""Keys in a cell, on average."""
+FEW = 3
 """Links of a key that is in no query's list."""
 ROUNDS = 4
 """Rounds of repair after which what is left is linked from an entry."""
@@ -30,38 +31,56 @@ class Graph(NamedTuple):
     entries: Tensor
 
 
-def build(
-    keys: Tensor, queries: Tensor, knn: Tensor, *, degree: int, eager: int, entries: int, count: int = CANDIDATES
-) -> Graph:
-    """Graphs over keys [S, n, d] from training queries [S, m, d] and the ids [S, m, N_q] of their nearest keys.
+def build(keys: Tensor, knn: Tensor, *, degree: int, eager: int, entries: int) -> Graph:
+    """Graphs over keys [S, n, d] from the ids int32 [S, m, N_q] of the keys nearest to training queries.
 
-    As `projection.build_by_cooccurrence`, with other means: a key in no list has the list that it comes nearest to
-    entering, and links to the nearest of its keys; keys that no search reaches are put between two that one reaches.
-    The same input gives the same graphs.
+    As `projection.build_by_cooccurrence` and with as good recall, by other means: a key in no list is linked with the
+    nearest of its cell of a k-means, not with what a search finds; keys that no search reaches are hung on a reached
+    one that they link to. The same input gives the same graphs.
     """
-    sets, n, _ = keys.shape
+    n = keys.shape[1]
     lists = lists_of(knn, n)
     frequency = lists.frequency
-    worst = knn[:, :, -1:].long()
-    farthest = torch.stack([key[place[:, 0]] for key, place in zip(keys, worst, strict=True)]).float()
-    adopted = nearest(keys, queries.float(), offsets=(queries.float() * farthest).sum(-1)).int()
-    width = min(count, next_power_of_2(min(n, LISTS * knn.shape[2])))
-    ids, scores = candidates(lists, adopted, LISTS, max(width, 16))
+    ids, scores = candidates(lists, LISTS, CANDIDATES)
     unlisted = frequency == 0
+    ids = torch.where(unlisted[..., None], _cells(keys, CANDIDATES), ids)
     most = torch.where(unlisted, -min(FEW, degree), degree).int()
     links, lengths = occlude(keys, ids, scores, most, degree)
     packed = (frequency.long() << 32) | (n - 1 - torch.arange(n, device=keys.device))
     best = n - 1 - (packed.topk(min(entries, n), dim=-1).values & 0xFFFFFFFF)
     graph = Graph(links, lengths, best.masked_fill(frequency.gather(1, best) == 0, -1).int())
     _link_back(graph, unlisted)
-    _repair(graph, eager)
+    _repair(graph, keys, eager)
     return graph
+
+
+def _cells(keys: Tensor, most: int) -> Tensor:
+    """For each key at most `most` others of its cell, int32 [S, n, most], −1 elsewhere: a k-means of keys [S, n, d]."""
+    n = keys.shape[1]
+    cells = max(n // CELL, 1)
+    _, assigned = kmeans(keys, cells, 1)
+    order = assigned.int().sort(dim=-1, stable=True)
+    sizes = torch.zeros(len(keys), cells, dtype=torch.int64, device=keys.device)
+    sizes.scatter_add_(1, assigned, torch.ones_like(assigned))
+    ends = sizes.cumsum(-1)
+    place = torch.empty_like(assigned).scatter_(
+        1, order.indices, torch.arange(n, device=keys.device).expand_as(assigned)
+    )
+    size = sizes.gather(1, assigned)
+    begin = ends.gather(1, assigned) - size
+    # of a large cell those that stand around the key
+    first = (place - most // 2).clamp_min(begin).minimum((begin + size - most).clamp_min(begin))
+    around = first.int()[..., None] + torch.arange(most, dtype=torch.int32, device=keys.device)
+    members = order.indices.int()
+    found = torch.stack([own[where] for own, where in zip(members, around.clamp_max(n - 1), strict=True)])
+    own = torch.arange(n, dtype=torch.int32, device=keys.device)[:, None]
+    return torch.where((around < (begin + size)[..., None]) & (found != own), found, -1)
 
 
 def _link_back(graph: Graph, sources: Tensor) -> None:
     """Append, where there is place, the `sources` [S, n] to the links of the keys that they link to."""
     links, lengths = graph.links, graph.lengths
-    sets, n, degree = links.shape
+    _, n, degree = links.shape
     flat_links, flat_lengths = links.view(-1, degree), lengths.view(-1)
     nodes = sources.view(-1).nonzero().flatten()
     targets = flat_links[nodes, : min(FEW, degree)].long()
@@ -107,17 +126,18 @@ class _Reached:
             weights = self._weights.expand(targets.shape)[there]
             targets = (targets + nodes[:, None] // self._n * self._n)[there]
             self.counts.scatter_add_(0, targets, weights)
-            nodes = targets[(self.counts[targets] >= 2) & ~self.marks[targets]].unique()
+            nodes = targets[(self.counts[targets] >= 2) & ~self.marks[targets]].unique()  # type: ignore[no-untyped-call]
             self.marks[nodes] = True
 
 
-def _repair(graph: Graph, eager: int) -> None:
-    """Link the keys that no search reaches from reached ones that they link to, so that it reaches all."""
+def _repair(graph: Graph, keys: Tensor, eager: int) -> None:
+    """Link the keys that no search reaches from the nearest reached ones that they link to, so that it reaches all."""
     sets, n, degree = graph.links.shape
     eager = min(eager, degree)
     links, lengths = graph.links.view(-1, degree), graph.lengths.view(-1)
     base = torch.arange(sets, device=links.device)[:, None] * n
     first = graph.entries[:, 0].long() + base[:, 0]
+    flat = keys.reshape(-1, keys.shape[2])
     reached = _Reached(graph, eager)
     reached.spread((graph.entries.long() + base)[graph.entries >= 0])
     turn = 0
@@ -125,7 +145,8 @@ def _repair(graph: Graph, eager: int) -> None:
         targets = links[nodes].long()
         near = torch.where(targets >= 0, targets + nodes[:, None] // n * n, nodes[:, None])
         marks = reached.marks[near]
-        found, at = marks.max(1)
+        distances = (flat[near].float() - flat[nodes, None].float()).square().sum(-1)
+        at, found = distances.masked_fill(~marks, torch.inf).argmin(1), marks.any(1)
         parents = near.gather(1, at[:, None])[:, 0]
         if turn >= ROUNDS or not bool(found.any()):
             parents = torch.where(found, parents, first[nodes // n])

@@ -8,10 +8,12 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from kvbench.contract.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect_finite, expect_ids
 from kvbench.indexes.flat import keep_best
+from kvbench.indexes.kmeans import kmeans
 from kvbench.indexes.threads import each_head
 
 
@@ -50,9 +52,34 @@ class IVF(Index):
             return 0
         return self.centroids.nbytes + sum(self.keys.n * (8 + int(lists.code_size)) for lists in self.lists)
 
+    @property
+    def _number(self) -> int:
+        """Number of lists."""
+        return min(self.options.lists or max(1, self.keys.n // 64), self.keys.n)
+
+    @property
+    def builds_on_device(self) -> bool:
+        """The centroids and the keys' assignments to them."""
+        return True
+
+    def _build_on(self, keys: Tensor, queries: Tensor | None) -> None:
+        centroids, assigned = kmeans(keys, self._number, int(self.options.iterations))
+        self.centroids, self.assigned = centroids.cpu().numpy(), assigned.int().cpu().numpy()
+        self.lists = [self._empty_lists(one) for one in self.centroids]
+        self._prepare()
+
+        def fill(group: int) -> None:
+            block = self.keys.float32(group)
+            self._train(group, block)
+            self._add(group, block, self.assigned[group], 0)
+
+        each_head(self.keys.groups, fill)
+
+    def _prepare(self) -> None:
+        """Make room for what the codes in the lists need: nothing for keys themselves."""
+
     def _build(self, queries: NDArray[np.float32] | None) -> None:
-        keys = self.keys
-        number = min(self.options.lists or max(1, keys.n // 64), keys.n)
+        keys, number = self.keys, self._number
         self.centroids = np.empty((keys.groups, number, keys.d), np.float32)
         self.assigned = np.empty((keys.groups, 0), np.int32)
         self.lists = [None] * keys.groups

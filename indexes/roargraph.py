@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
+from kvbench.contract.host import host_empty
+from kvbench.indexes import device_graph
 from kvbench.indexes.base import State, expect_finite, expect_ids
 from kvbench.indexes.graph import GraphIndex, GraphOptions, rows_of, starts
 from kvbench.indexes.insertion import LEAST_NEIGHBORS, find_worst, insert_heads
-from kvbench.indexes.knn import draw, nearest_keys
+from kvbench.indexes.knn import draw, drawn, nearest_keys
 from kvbench.indexes.links import move_links
 from kvbench.indexes.projection import build_by_cooccurrence, build_by_pivots
 from kvbench.indexes.threads import on_threads
+from kvbench.kernels.top_keys import top_keys
 
 # Places kept free at the end of each key's links, for keys inserted later.
 _SPARE = 4
@@ -103,21 +108,53 @@ class RoarGraph(GraphIndex):
 
     def training(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
         """The training queries [S, m, d] of each graph among the prompt's queries [H, n, d]."""
-        options, share = self.options, self.heads // self.graphs
-        sample = min(options.sample, max(256, queries.shape[1] * share // 6))
-        drawn = draw(queries, -(-sample // share), options.recent, self.seed)
-        return drawn.reshape(self.graphs, -1, self.keys.d)
+        chosen = draw(queries, self._sample(queries.shape[1]), self.options.recent, self.seed)
+        return chosen.reshape(self.graphs, -1, self.keys.d)
+
+    def _sample(self, prompt: int) -> int:
+        """Training queries of each query head among so many."""
+        share = self.heads // self.graphs
+        return -(-min(int(self.options.sample), max(256, prompt * share // 6)) // share)
+
+    @property
+    def builds_on_device(self) -> bool:
+        """The projection by co-occurrence."""
+        return bool(self.options.projection == "cooccurrence")
+
+    def _build_on(self, keys: Tensor, queries: Tensor | None) -> None:
+        assert queries is not None
+        m, options = queries.shape[1], self.options
+        chosen = drawn(m, self._sample(m), options.recent, self.seed)
+        places = torch.from_numpy(np.flatnonzero(chosen)).to(queries.device)
+        training = queries[:, places].reshape(self.graphs, -1, self.keys.d)
+        if self.graphs > self.keys.groups:
+            keys = keys.repeat_interleave(self.graphs // self.keys.groups, dim=0)
+        knn = top_keys(training, keys, self.neighbors)
+        graph = device_graph.build(
+            keys, knn, degree=self._degree, eager=self._eager, entries=min(options.entries, self.keys.n)
+        )
+        links, start = device_graph.packed(graph, _SPARE)
+        step = self._keep_every(training.shape[1])
+        self._keep(training[:, ::step].float().cpu().numpy(), knn[:, ::step, :_KEPT_NEIGHBORS].cpu().numpy())
+        self.links = host_empty(links.shape, torch.int32, links.device).copy_(links).numpy()
+        self.start, self.entries = start.cpu().numpy(), graph.entries.cpu().numpy()
+
+    def _keep_every(self, queries: int) -> int:
+        """Of the training queries every which one is kept for insertion."""
+        return -(-queries // min(max(self.keys.n // _KEYS_PER_KEPT, _LEAST_KEPT), _MOST_KEPT))
+
+    def _keep(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
+        """Keep queries [S, m, d] and their lists for insertion, and code the keys."""
+        self.queries = np.ascontiguousarray(queries)
+        self.knn = np.full((*queries.shape[:2], _KEPT_NEIGHBORS), -1, np.int32)
+        self.knn[:, :, : knn.shape[2]] = knn
+        self._worst = None
+        self._encode()
 
     def build_from_neighbors(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
         """Build over the present keys from training queries [S, m, d] and the ids [S, m, N_q] of their nearest keys."""
-        kept_queries = min(max(self.keys.n // _KEYS_PER_KEPT, _LEAST_KEPT), _MOST_KEPT)
-        step = -(-queries.shape[1] // kept_queries)
-        self.queries = np.ascontiguousarray(queries[:, ::step])
-        self.knn = np.full((*self.queries.shape[:2], _KEPT_NEIGHBORS), -1, np.int32)
-        kept = knn[:, ::step, :_KEPT_NEIGHBORS]
-        self.knn[:, :, : kept.shape[2]] = kept
-        self._worst = None
-        self._encode()
+        step = self._keep_every(queries.shape[1])
+        self._keep(queries[:, ::step], knn[:, ::step, :_KEPT_NEIGHBORS])
         keys, options, heads = self.keys, self.options, self.graphs
         n, degree = keys.n, self._degree
         graph = np.empty((heads, n, degree), np.int32)

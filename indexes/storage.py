@@ -83,10 +83,11 @@ class KeyStore:
     `rows` is two-dimensional and contiguous; key `i` of group `g` is row `g * stride + i`.
     """
 
-    def __init__(self, keys: Vectors) -> None:
+    def __init__(self, keys: Vectors, *, checked: bool = False) -> None:
+        """Read `keys`; they are known to be finite where `checked`."""
         self.owned = False
         self._capacity: Array
-        self._attach(keys, checked=0)
+        self._attach(keys, checked=int(keys.shape[1]) if checked else 0)
 
     groups: int
     n: int

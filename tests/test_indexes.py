@@ -309,6 +309,60 @@ def test_1200_keys_inserted_one_by_one_are_found_as_after_a_fresh_build(prompt):
     assert np.all(np.sort(everything, axis=2) == np.arange(steps))
 
 
+@pytest.mark.parametrize("name", ["roargraph", "ivf", "ivfpq"])
+@pytest.mark.parametrize("options", [{}, {"shared": False}])
+def test_what_a_device_builds_finds_as_much_for_as_few_comparisons(name, options):
+    if options and name != "roargraph":
+        return
+    keys, queries = clustered(5, 2, 3060)
+    keys, queries, later = keys[:, :3000], queries.repeat(2, 0)[:, :3000], queries.repeat(2, 0)[:, 3000:]
+    usual, beside = (by_name[name](by_name[name].Options(**options)) for _ in range(2))
+    usual.build(keys, queries)
+    on_device = torch.from_numpy(keys.copy())
+    beside.build_beside(keys, on_device, torch.from_numpy(queries) if usual.uses_queries else None, heads=4)
+    best = np.argpartition(-exact(keys, later), 50, axis=2)[:, :, :50]
+
+    def measured(index, effort):
+        found = index.search(later, 50, effort=effort)
+        check(found, keys, later, 50)
+        return recall_of(best, found.ids), found.evaluations.mean()
+
+    efforts = (60, 90, 130, 200) if name == "roargraph" else (2, 4, 8, 16)
+    curves = [np.array([measured(index, effort) for effort in efforts]).T for index in (usual, beside)]
+    at = np.linspace(curves[0][0].min(), min(curves[0][0].max(), curves[1][0].max()), 4)[1:]
+    costs = [np.interp(at, *curve) for curve in curves]
+    assert np.mean(costs[1] / costs[0]) < 1.1
+    assert curves[1][0].max() > curves[0][0].max() - 0.01
+    if name == "roargraph":
+        assert np.all(beside.unreached == 0)
+    beside.insert(keys[:, :40] + 0.01)
+    assert measured_ids(beside, later)[0] > 0
+
+
+def measured_ids(index, later):
+    ids = index.search(later, 50).ids
+    return (ids >= 3000).sum(), ids
+
+
+def recall_of(best, ids):
+    hits = [np.isin(true, got) for true, got in zip(best.reshape(-1, 50), ids.reshape(-1, 50), strict=True)]
+    return np.mean(hits)
+
+
+@quick
+@given(st.integers(0, 2**16), st.integers(1, 90), st.integers(1, 6), st.integers(2, 9), st.booleans())
+def test_a_graph_built_on_a_device_reaches_every_key(seed, n, eager, degree, ties):
+    keys, queries = vectors(seed, 2, n), vectors(seed + 1, 4, 14)
+    if ties:
+        keys[:, ::3] = keys[:, :1]
+        keys[:, 1::4] = 0
+    index = RoarGraph(RoarGraph.Options(eager=eager, degree=degree, entries=2))
+    index.build_beside(keys, torch.from_numpy(keys), torch.from_numpy(queries[:, :12]), heads=4)
+    found = index.search(queries[:, 12:], n, effort=n)
+    np.testing.assert_array_equal(np.sort(found.ids, axis=2), np.broadcast_to(np.arange(n), found.ids.shape))
+    assert np.all(index.unreached == 0)
+
+
 def test_roargraph_starts_from_a_handful_of_keys_and_queries():
     keys, queries = clustered(1, 1, 460)
     index = RoarGraph()

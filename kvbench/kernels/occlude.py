@@ -1,4 +1,4 @@
-"""Pruning of a graph's candidate links by occlusion, for all keys at once: a candidate near a kept one is passed over."""
+"""Pruning of a graph's candidate links, for all keys at once: a candidate near a kept one is passed over."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _twin(keys: Tensor, norms: Tensor, ids: Tensor, scores: Tensor, most: Tensor
     c = ids.shape[2]
     rows, flat_norms = keys.reshape(-1, d).float(), norms.view(-1)
     found_links, found_lengths = [], []
-    for nodes in torch.arange(sets * n, device=keys.device).split(max(DISTANCES // (c * max(c, d)), 1)):
+    for nodes in torch.split(torch.arange(sets * n, device=keys.device), max(DISTANCES // (c * max(c, d)), 1)):
         other, limit = ids.view(-1, c)[nodes].long(), most.view(-1)[nodes]
         real = other >= 0
         place = (nodes[:, None] // n) * n + other.clamp_min(0)
