@@ -65,7 +65,7 @@ def rows_in_place(array: Array) -> tuple[Array, int] | None:
     groups, n, d = array.shape
     size = array.itemsize
     row = d * size
-    viewable = (
+    viewable = array.size == 0 or (
         (n < 2 or array.strides[1] == row)
         and (d < 2 or array.strides[2] == size)
         and (groups < 2 or (array.strides[0] % row == 0 and array.strides[0] >= n * row))

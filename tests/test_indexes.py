@@ -14,13 +14,14 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.indexes import IVF, Flat, Index, RoarGraph, Vamana, kvbench_indexes
 
 INDEXES = kvbench_indexes()
-GRAPHS = [index for index in INDEXES if index.name in ("vamana", "robust_vamana", "roargraph")]
+GRAPHS = [index for index in INDEXES if index.name in ("vamana", "robust_vamana", "cagra", "roargraph")]
 SMALL = {
     "ivf": {"lists": 4, "nprobe": 2},
     "ivfpq": {"lists": 4, "nprobe": 2, "subspaces": 2},
     "hnsw": {"degree": 4},
     "vamana": {"degree": 8, "construction_ef": 16},
     "robust_vamana": {"degree": 8, "construction_ef": 16},
+    "cagra": {"degree": 8, "intermediate": 16},
     "roargraph": {"degree": 8, "neighbors": 8},
 }
 NAMES = [index.name for index in INDEXES]

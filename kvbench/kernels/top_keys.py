@@ -31,22 +31,25 @@ Way = Literal["auto", "fused", "unfused"]
 
 @jit
 def _scores(
-    queries: tl.tensor, keys: tl.tensor, first: int, n: int, kn: int, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    KEYS: tl.constexpr,
+    queries: tl.tensor, keys: tl.tensor, offsets: tl.tensor, first: int, n: int, kn: int,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, OFFSETS: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     j = first + tl.arange(0, KEYS)
     c = tl.arange(0, BLOCK_D)
     mask = (j < n)[None, :] & (c < D)[:, None]
     rows = tl.load(keys + j.to(tl.int64)[None, :] * kn + c[:, None], mask=mask, other=0.0).to(queries.dtype)
     found = tl.dot(queries, rows, input_precision="ieee")
+    if OFFSETS:
+        found -= tl.load(offsets + j, mask=j < n, other=0.0)[None, :]
     return tl.where((j < n)[None, :], found, float("-inf"))
 
 
 @jit
 def _maxima(
-    q: tl.tensor, k: tl.tensor, maxima: tl.tensor, qs: int, qm: int, ks: int, kn: int, m: int, n: int, blocks: int,
+    q: tl.tensor, k: tl.tensor, offsets: tl.tensor, maxima: tl.tensor,
+    qs: int, qm: int, ks: int, kn: int, m: int, n: int, blocks: int,
     R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    WIDTH: tl.constexpr, UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr, UPCAST: tl.constexpr, OFFSETS: tl.constexpr,
 ) -> None:  # fmt: skip
     number = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
@@ -56,9 +59,10 @@ def _maxima(
     if UPCAST:
         queries = queries.to(tl.float32)
     keys = k + (number // R) * ks
+    offsets += (number // R) * n
     target = maxima + (number * m + i.to(tl.int64)[:, None]) * blocks
     for first in range(0, n, KEYS):
-        found = _scores(queries, keys, first, n, kn, D, BLOCK_D, KEYS)
+        found = _scores(queries, keys, offsets, first, n, kn, D, BLOCK_D, KEYS, OFFSETS)
         best = tl.max(tl.reshape(found, (QUERIES, KEYS // WIDTH, WIDTH)), 2)
         block = first // WIDTH + tl.arange(0, KEYS // WIDTH)
         tl.store(target + block[None, :], best, mask=(i < m)[:, None] & (block < blocks)[None, :])
@@ -66,9 +70,11 @@ def _maxima(
 
 @jit
 def _rescore(
-    q: tl.tensor, k: tl.tensor, chosen: tl.tensor, scores: tl.tensor, qs: int, qm: int, ks: int, kn: int, m: int,
+    q: tl.tensor, k: tl.tensor, offsets: tl.tensor, chosen: tl.tensor, scores: tl.tensor,
+    qs: int, qm: int, ks: int, kn: int, m: int,
     n: int, blocks: int,
     R: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
+    OFFSETS: tl.constexpr,
 ) -> None:  # fmt: skip
     """One query's scores of the keys in its chosen blocks."""
     row = tl.program_id(0).to(tl.int64)
@@ -86,16 +92,19 @@ def _rescore(
             keys + j.to(tl.int64)[:, None] * kn + c[None, :], mask=there[:, None] & (c < D)[None, :], other=0.0
         )
         found = tl.sum(rows.to(tl.float32) * query[None, :], 1)
+        if OFFSETS:
+            found -= tl.load(offsets + (number // R) * n + j, mask=there, other=0.0)
         found = tl.where(there, found, float("-inf"))
         tl.store(scores + row * blocks * WIDTH + place, found, mask=place < blocks * WIDTH)
 
 
 @kernel
-def top_keys(queries: Tensor, keys: Tensor, k: int, *, way: Way = "auto") -> Tensor:
+def top_keys(queries: Tensor, keys: Tensor, k: int, *, offsets: Tensor | None = None, way: Way = "auto") -> Tensor:
     """Ids, int32 [S, m, min(k, n)], of the keys [G, n, d] with the largest inner products with queries [S, m, d].
 
     The best come first and equal ones by smaller id; S is a multiple of G, and queries [s] are compared with the keys
-    of group s // (S // G). Products are of the vectors as they are, added up in float32. `way` chooses between the two
+    of group s // (S // G). Products are of the vectors as they are, added up in float32;
+    `offsets`, float32 [G, n], are taken from them. `way` chooses between the two
     ways to the same ids; `auto` is `fused` where Triton runs. Raises KVBenchError for other shapes, or k < 1.
     """
     if queries.dim() != 3 or keys.dim() != 3 or queries.shape[0] % keys.shape[0] or queries.shape[2] != keys.shape[2]:
@@ -107,14 +116,16 @@ def top_keys(queries: Tensor, keys: Tensor, k: int, *, way: Way = "auto") -> Ten
         raise KVBenchError(f"k is {k}, and strides {queries.stride()}, {keys.stride()}: 1 or more, and d contiguous.")
     k = min(k, keys.shape[1])
     if way == "unfused" or not compiled(queries) or not k or not queries.shape[1] or k * WIDTH >= keys.shape[1]:
-        return _unfused(queries, keys, k)
-    return _fused(queries, keys, k)
+        return _unfused(queries, keys, k, offsets)
+    return _fused(queries, keys, k, offsets)
 
 
-def _products(queries: Tensor, keys: Tensor) -> Tensor:
+def _products(queries: Tensor, keys: Tensor, offsets: Tensor | None) -> Tensor:
     if queries.dtype != keys.dtype or queries.dtype == torch.float32 or not queries.is_cuda:
-        return queries.float() @ keys.float().T
-    return torch.mm(queries, keys.T, out_dtype=torch.float32)
+        found = queries.float() @ keys.float().T
+    else:
+        found = torch.mm(queries, keys.T, out_dtype=torch.float32)
+    return found if offsets is None else found.sub_(offsets)
 
 
 def _best_first(ids: Tensor, scores: Tensor) -> Tensor:
@@ -122,14 +133,14 @@ def _best_first(ids: Tensor, scores: Tensor) -> Tensor:
     return ids.gather(-1, scores.sort(dim=-1, descending=True, stable=True).indices).int()
 
 
-def _unfused(queries: Tensor, keys: Tensor, k: int) -> Tensor:
+def _unfused(queries: Tensor, keys: Tensor, k: int, offsets: Tensor | None) -> Tensor:
     sets, m, _ = queries.shape
     n, share = keys.shape[1], sets // keys.shape[0]
     if not k:
         return torch.empty(sets, m, 0, dtype=torch.int32, device=queries.device)
     rows = max(1, (SCORES if queries.is_cuda else 2**22) // n)
     parts = [
-        _best_of(_products(block, keys[number // share]), k)
+        _best_of(_products(block, keys[number // share], None if offsets is None else offsets[number // share]), k)
         for number in range(sets)
         for block in torch.split(queries[number], rows)
     ]
@@ -155,7 +166,7 @@ def _best_of(scores: Tensor, k: int) -> Tensor:
     return _best_first(ids.gather(-1, best), candidates.gather(-1, best))
 
 
-def _fused(queries: Tensor, keys: Tensor, k: int) -> Tensor:
+def _fused(queries: Tensor, keys: Tensor, k: int, offsets: Tensor | None) -> Tensor:
     sets, m, d = queries.shape
     n, device = keys.shape[1], queries.device
     blocks = -(-n // WIDTH)
@@ -163,10 +174,11 @@ def _fused(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     strides = queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1)
     shape = sets // keys.shape[0], d, max(16, next_power_of_2(d))
     many, few, warps, stages = (32, 64, 4, 2) if upcast else (128, 128, 8, 3) if d <= 128 else (64, 64, 4, 2)
+    given = keys if offsets is None else offsets.float().contiguous()
     maxima = torch.empty(sets * m, blocks, dtype=torch.float32, device=device)
     with device_of(queries):
         _maxima[(-(-m // many), sets)](
-            queries, keys, maxima, *strides, m, n, blocks, *shape, many, few, WIDTH, upcast,
+            queries, keys, given, maxima, *strides, m, n, blocks, *shape, many, few, WIDTH, upcast, offsets is not None,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
     counts = torch.full((1,), k, dtype=torch.int32, device=device)
@@ -175,8 +187,9 @@ def _fused(queries: Tensor, keys: Tensor, k: int) -> Tensor:
     scores = torch.empty(sets * m, k * WIDTH, dtype=torch.float32, device=device)
     with device_of(queries):
         _rescore[(sets * m,)](
-            queries, keys, chosen, scores, *strides, m, n, k, *shape, 64 if d <= 128 else 32, WIDTH, num_warps=4
-        )
+            queries, keys, given, chosen, scores, *strides, m, n, k, *shape, 64 if d <= 128 else 32, WIDTH,
+            offsets is not None, num_warps=4,
+        )  # fmt: skip
     best = select_top(scores[None], counts, k)[0].long()
     ids = chosen.gather(-1, best // WIDTH) * WIDTH + best % WIDTH
     return _best_first(ids, scores.gather(-1, best)).view(sets, m, k)
