@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvbench.contract.saved import Saveable
     from kvbench.contract.selection import Pending, Selection
     from kvbench.engine.attach import attach
+    from kvbench.engine.prefixes import PrefixStore
     from kvbench.engine.resume import resume
     from kvbench.engine.session import Session
 
@@ -38,6 +39,7 @@ _HOMES = {
     "ModelView": "contract.policy",
     "Pending": "contract.selection",
     "Place": "contract.policy",
+    "PrefixStore": "engine.prefixes",
     "Probe": "contract.probe",
     "Saveable": "contract.saved",
     "Selection": "contract.selection",
@@ -61,6 +63,7 @@ __all__ = [
     "Options",
     "Pending",
     "Place",
+    "PrefixStore",
     "Probe",
     "PromptView",
     "Saveable",

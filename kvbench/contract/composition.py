@@ -92,6 +92,7 @@ def compose(chooses: type[KVCachePolicy], holds: type[KVCachePolicy]) -> type[KV
             else f"Evicts as {chooses.name}; what it keeps is held as {holds.name} holds it."
         ),
         "reference": "; ".join(filter(None, (chooses.reference, holds.reference))),
+        "query_aware": chooses.query_aware or holds.query_aware,
         "never_exact": chooses.never_exact or holds.never_exact, "__module__": chooses.__module__,
     }  # fmt: skip
     base = ComposedAfterPrompt if hasattr(chooses, "after_prompt") else Composed

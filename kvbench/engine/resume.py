@@ -8,7 +8,7 @@ from typing import Any
 
 from kvbench.contract.probe import Probe
 from kvbench.engine.attach import attach
-from kvbench.engine.saving.files import read_head
+from kvbench.engine.saving.files import StateFile
 from kvbench.engine.session import Session
 
 
@@ -20,7 +20,8 @@ def resume(model: Any, path: str | Path, *, probes: Sequence[str | Probe] = (), 
     instances and loaded with `Session.load`. Raises KVBenchError, here or when the block is entered, for a file of
     another model, of other code, or a damaged one.
     """
-    about = read_head(Path(path)).about
+    with StateFile(Path(path)) as file:
+        about = file.head.about
     session = attach(
         model, policy=about.policy.name, options=about.policy.options, budget=about.budget, probes=probes,
         tokenizer=tokenizer, dense_layers=about.dense_layers,

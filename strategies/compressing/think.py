@@ -79,6 +79,7 @@ class ThinK(KVCachePolicy):
     summary = "Keeps every token, but drops the key channels that matter least to the prompt's last queries."
     reference = "Xu et al., ThinK: Thinner Key Cache by Query-Driven Pruning, arXiv 2407.21018"
     takes_budget = False
+    query_aware = "drops the key channels that matter least to the prompt's last queries"
 
     class Options(Options):
         """Options of ThinK."""

@@ -100,6 +100,8 @@ class DuoAttention(KVCachePolicy):
     def __init__(self, options: BaseModel | None = None) -> None:
         super().__init__(options)
         self.query_window = 0 if self.options.profile else self.options.window
+        if not self.options.profile:
+            self.query_aware = "measures its heads on the prompt's last queries"
         self._profile: Tensor | None = None
 
     def static_tokens(self, context: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ class H2O(AttentionEviction):
     """
 
     name = "h2o"
+    query_aware = "keeps what the prompt's queries attend to, a question's among them"
     summary = "Keeps the tokens with the largest accumulated attention and the recent ones; evicts at every step."
     reference = (
         "Zhang et al., H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models, "

@@ -17,6 +17,7 @@ class TOVA(AttentionEviction):
     summary = "Drops at every step the token with the smallest weight of the latest query, averaged over the heads."
     reference = "Oren et al., Transformers are Multi-State RNNs, arXiv 2401.06104"
     query_window = 1
+    query_aware = "keeps what the prompt's last query attends to"
 
     def prompt_scores(self, layer: Layer, queries: Tensor, keys: Tensor) -> Tensor:
         """The weights of the prompt's last query, averaged over the heads."""
@@ -24,5 +25,7 @@ class TOVA(AttentionEviction):
         return weights.mean(1, keepdim=True).expand(-1, layer.kv_heads, -1)
 
     def updated(self, layer: Layer, scores: Tensor, weights: Tensor) -> Tensor:
-        """The step's weights, averaged over the heads."""
+        """The step's weights, averaged over the heads; over a group's where each group has tokens of its own."""
+        if layer.budget.heads is not None:
+            return weights.mean(2)
         return weights.mean((1, 2)).unsqueeze(1).expand(-1, layer.kv_heads, -1)

@@ -41,6 +41,7 @@ class SqueezedAttention(SelectingPolicy):
     grows = True
     head_budgets = True
     query_window = CALIBRATION
+    query_aware = "its threshold is calibrated on the prompt's last queries"
 
     class Options(Options):
         """Options of SqueezedAttention."""

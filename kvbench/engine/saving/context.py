@@ -16,7 +16,7 @@ from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.reading import reading
 from kvbench.engine.cache import PolicyCache
 from kvbench.engine.governor import Governor
-from kvbench.engine.saving.files import damaged, read_head, read_tensors, write
+from kvbench.engine.saving.files import StateFile, damaged, write
 from kvbench.engine.saving.identify import about, check_same
 from kvbench.engine.saving.memory import Views, pack
 from kvbench.engine.saving.state import read_state, write_state
@@ -99,8 +99,9 @@ def load_context(governor: Governor, path: Path) -> PolicyCache:
                 f"Probe '{probe.name}' watches the prompt, which a loaded state has behind it: leave the probe out, or "
                 "let the model read the prompt."
             )
-    head = read_head(path)
-    check_same(path, head.about, about(governor, head.about.tokens, head.about.rows))
-    tensors = read_tensors(path, head)
+    with StateFile(path) as file:
+        head = file.head
+        check_same(path, head.about, about(governor, head.about.tokens, head.about.rows))
+        tensors = file.tensors()
     with reading(lambda reason: str(damaged(path, reason))):
         return read_state(governor, head.tree, Views(tensors, head.views))

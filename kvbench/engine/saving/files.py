@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -42,7 +43,7 @@ def write(path: Path, about: About, tree: Any, views: list[dict[str, Any]], tens
     head = Head(about=about, tree=tree, views=views, sums=_sums(tensors))
     text = json.dumps(head.model_dump(mode="json"), separators=(",", ":"))
     metadata = {"format": FORMAT, "version": VERSION, "state": text, "sha256": _sha256(text.encode())}
-    temporary = path.with_name(f".{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}~{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}")
     try:
         save_file(dict(tensors), str(temporary), metadata=metadata)
         _settle(temporary)
@@ -57,35 +58,53 @@ def write(path: Path, about: About, tree: Any, views: list[dict[str, Any]], tens
             temporary.unlink()
 
 
-def read_head(path: Path) -> Head:
-    """What a file says of its state; KVBenchError for one that `write` did not write, or that is damaged."""
-    with reading(lambda reason: f"{path} is no saved state that can be read ({reason}): save it again."):
-        check_regular(path)
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("format") != FORMAT:
-            raise KVBenchError(f"{path} is no saved state of kvbench: give a file that session.save wrote.")
-        if metadata.get("version") != VERSION:
-            raise KVBenchError(
-                f"{path} is a saved state of version {plain(repr(metadata.get('version')))}, and this kvbench reads "
-                f"version {VERSION}: read the prompt again and save anew."
-            )
-        if _sha256(metadata["state"].encode()) != metadata["sha256"]:
-            raise damaged(path, "its description has another checksum")
-        return Head.model_validate(parse_json(metadata["state"]))
+class StateFile:
+    """A file that `write` wrote, open for reading: another one that takes its place meanwhile changes nothing."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what the file says of its state; KVBenchError for one that `write` did not write, or a damaged one."""
+        self.path = path
+        with reading(lambda reason: f"{path} is no saved state that can be read ({reason}): save it again."):
+            check_regular(path)
+            opened: Any = safe_open(str(path), framework="pt")
+            self._file = opened.__enter__()
+            metadata = self._file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise KVBenchError(f"{path} is no saved state of kvbench: give a file that session.save wrote.")
+            if metadata.get("version") != VERSION:
+                raise KVBenchError(
+                    f"{path} is a saved state of version {plain(repr(metadata.get('version')))}, and this kvbench "
+                    f"reads version {VERSION}: read the prompt again and save anew."
+                )
+            if _sha256(metadata["state"].encode()) != metadata["sha256"]:
+                raise damaged(path, "its description has another checksum")
+            self.head = Head.model_validate(parse_json(metadata["state"]))
+
+    def __enter__(self) -> StateFile:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors, in memory of their own, each with the checksum that `head` has; KVBenchError."""
+        sums = self.head.sums
+        with reading(lambda reason: str(damaged(self.path, reason))):
+            if set(self._file.keys()) != set(sums):
+                raise damaged(self.path, "a tensor is missing")
+            tensors = {name: _own(self._file.get_tensor(name)) for name in sums}
+            for name, found in _sums(tensors).items():
+                if found != sums[name]:
+                    raise damaged(self.path, f"tensor {plain(name)} has another checksum")
+            return tensors
 
 
-def read_tensors(path: Path, head: Head) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own, each with the checksum that `head` has; KVBenchError."""
-    with reading(lambda reason: str(damaged(path, reason))):
-        with safe_open(str(path), framework="pt") as file:
-            if set(file.keys()) != set(head.sums):
-                raise damaged(path, "a tensor is missing")
-            tensors = {name: _own(file.get_tensor(name)) for name in head.sums}
-        for name, found in _sums(tensors).items():
-            if found != head.sums[name]:
-                raise damaged(path, f"tensor {plain(name)} has another checksum")
-        return tensors
+def temporaries(folder: Path) -> Iterator[tuple[Path, str, int]]:
+    """The files that are being written in a folder, or were by a process that ended: with its host and number."""
+    for path in folder.glob(".*~*~*~*"):
+        parts = path.name.split("~")
+        if len(parts) == 4 and parts[2].isdigit():
+            yield path, parts[1], int(parts[2])
 
 
 def damaged(path: Path, reason: str) -> KVBenchError:
