@@ -66,6 +66,8 @@ class Cagra(Vamana):
 
 def build(keys: Tensor, intermediate: int, degree: int) -> Tensor:
     """Links int32 [G, n, degree], −1 behind them, of keys [G, n, d], on the device of the keys."""
+    if not intermediate:
+        return torch.full((*keys.shape[:2], degree), -1, dtype=torch.int32, device=keys.device)
     near = nearest_others(keys, intermediate)
     return torch.stack([_with_links_back(_by_detours(graph, degree), degree) for graph in near])
 
