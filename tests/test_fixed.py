@@ -18,7 +18,7 @@ from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
-INDEXES = ("retrieval", "robust_vamana", "vamana", "hnsw", "ivf", "ivfpq", "sq8")
+INDEXES = ("retrieval", "robust_vamana", "vamana", "cagra", "hnsw", "ivf", "ivfpq", "sq8")
 SET_ASIDE = (
     "flat",
     "oracle_topk",
