@@ -91,6 +91,13 @@ class FixedStep(ABC):
         `device` from the device's memory, `host` from the host's.
         """
 
+    def hits(self) -> tuple[int, int]:
+        """Of the tokens that steps chose from the host: how many a hot set on the device had, and how many there were.
+
+        Both are 0 for a step without one.
+        """
+        return 0, 0
+
     @abstractmethod
     def changed(self) -> Sequence[Tensor]:
         """The tensors that a step changes otherwise than by writing the same token to the same place again."""

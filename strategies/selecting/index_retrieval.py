@@ -68,15 +68,16 @@ class IndexRetrieval(SelectingPolicy):
             self.query_window = 0 if self.options.recall is None else HELD_OUT
 
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Index the offloaded keys."""
-        index = self.index(self._index_options)
+        """Index the offloaded keys, on a GPU that has them where the index can."""
+        index, heads = self.index(self._index_options), layer.rows * layer.heads
         held_out = 0 if self.options.recall is None else min(HELD_OUT, queries.shape[2] // 8)
         training = queries[:, :, : queries.shape[2] - held_out]
-        index.build(
-            layer.store.aside_keys.flatten(0, 1),
-            training.flatten(0, 1).cpu() if self.index.uses_queries else None,
-            heads=layer.rows * layer.heads,
-        )
+        asked = training.flatten(0, 1) if self.index.uses_queries else None
+        offloaded = layer.store.aside_keys.flatten(0, 1)
+        if keys.is_cuda:
+            index.build_beside(offloaded, keys.flatten(0, 1), asked, heads=heads)
+        else:
+            index.build(offloaded, asked, heads=heads)
         layer.state["index"] = index
         if held_out:
             layer.state["effort"] = self._effort(layer, queries[:, :, queries.shape[2] - held_out :], keys)
