@@ -17,7 +17,7 @@ from kvbench.plugins import registry
 
 PREFIX = int(sys.argv[1]) if len(sys.argv) > 1 else 32768
 NEW = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
-POLICIES = sys.argv[3].split(",") if len(sys.argv) > 3 else "full,quest,retrieval,pqcache,retroinfer,snapkv".split(",")
+POLICIES = (sys.argv[3] if len(sys.argv) > 3 else "full,quest,pqcache,retroinfer,snapkv,retrieval").split(",")
 
 
 def one(model, policy, ids, folder):
