@@ -75,7 +75,7 @@ def test_new_tokens_of_the_context_come_after_the_prefix(loaded, tmp_path):
     with pytest.raises(KVBenchError, match="is for tasks of questions, one request at a time"):
         run(loaded, tmp_path, "flat", prefix="cached", batch_size=2)
     with pytest.raises(KVBenchError, match="is for tasks of questions, one request at a time"):
-        run(loaded, tmp_path, "flat", prefix="cached", task="perplexity", task_options={})
+        run(loaded, tmp_path, "flat", prefix="cached", task="fidelity", task_options={})
 
 
 def test_the_command_line_shows_both_times_and_says_what_was_chosen_without_the_question(place, tmp_path):
