@@ -168,3 +168,35 @@ def _count(found: list[tuple[str, Counter]]) -> Count:
     a_layer = (many.operations - few.operations) / (LAYERS[1] - LAYERS[0])
     a_step = many.operations - LAYERS[1] * a_layer
     return Count(a_layer / STEPS, a_step / STEPS, many.synchronisations / (LAYERS[1] * STEPS), mode)
+
+
+_COPIES = {
+    "cat", "stack", "clone", "copy_", "_to_copy", "gather", "index", "index_select", "index_put_", "_index_put_impl_",
+    "scatter", "scatter_", "masked_scatter_", "contiguous", "repeat", "constant_pad_nd", "roll", "index_copy_",
+}  # fmt: skip
+
+
+class Copies(TorchDispatchMode):
+    """Counts the bytes that copying operations write to tensors [.., d] of floating numbers."""
+
+    def __init__(self, dim: int, least: int) -> None:
+        super().__init__()
+        self.bytes, self._dim, self._least = 0, dim, least
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in _COPIES and isinstance(found, Tensor) and found.is_floating_point():
+            # in place only what is put there is written
+            written = args[-1] if name.endswith("_") and isinstance(args[-1], Tensor) else found
+            fits = written.dim() and written.shape[-1] == self._dim and written.numel() >= self._least
+            self.bytes += written.nbytes if fits else 0
+        return found
+
+
+@contextmanager
+def copying(dim: int = 8, least: int = 0) -> Iterator[Copies]:
+    """Count the bytes of keys and values, of `dim` channels, that the block copies."""
+    counter = Copies(dim, least)
+    with counter:
+        yield counter

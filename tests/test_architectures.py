@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import json
+import sys
 from typing import Any
 
 import pytest
 import torch
+from test_tasks import make_tokenizer
 from tiny import tiny_model, tokens
 from transformers import BartConfig, BartForConditionalGeneration
 from zoo import PROMPT, SETTINGS, logits, options, tiny, tried
@@ -128,6 +132,24 @@ def _expanded_store(layers: dict[int, Any]) -> Any:
     return Expanded
 
 
+@pytest.mark.parametrize(("kind", "padded"), [("deepseek_v3", False), ("jetmoe", True)])
+def test_hidden_states_are_projected_to_the_queries_of_their_own_step(kind, padded):
+    """Where a policy asks after the cache's tokens were expanded by calls of the same attention module."""
+    seen = []
+
+    class Projects(kvbench.KVCachePolicy):
+        name, summary, takes_budget, uses_hidden = "projects", "Projects its own hidden states.", False, True
+
+        def select(self, layer, queries, budget):
+            layer.store.static_parts()  # expands
+            seen.append(torch.equal(layer.project(layer.hidden), queries))
+            return kvbench.Selection()
+
+    with kvbench.attach(tiny(kind), policy=Projects()) as session:
+        logits(session.model, padded=padded, chunks=1)
+    assert seen and all(seen)
+
+
 @pytest.mark.parametrize("policy", ["shadowkv", "infllm"])
 def test_policies_that_need_keys_before_rotation_say_so_for_latents(policy):
     with pytest.raises(kvbench.KVBenchError, match="no rotary embedding that can be undone"):
@@ -171,6 +193,35 @@ def test_tokens_after_the_prompt_come_one_by_one_where_layers_share_keys():
 def test_policies_with_hidden_states_scores_or_replays_cover_layers_that_share_or_repeat(kind, policy):
     row = tried(kind, [policy], [(False, 1)])
     assert row.verdict == "exact", row.reason
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_a_rotation_of_one_tensor_can_be_undone(kind, monkeypatch):
+    model, before, found = tiny(kind), [], {}
+    source = sys.modules[type(model.model.layers[0].self_attn).__module__]
+    right = source.apply_rotary_pos_emb
+
+    @functools.wraps(right)
+    def noted(x, *args, **kwargs):
+        before.append(x)
+        return right(x, *args, **kwargs)
+
+    class Unrotates(kvbench.KVCachePolicy):
+        name, summary, takes_budget = "unrotates", "Looks at keys before their rotation.", False
+
+        def prefill(self, layer, queries, keys, values):
+            found[layer.number] = layer.unrotate(keys, torch.arange(layer.tokens))
+
+    monkeypatch.setattr(source, "apply_rotary_pos_emb", noted)
+    with kvbench.attach(model, policy=Unrotates()), torch.no_grad():
+        model(tokens(1, 30), use_cache=True)
+    monkeypatch.setattr(source, "apply_rotary_pos_emb", right)
+    assert found
+    for keys in found.values():
+        same = [x for x in before if x.shape == keys.transpose(1, 2).shape]
+        assert min(float((x - keys.transpose(1, 2)).abs().max()) for x in same) < 1e-5
+    for policy in ("expected_attention", "infllm", "shadowkv"):
+        assert tried(kind, [policy], [(True, 1)]).verdict == "exact"
 
 
 # Scores
@@ -306,3 +357,60 @@ def test_covering_policies_in_bfloat16_differ_by_less_than_two_of_torchs_own_att
     for policy in ("infinigen", "quest", "snapkv"):
         with kvbench.attach(model, policy=policy, budget=1.0):
             assert (logits(model, padded=False, chunks=1) - plain).abs().mean() < rounding
+
+
+# The command
+
+
+CHECKED = [
+    "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gemma3n_text", "jetmoe", "gemma2", "gpt_oss", "falcon_h1", "phi3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.mark.parametrize("kind", [*CHECKED, "deepseek_v32", "mamba", "minimax", "bart"])
+def test_the_check_of_a_saved_model_says_exact_or_why_not(kind, kvbench, tokenizer, tmp_path):
+    sizes = {"vocab_size": len(tokenizer), "pad_token_id": None}
+    sizes |= {"vocab_size_per_layer_input": len(tokenizer)} if kind == "gemma3n_text" else {}
+    if kind == "phi3":
+        model = tiny_model(kind, sliding_window=256, max_position_embeddings=256, **sizes)
+    elif kind == "bart":
+        model = BartForConditionalGeneration(BartConfig(d_model=16, encoder_layers=1, decoder_layers=1, **sizes))
+    else:
+        model = tiny(kind, **sizes)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policies = "snapkv,infinigen" if kind in CHECKED else "full,snapkv"
+    code, out, err = kvbench("check", "--json", "--model", tmp_path, "--policy", policies)
+    reports = json.loads(out)["reports"] if out else []
+    found = {check["name"]: check["status"] for report in reports for check in report["checks"]}
+    if kind in CHECKED:
+        assert (code, err) == (0, "")
+        assert set(found.values()) == {"passed"} and "covering selection and eviction, prompt in two chunks" in found
+        return
+    assert code == 2 and err.startswith("Error: ") and err.count("\n") == 1
+    assert {
+        "deepseek_v32": "has no full-attention layer to govern (its layers are indexed_attention), so policy 'snapkv'",
+        "mamba": "keeps its state elsewhere than in a key-value cache",
+        "minimax": "does not run with a cache that is given to it",
+        "bart": "is an encoder-decoder model",
+    }[kind] in err
+
+
+# Rounding
+
+
+def test_a_covering_infinigen_in_bfloat16_rounds_as_any_policy_that_attends_to_the_same_tokens():
+    model = tiny_model().bfloat16()
+    found = {}
+    for policy in ("full", "oracle_topk", "infinigen"):
+        with kvbench.attach(model, policy=policy, budget=1.0 if policy != "full" else None):
+            found[policy] = logits(model, padded=False, chunks=1)
+    assert torch.equal(found["infinigen"], found["oracle_topk"])
+    exact = logits(tiny_model(), padded=False, chunks=1)
+    rounding = float((found["full"] - exact).norm())
+    assert float((found["infinigen"] - found["full"]).norm()) < rounding

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -539,3 +540,33 @@ def test_the_static_set_in_other_storage_from_the_command_line(python, model, tm
     assert held["snapkv+kivi"] < 0.65 * held["snapkv"]
     assert {one["status"] for one in done.values()} == {"complete"}
     assert done["snapkv+kivi"]["metrics"]["density"] == done["snapkv"]["metrics"]["density"]
+
+
+# -- compression while decoding --------------------------------------------------------------------------------------
+
+
+def test_a_small_plugin_compresses_its_answers(python, model, tmp_path):
+    """The budget exceeds the prompt, and the answer's tokens are compressed, too."""
+    done, _ = run(
+        python, model, tmp_path, "--policy", "longest_values,snapkv", "--tokens", 440, "--compress-every", 16, "-o",
+        "window=8", "--budget", "uniform",
+    )  # fmt: skip
+    for name in ("longest_values", "snapkv"):
+        ours = done[name]
+        assert ours["config"]["budget"]["compress_every"] == 16
+        assert ours["metrics"]["answer_bytes"]["peak"] >= ours["metrics"]["answer_bytes"]["mean"] > 0
+        assert ours["metrics"].get("over_budget") is None
+        (row,) = [json.loads(line) for line in (Path(ours["folder"]) / "examples.jsonl").read_text().splitlines()]
+        held = row["held_tokens"]
+        assert len(held) == row["generated_tokens"] - 1 > 64
+        assert held[0] < 440 and max(held) == 440 + 16
+        after = [now for before, now in pairwise(held) if now != before + 1]
+        assert after == [441] * len(after) and len(after) >= 2
+    assert done["full"]["config"]["budget"] is None
+    for arguments, told in (
+        (["--policy", "quest", "--compress-every", 16], "Policy 'quest' does not compress while decoding"),
+        (["--policy", "snapkv", "--compress-every", 32], "--compress-every 32 is smaller than the window of 64 tokens"),
+        (["--policy", "h2o", "--compress-every", 0], "--compress-every 0 is not a positive number of tokens"),
+        (["--policy", "h2o", "--compress-every", -3], "--compress-every -3 is not a positive number of tokens"),
+    ):
+        assert told in refused(python, model, tmp_path, "--tokens", 100, *arguments)

@@ -20,7 +20,7 @@ def implementation(request):
         yield request.param
 
 
-@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("reduce", ["sum", "max", "margin"])
 @pytest.mark.parametrize(("groups", "share", "n"), [(2, 3, 1), (1, 1, 40), (2, 4, 2500), (1, 16, 1025)])
 def test_group_weights(reduce, groups, share, n):
     logits = randn(2, groups * share, n, scale=3.0)
@@ -40,8 +40,10 @@ def test_group_weights(reduce, groups, share, n):
     ):
         grouped = logits.double().view(2, groups, share, n).masked_fill(~part[:, :, None], -torch.inf)
         weights = torch.nan_to_num(grouped.softmax(-1))
-        expected = weights.amax(2) if reduce == "max" else weights.sum(2)
-        expected = expected.masked_fill(~there, -torch.inf).masked_fill(forced, torch.inf)
+        if reduce == "margin":
+            weights = grouped - torch.nan_to_num(grouped.amax(-1, keepdim=True), neginf=0.0)
+        expected = weights.sum(2) if reduce == "sum" else weights.amax(2)
+        expected = expected.masked_fill(~there, -torch.inf).masked_fill(forced, share + 1.0)
         found = kernels.group_weights(logits, groups, reduce, **options)
         assert torch.allclose(found.double(), expected, rtol=2e-5, atol=1e-9)
 
@@ -72,9 +74,10 @@ def test_rebuild(dtype, dim, rank, chunk):
     for b, g in itertools.product(range(batch), range(groups)):
         for place, at in enumerate(torch.randperm(chunks)[:kept].tolist()):
             ranks[b, g, at] = place
+    basis = randn(batch, groups, rank, dim, dtype=dtype, scale=rank**-0.5)
     held = LowRankKeys(
-        randn(batch, n, rank, dtype=dtype), randn(batch, groups, rank, dim, dtype=dtype, scale=rank**-0.5), cos, sin,
-        partner, ranks, randn(batch, groups, kept * chunk, dim, dtype=dtype), chunk,
+        randn(batch, n, rank, dtype=dtype), basis, basis[..., partner.long()].contiguous(), cos, sin, partner,
+        ranks, randn(batch, groups, kept * chunk, dim, dtype=dtype), chunk,
     )  # fmt: skip
     values = randn(batch, groups, n, dim, dtype=dtype)
     ids = torch.stack([torch.randperm(chunks)[:5].sort().values for _ in range(4)]).view(2, 2, 5).int().to(DEVICE)
@@ -98,8 +101,93 @@ def test_rebuild(dtype, dim, rank, chunk):
 
 def test_rebuild_says_what_it_takes():
     held = LowRankKeys(
-        *(torch.zeros(1, 8, 2), torch.zeros(1, 1, 2, 4)), *[torch.zeros(8, 4)] * 3, *[torch.zeros(1)] * 2, 4
+        torch.zeros(1, 8, 2), *[torch.zeros(1, 1, 2, 4)] * 2, *[torch.zeros(8, 4)] * 3, *[torch.zeros(1)] * 2, 4
     )
     out = torch.zeros(1, 1, 8, 4)
     with pytest.raises(KVBenchError, match="rebuilt keys"):
         kernels.rebuild(torch.zeros(1, 1, 2, dtype=torch.int32), held, out, out[..., :2], out)
+
+
+@pytest.mark.parametrize("count", [1, 7, 1300])
+def test_take_clusters(count):
+    batch, groups, most, most_next = 3, 2, 40, 9
+    sizes = torch.randint(0, 6, (batch, groups, count), dtype=torch.int32)
+    order = torch.stack([torch.randperm(count) for _ in range(batch * groups)]).view(batch, groups, count)
+    starts = (sizes.cumsum(-1) - sizes).int()
+    members = torch.stack([torch.randperm(6 * count) for _ in range(batch * groups)]).view(batch, groups, -1).int()
+    left = torch.randint(0, most, (batch, groups), dtype=torch.int32)
+    left[1] = 0
+    zone, number = torch.tensor([6, 6, 2], dtype=torch.int32), torch.full((batch,), count, dtype=torch.int32)
+    given = [part.to(DEVICE) for part in (order, sizes, starts, members, left, zone, number)]
+    tokens, following, masses = (part.cpu() for part in kernels.take_clusters(*given, most, most_next))
+    for b, g in itertools.product(range(batch), range(groups)):
+        chosen, expected = order[b, g].tolist(), []
+        while chosen and len(expected) + int(sizes[b, g, chosen[0]]) <= int(left[b, g]):
+            i = chosen.pop(0)
+            expected += members[b, g, starts[b, g, i] : starts[b, g, i] + sizes[b, g, i]].tolist()
+        assert tokens[b, g].tolist() == expected + [-1] * (most - len(expected))
+        near = chosen[: int(zone[b])] if int(left[b].max()) else []
+        assert following[b, g].tolist() == near + [-1] * (most_next - len(near))
+        for i, mass in zip(near, masses[b, g].tolist(), strict=False):
+            assert mass == pytest.approx(float(sizes[b, g, i].float().log()))
+
+
+def test_take_clusters_says_what_it_takes():
+    six = torch.ones(1, 1, 6, dtype=torch.int32)
+    with pytest.raises(KVBenchError, match="the zone"):
+        kernels.take_clusters(six.long(), six, six, six, six[..., 0], six[0], six[0, 0, :1], 4, 4)
+
+
+@pytest.mark.parametrize(("count", "dim"), [(1, 8), (40, 80), (3000, 64)])
+def test_key_differences(count, dim):
+    held = randn(2, 3, count, dim + 8)[..., :dim]
+    real = torch.rand(2, 3, count).to(DEVICE) < 0.8
+    real[0, 0] = False
+    held[1, 1, 0] = 0
+    keys = randn(2, 3, 1, dim)
+    old = torch.nn.functional.normalize(held.double(), dim=-1) * real[..., None]
+    new = torch.nn.functional.normalize(keys.double(), dim=-1)
+    anchor = old.sum(2, keepdim=True) + new
+    found, fresh = kernels.key_differences(held, real, keys)
+    assert torch.allclose(found.double(), -torch.cosine_similarity(old, anchor, dim=-1), atol=2e-6)
+    assert torch.allclose(fresh.double(), -torch.cosine_similarity(new, anchor, dim=-1), atol=2e-6)
+    output = torch.empty(2, 3, count, device=DEVICE)
+    assert kernels.key_differences(held, real, keys, output=output)[0] is output
+    with pytest.raises(KVBenchError, match="marks"):
+        kernels.key_differences(held, real.int(), keys)
+
+
+@pytest.mark.parametrize(("dtype", "groups", "share", "dim"), [(torch.float32, 2, 3, 80), (torch.float16, 1, 8, 16)])
+def test_turn(dtype, groups, share, dim):
+    queries = randn(2, groups * share, 1, dim + 8, dtype=dtype)[..., :dim]
+    cos, sin = randn(2, dim), randn(2, dim)
+    partner = torch.arange(dim, device=DEVICE, dtype=torch.int32).roll(dim // 2)
+    plain = queries.double()
+    expected = plain * cos.double()[:, None, None] + plain.roll(dim // 2, -1) * sin.double()[:, None, None]
+    turned, asked, summed = kernels.turn(queries, cos, sin, partner, groups)
+    assert error(turned, expected) < ERROR[dtype]
+    assert error(asked, expected.view(2, groups, share, dim).sum(2)) < 2 * ERROR[dtype]
+    assert error(summed, plain.reshape(2, groups, share, dim).sum(2)) < ERROR[dtype]
+    with pytest.raises(KVBenchError, match="cosines"):
+        kernels.turn(queries, cos[:1], sin, partner, groups)
+
+
+def lowbias32(x):
+    """The published function, in Python's integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ (x >> 16)
+
+
+def test_lots():
+    heads, steps, counts = ints([3, 2**33 + 5], torch.int64), ints([7, 123456]), ints([1100, 4])
+    found = kernels.lots(heads, steps, counts, 1100).cpu()
+    for b, h, slot in itertools.product(range(2), range(2), (0, 1, 3, 4, 1099)):
+        if slot >= int(counts[b]):
+            assert found[b, h, slot] == -torch.inf
+            continue
+        mixed = lowbias32(lowbias32(int(heads[h]) % 2**32) ^ lowbias32(int(steps[b])))
+        bits = lowbias32(mixed ^ slot) % 0x7F800000
+        assert found[b, h, slot].view(torch.int32).item() == bits

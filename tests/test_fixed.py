@@ -18,7 +18,17 @@ from kvbench.strategies.selecting.aside import best_of
 pytestmark = pytest.mark.transformers
 
 INDEXES = ("retrieval", "robust_vamana", "vamana", "hnsw", "ivf", "ivfpq", "sq8")
-SET_ASIDE = ("flat", "oracle_topk", "random", "pqcache", "retroinfer", "squeezed_attention", "shadowkv")
+SET_ASIDE = (
+    "flat",
+    "oracle_topk",
+    "random",
+    "pqcache",
+    "retroinfer",
+    "squeezed_attention",
+    "shadowkv",
+    "infinigen",
+    "oracle_topp",
+)
 FIXED = (
     "full",
     "streaming_llm",
@@ -86,6 +96,29 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
     assert len(found) == len(expected) == 20
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "dense_layers"),
+    [
+        ("infinigen", {"alpha": 1.5, "partial_weight_ratio": 0.5}, 0),  # of fewer tokens some would be equally good
+        ("infinigen", {"alpha": 2.0}, 1),  # the first governed layer has one before it
+        ("oracle_topp", {"p": 0.5}, 0),
+        ("oracle_topp", {"p": 0.9, "capped": False}, 0),
+    ],
+)
+@torch.inference_mode()
+def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy, options, dense_layers):
+    model = tiny_model(pad_token_id=None)
+    session = kvbench.attach(model, policy=policy, budget=24, options=options, dense_layers=dense_layers)
+    with session:
+        hooks, expected = logits(session, None, 12, "eager", PROMPTS)
+        fixed, found = logits(session, None, 12, "fixed", PROMPTS)
+    assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+    if policy == "infinigen":  # what the steps chose is less than the budget
+        assert 0 < fixed[0].reads["host"] < len(PROMPTS) * 23 * (3 - dense_layers) * 2 * 2 * 8 * 4
 
 
 @pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "ivf", "pqcache", "retroinfer"])
@@ -247,7 +280,7 @@ def test_a_captured_step_gives_what_the_hooks_give(policy, batch):
 
 def check_tiers(policy, held, reads, token):
     """61 tokens and 8 more; a budget of 24, with 2 sinks and a window of 8, or 1 for the oracle."""
-    if policy == "oracle_topk":
+    if policy in ("oracle_topk", "oracle_topp"):  # no step was taken yet, so a full budget is assumed
         assert held == {"resident": 69 * token, "offloaded": 0, "index": 0}
         assert (reads["device"], reads["host"]) == (24 * token + 60 * token // 2, 0)
     elif policy == "random":
@@ -267,9 +300,14 @@ def check_tiers(policy, held, reads, token):
         assert held["index"] == 3 * 2 * 15 * (2 * rows + 2 * 4) + 3 * 2 * 67 * 4
         assert reads["host"] == 14 * token
         assert reads["device"] == pytest.approx(10 * token + clusters * (rows + 4 + 0.4 * rows), abs=3)
+    elif policy == "infinigen":
+        partial, projection = 3 * 2 * 69 * 16 * 4, 3 * 2 * 8 * 16 * 4  # 2 dimensions in rows of 16
+        assert held == {"resident": token, "offloaded": 69 * token, "index": partial + projection}
+        assert reads["host"] == 23 * token
+        assert reads["device"] == pytest.approx(token + (partial * 60 / 69 + projection) / 8, abs=3)
     elif policy == "shadowkv":
         # 13 chunks of 4, 1 of them exact, 9 static tokens and 8 more; the rank is 9, of two heads together
-        low = 3 * (52 * 9 + 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4
+        low = 3 * (52 * 9 + 2 * 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4
         assert held == {"resident": low + 17 * token, "offloaded": 52 * token // 2, "index": 3 * 2 * 13 * 8 * 4}
         assert reads["host"] == 15 * token // 2
         assert reads["device"] == 9 * token + held["index"] + 3 * (2 * 9 * 8 + 2 * 15 * 9) * 4

@@ -2,10 +2,14 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from kvbench.integrations.pytest_plugin import RatioGate
 
 MODULE = """
 def test_mine(ratio_gate):
@@ -61,3 +65,67 @@ def test_times_are_compared_within_a_run(gate, tmp_path):
     code, out = run_pytest(tmp_path, "--kvbench-update-baseline")
     assert code == 0, out
     assert set(json.loads((tmp_path / "benchmarks.json").read_text())["half"]) == {"ratio", "better", "processor"}
+
+
+BASELINES = {
+    "a / b": {"ratio": 1.25, "better": "lower", "processor": "Some 8086"}, "c": {"ratio": 3, "better": "higher"},
+}  # fmt: skip
+DAMAGED = [
+    "", "[]", "null", "3", "{", '{"a / b": 3}', '{"a / b": {}}', '{"a / b": {"ratio": "1"}}',
+    '{"a / b": {"ratio": NaN}}', '{"a / b": {"ratio": null}}',
+    '{"a / b": {"ratio": true}}', '{"a / b": {"ratio": 0}}', '{"a / b": {"ratio": [1]}}',
+    '{"a / b": {"ratio": 1e999}}', '{"a / b": {"ratio": 1, "processor": 3}}', "[" * 100_000,
+    '{"\\ud800": {"ratio": 1}}',
+    '{"\\n\\u001b[31m": 3}', f'{{"a / b": {{"ratio": 1{"0" * 5000}}}}}',
+]  # fmt: skip
+
+
+def measured(baseline, update=False):
+    """A ratio's outcome against a baseline: the ratio, or the sentence that the test fails with."""
+    gate = RatioGate(SimpleNamespace(extra_info={}), baseline, update)
+    try:
+        return gate.ratio("a / b", 1.3)
+    except pytest.fail.Exception as failure:
+        assert "\n" not in failure.msg and failure.msg.isprintable() and failure.msg.endswith(".")
+        assert not failure.pytrace
+        return failure.msg
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
+def test_a_damaged_baseline_is_one_sentence_and_stays_as_it_is(content, tmp_path):
+    file = tmp_path / "benchmarks.json"
+    file.write_text(content)
+    assert measured(file).startswith(f"{file} is no readable file of baselines: ")
+    assert measured(file, update=True).startswith(f"{file} is no readable file of baselines: ")
+    assert file.read_text() == content
+
+
+def test_what_is_no_file_is_one_sentence(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("folder", "loop"):
+        assert "is no readable file of baselines" in measured(tmp_path / name)
+    assert "has no baseline in" in measured(tmp_path / "absent")
+    assert "cannot be written to" in measured(tmp_path / "absent" / "benchmarks.json", update=True)
+
+
+def test_no_mutation_of_a_baseline_is_a_traceback(tmp_path):
+    whole, file, lots = json.dumps(BASELINES, indent=2).encode(), tmp_path / "benchmarks.json", random.Random(0)
+    outcomes = set()
+    for _ in range(600):
+        content = bytearray(whole)
+        for _ in range(lots.randint(1, 4)):
+            place = lots.randrange(len(content) + 1)
+            match lots.randrange(4):
+                case 0:
+                    content[place : place + lots.randint(1, 30)] = b""
+                case 1:
+                    content[place:place] = bytes(lots.randrange(256) for _ in range(lots.randint(1, 3)))
+                case 2:
+                    content[place : place + 1] = lots.choice([b'"', b"{", b"}", b"[", b",", b"-", b"e", b"null", b"\\"])
+                case _:
+                    start = lots.randrange(len(content) + 1)
+                    content[place:place] = content[start : start + 40]
+        file.write_bytes(content)
+        outcomes.add(isinstance(measured(file), str))
+    assert outcomes == {True, False}

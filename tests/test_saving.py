@@ -84,6 +84,12 @@ OTHERS = {
         "policy": "kvzip+kivi", "budget": 24,
         "options": {"kvzip.instruction": "", "kvzip.continuation": "", "kivi.group": 8, "kivi.residual": 8},
     },
+    "compressed": {
+        "policy": "snapkv", "options": {"window": 8}, "budget": kvbench.Budget(tokens=24, compress_every=8)
+    },
+    "compressed and ragged": {
+        "policy": "h2o", "budget": kvbench.Budget(tokens=24, allocator="ada", compress_every=4)
+    },
     "few late tokens": {"policy": "kivi", "options": {"group": 8, "residual": 8}},
     "dense": {"policy": "infinigen", "budget": 24, "dense_layers": 1},
 }  # fmt: skip

@@ -13,6 +13,7 @@ from kvbench import kernels
 from kvbench.contract.errors import KVBenchError
 from kvbench.kernels import Segment, support
 from kvbench.strategies.compressing import kivi_storage as kivi
+from kvbench.strategies.compressing.kivi import KIVI
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -305,17 +306,22 @@ def unpacked(row, scales, bits, size):
     return codes * steps[:, None] + lows[:, None]
 
 
-KIVI = [
+KIVI_CASES = [
     (FULL, 64, 1, 3, 2, 32, 32, [100, 64]),
     (BRAIN, 80, 1, 1, 2, 8, 16, [41, 0]),
     (HALF, 96, 1, 2, 4, 32, 32, [64, 1]),
     (FULL, 64, 1, 1, 8, 40, 8, [81, 97]),
+    (FULL, 128, 1, 4, 2, 32, 32, [530, 300]),
+    (FULL, 64, 2, 3, 4, 16, 16, [210, 130]),
+    (HALF, 64, 1, 16, 8, 32, 32, [130, 40]),
+    (BRAIN, 64, 1, 1, 2, 16, 32, [600, 333]),
 ]
 
 
 @pytest.mark.parametrize(
     ("dtype", "dim", "groups", "share", "bits", "group", "value_group", "lengths"),
-    KIVI + on_gpu([1, 2], range(1, 17), [2, 4, 8], [8, 32, 40], [8, 16], [[310, 257], [1, 64], [0, 320]], rounds=2),
+    KIVI_CASES
+    + on_gpu([1, 2], range(1, 17), [2, 4, 8], [8, 32, 40], [8, 16], [[310, 257], [1, 64], [0, 320]], rounds=2),
 )
 def test_kivi(dtype, dim, groups, share, bits, group, value_group, lengths):
     tokens = -(-max(lengths) // group) * group
@@ -365,7 +371,7 @@ def test_kivi(dtype, dim, groups, share, bits, group, value_group, lengths):
 
 
 def test_kivi_reads_what_its_policy_writes():
-    options = kivi.KIVI.Options(bits=2, group=16, residual=32)
+    options = KIVI.Options(bits=2, group=16, residual=32)
     keys, values = torch.randn(1, 2, 75, 64), torch.randn(1, 2, 75, 64)
     buffer = kivi.KIVIBuffer(options, keys, values)
     late_keys, late_values = torch.zeros(1, 2, 32, 64), torch.zeros(1, 2, 32, 64)

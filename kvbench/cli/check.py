@@ -43,14 +43,14 @@ def check(
         raise KVBenchError("--option belongs to a policy: give --policy too.")
     made = [found.make("policy", name, policy_options(found, name, names, options)) for name in names]
 
-    from kvbench.engine.conformance.checks import Conformance  # noqa: PLC0415  torch takes seconds to import
-    from kvbench.models import load_model  # noqa: PLC0415
+    from kvbench.models import load_model  # noqa: PLC0415  torch takes seconds to import
+    from kvbench.runs.proofs import checker  # noqa: PLC0415
 
     loaded = load_model(model, device=device, dtype=dtype)
-    checker = Conformance(loaded.model, loaded.name, loaded.tokenizer)
-    reports = [checker.check_model()]
+    conformance = checker(loaded, anew=True)
+    reports = [conformance.check_model()]
     if reports[0].failure is None:
-        reports += [checker.check_policy(each) for each in made]
+        reports += [conformance.check_policy(each) for each in made]
     if as_json:
         documents = [report.document() for report in reports]
         settings = {"model": loaded.name, "device": str(loaded.device), "dtype": str(loaded.dtype)[6:]}

@@ -76,6 +76,13 @@ def run(
     dense_layers: Annotated[
         int, typer.Option(min=0, help="First layers that attend to everything, beyond the budget, in every policy.")
     ] = 0,
+    compress_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Let an evicting policy keep so many generated tokens, then score prompt and answer together and keep "
+            "the budget's best, again and again; --tokens may then exceed the prompt."
+        ),
+    ] = None,
     recall_k: Annotated[int, typer.Option(min=1, help="k of recall@k.")] = 100,
     probe_examples: Annotated[
         int, typer.Option(min=0, help="Examples that are run once more with probes, for recall, mass and density.")
@@ -101,6 +108,8 @@ def run(
         raise KVBenchError("A budget has one size: give one of --tokens, --ratio and --bytes.")
     if tokens is not None and tokens < 1:
         raise KVBenchError(f"--tokens {tokens} is not a positive number of tokens.")
+    if compress_every is not None and compress_every < 1:
+        raise KVBenchError(f"--compress-every {compress_every} is not a positive number of tokens.")
     if ratio is not None and not 0 < ratio <= 1:
         raise KVBenchError(f"--ratio {ratio} is not between 0 and 1.")
     if question not in ("aware", "agnostic"):
@@ -136,7 +145,7 @@ def run(
 
     shared = Budget(
         tokens=tokens, bytes=byte_size("--bytes", size_bytes), allocator=budget, options=pairs(budget_option),
-        ratio=0.1 if ratio is None and tokens is None and size_bytes is None else ratio,
+        ratio=0.1 if ratio is None and tokens is None and size_bytes is None else ratio, compress_every=compress_every,
     )  # fmt: skip
     requests = [
         Request(
@@ -171,7 +180,8 @@ def run(
         failures[config.policy] = sentence(error)
 
     with _Progress([config.policy for config in configs], examples) as progress:
-        runs = execute(configs, loaded, output, progress, failed if len(configs) > 1 else None)
+        tell = failed if len(configs) > 1 else None
+        runs = execute(configs, loaded, output, progress, tell, check_anew=fresh)
     for name, reason in left_out.items():
         err.print(f"Left out {name}: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for note in dict.fromkeys(note for done in runs for note in done.notes):
@@ -260,7 +270,8 @@ def _budget(documents: list[dict[str, Any]]) -> str:
     size = f"{first['tokens']} tokens" if first["tokens"] is not None else f"ratio {first['ratio']}"
     if first["bytes"] is not None:
         size = f"{mib(first['bytes'])} MiB"
-    return f"budget {size}, {first['allocator']}"
+    every = f", compressed every {first['compress_every']} tokens" if first.get("compress_every") else ""
+    return f"budget {size}, {first['allocator']}{every}"
 
 
 def _provenance(documents: list[dict[str, Any]]) -> str:

@@ -55,6 +55,8 @@ _REST: list[tuple[str, str, Cell]] = [
     ("resident, MiB", "MiB on\ndevice", lambda m: mib(m["bytes"]["resident"])),
     ("offloaded, MiB", "MiB on\nhost", lambda m: mib(m["bytes"]["offloaded"])),
     ("index, MiB", "MiB\nindex", lambda m: mib(m["bytes"]["index"])),
+    ("over the answer: peak, MiB", "", lambda m: mib((m.get("answer_bytes") or {}).get("peak"))),
+    ("  mean, MiB", "", lambda m: mib((m.get("answer_bytes") or {}).get("mean"))),
     ("TTFT, s", "TTFT\ns", lambda m: seconds(m["ttft_s"]["total"])),
     ("  prefill", "", lambda m: seconds(m["ttft_s"]["prefill"])),
     ("  index construction", "", lambda m: seconds(m["ttft_s"]["index"])),

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
@@ -28,6 +36,9 @@ class LayerBudget:
     tokens: int
     covers_all: bool = False
     heads: Tensor | None = field(default=None, compare=False)
+    every: int = 0
+    """Generated tokens after which what is held is cut down to the budget again, and again (`Budget.compress_every`);
+    between, it grows. 0 leaves it to the policy. Such a budget may be larger than the prompt, and covers nothing."""
 
     @cached_property
     def least(self) -> int:
@@ -80,6 +91,9 @@ class Budget(BaseModel):
     as `tokens`, as a `ratio` of the context, or as `bytes` (a number, or text such as 64MiB): the keys and values, in
     the model's dtype, of the tokens attended at a step over all governed layers, for one sequence, rounded down to
     whole tokens. `allocator` names the budget plugin that shares it over layers and heads.
+
+    With `compress_every`, an evicting policy keeps everything that is generated for so many tokens and then scores
+    prompt and answer together and keeps the budget's best, again and again; `tokens` may then exceed the prompt.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -89,6 +103,15 @@ class Budget(BaseModel):
     bytes: ByteSize | None = Field(default=None, ge=1)
     allocator: str = "uniform"
     options: dict[str, Any] = Field(default_factory=dict)
+    compress_every: int | None = Field(default=None, ge=1, le=2**31 - 1)
+
+    @model_serializer(mode="wrap")
+    def _without_what_came_later(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what earlier versions did not have, so that their runs keep their names."""
+        found: dict[str, Any] = serialise(self)
+        if self.compress_every is None:
+            found.pop("compress_every", None)
+        return found
 
     @model_validator(mode="after")
     def _one_size(self) -> Budget:
@@ -108,7 +131,7 @@ class Budget(BaseModel):
             assert self.bytes is not None
             tokens = int(self.bytes) // token_bytes
             asked = f"{int(self.bytes)} bytes ({tokens} tokens of {token_bytes} bytes)"
-        if tokens > context:
+        if tokens > context and self.compress_every is None:
             raise KVBenchError(
                 f"The budget of {asked} is larger than the context of {context} tokens: "
                 f"ask for at most {context} tokens, or for a ratio up to 1."
@@ -135,6 +158,8 @@ class BudgetRequest:
     window: int
     numbers: Sequence[int] = ()
     measured: Sequence[Any] = ()
+    every: int = 0
+    """As in `LayerBudget`: where it is not 0, `context` is what a layer may hold at most, also beyond the prompt."""
 
     @property
     def total(self) -> int:
@@ -235,15 +260,20 @@ def allocate(allocator: BudgetAllocator, request: BudgetRequest) -> list[LayerBu
             f"Budget '{allocator.name}' gave a layer {min(shares)} to {max(shares)} tokens; expected "
             f"{request.minimum} (its static set) to {request.context} (the context): report it to the plugin's author."
         )
-    return [LayerBudget(share, covers_all=share == request.context) for share in shares]
+    return [
+        LayerBudget(share, covers_all=share == request.context and not request.every, every=request.every)
+        for share in shares
+    ]
 
 
 def allocate_heads(
     allocator: BudgetAllocator, prompt: PromptLayer, request: BudgetRequest, budget: LayerBudget
 ) -> LayerBudget:
     """Let an allocator share a layer's budget over its heads, and hold it to its promise."""
-    if not allocator.head_wise or budget.covers_all:
+    prompt_tokens = prompt.keys.shape[2]
+    if not allocator.head_wise or budget.covers_all or budget.tokens >= prompt_tokens:
         return budget
+    request = replace(request, context=prompt_tokens)
     heads = allocator.share_heads(prompt, request, budget.tokens)
     rows, groups = prompt.keys.shape[:2]
     fits = heads.shape == (rows, groups) and bool((heads.sum(-1) == groups * budget.tokens).all())
@@ -253,7 +283,7 @@ def allocate_heads(
             f"expected {groups} heads of {request.minimum} to {request.context} tokens with a mean of "
             f"{budget.tokens}, for {rows} rows: report this to the plugin's author."
         )
-    return LayerBudget(budget.tokens, heads=heads.to(device=prompt.keys.device, dtype=torch.int64))
+    return replace(budget, heads=heads.to(device=prompt.keys.device, dtype=torch.int64))
 
 
 def fit(shares: Sequence[float], *, total: int, low: int, high: int) -> list[int]:

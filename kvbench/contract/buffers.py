@@ -23,6 +23,17 @@ def pick(buffer: Tensor, slots: Tensor, heads: int) -> Tensor:
     return buffer.view(-1, dim).index_select(0, flat).view(batch, heads, -1, dim)
 
 
+def gathered(tokens: Tensor, slots: Tensor, room: int = 0) -> Tensor:
+    """Copies of the tokens in `slots` [B, G, k] of [B, G, t, d], with memory for `room` more behind them."""
+    places = slots.long()[..., None].expand(-1, -1, -1, tokens.shape[-1])
+    if not room:
+        return tokens.gather(2, places)
+    count = slots.shape[-1]
+    made = tokens.new_zeros(*tokens.shape[:2], count + room, tokens.shape[-1])
+    torch.gather(tokens, 2, places, out=made[:, :, :count])
+    return made
+
+
 class Storage(Saveable, ABC):
     """How the set-aside tokens of a layer are held: as they are (`TokenBuffer`), or in a format of the policy's own.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from kvbench.contract.buffers import PartLogits, RaggedBuffer, Storage, StorageFactory, TokenBuffer
+from kvbench.contract.buffers import PartLogits, RaggedBuffer, Storage, StorageFactory, TokenBuffer, gathered
 
 SPARE = 128
 """Tokens of a head that leave one by one before the memory of all that left is freed."""
@@ -56,7 +56,7 @@ class CodedBuffer(TokenBuffer):
         keys, values = self.held.decoded()
         if self._table is None:
             return keys, values
-        return _rows(keys, self._table), _rows(values, self._table)
+        return gathered(keys, self._table), gathered(values, self._table)
 
     @property
     def keys(self) -> Tensor:
@@ -136,7 +136,7 @@ class CodedBuffer(TokenBuffer):
             return
         order = self._table.sort(dim=-1)
         keys, values = self.held.decoded()
-        self.held = self._make(_rows(keys, order.values), _rows(values, order.values))
+        self.held = self._make(gathered(keys, order.values), gathered(values, order.values))
         self._table = order.indices.argsort(dim=-1).to(torch.int32)
 
 
@@ -195,8 +195,3 @@ class RaggedCodes(RaggedBuffer):
             head.weighted_sum(own[..., :size]) for head, own, size in zip(self.heads, grouped, self.sizes, strict=True)
         ]
         return torch.cat(found).view(*weights.shape[:2], 1, -1)
-
-
-def _rows(tokens: Tensor, slots: Tensor) -> Tensor:
-    """The tokens in slots [B, G, t] of [B, G, u, d]."""
-    return tokens.gather(2, slots.long()[..., None].expand(-1, -1, -1, tokens.shape[-1]))

@@ -88,6 +88,9 @@ class Layer:
     """With `KVCachePolicy.uses_hidden`: the same of the full-attention layer before it, governed or not."""
     project: Callable[[Tensor], Tensor] | None = None
     """With `KVCachePolicy.uses_hidden`: see `queries_for`."""
+    latest_queries: Tensor | None = None
+    """With `Budget.compress_every`: a ring of the latest queries [B, H, w, d]; that of the i-th token after the prompt,
+    counted from 0, lies at i mod w."""
     most_attended: Callable[[Layer], int | None] | None = None
     """What the policy declares: see `KVCachePolicy.most_attended`."""
 

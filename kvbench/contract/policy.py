@@ -14,6 +14,7 @@ from kvbench.contract.markers import hookimpl
 
 if TYPE_CHECKING:
     from kvbench.contract.budget import LayerBudget
+    from kvbench.contract.held import HeldTokens
     from kvbench.contract.layer import Layer
     from kvbench.contract.selection import Pending
     from kvbench.contract.step import Clock, FixedStep, Part
@@ -112,6 +113,8 @@ class KVCachePolicy(Pluggable):
     """
     query_window: int | None = None
     """How many of the prompt's last queries `prefill` is given; None for all, which costs memory in chunked prefill."""
+    running: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors [B, G, t] of `layer.state`, in the store's slot order, which follow a compression's choice."""
     query_aware: str = ""
     """What the policy keeps or how it codes it by the prompt's last queries, in one line; empty where by none.
 
@@ -187,7 +190,23 @@ class KVCachePolicy(Pluggable):
         """
         if layer.budget.covers_all:
             return layer.tokens
+        if layer.budget.every:
+            return min(layer.budget.tokens + layer.budget.every, layer.tokens)
         return layer.budget.tokens + (layer.tokens - layer.prompt_tokens if self.grows else 0)
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """Score what a layer holds, [B, G, t], when it is compressed while decoding; the best are kept.
+
+        ∞ keeps a token as long as the budget allows. The same for steps hook by hook and in fixed shapes: of `layer`
+        it may read what does not change from step to step (shapes, scaling, rotation, budget), and of the rows all
+        else is in `held`. Only policies that define it go with `Budget.compress_every`; where one evicts at every
+        step (`insert`) it leaves that out where `layer.budget.every` says so.
+        """
+        raise NotImplementedError
+
+    def compression_window(self, every: int) -> int:
+        """How many of the latest queries `score_held` is given, `every` at most."""
+        return every if self.query_window is None else min(self.query_window, every)
 
     def save_state(self, layer: Layer) -> dict[str, Any]:
         """What shall be saved of the policy's own for one group of rows of a layer; `layer.state`.

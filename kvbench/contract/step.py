@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,18 +33,29 @@ def rows_of(part: Part) -> Sequence[int]:
     return found
 
 
+class Inputs(Protocol):
+    """The inputs of a step's attention layers, for policies with `uses_hidden`."""
+
+    def before(self, number: int) -> Tensor | None:
+        """The input [B, 1, D] of the full-attention layer before layer `number`; None for the first."""
+
+    def queries_for(self, number: int, hidden: Tensor) -> Tensor:
+        """The queries [B, H, 1, d], after rotation, that layer `number` would have for `hidden` [B, 1, D]."""
+
+
 @dataclass(frozen=True)
 class Clock:
     """What the steps of all layers share.
 
     `positions`, int32 [B] on the model's device: each row's tokens before the step's own, so its token's id; the engine
     counts on after every step. `new_tokens`: how many steps there will be at most. `shared`: a step of the first layer
-    may compute here what the further layers' steps read.
+    may compute here what the further layers' steps read. `inputs`: given to policies with `uses_hidden`.
     """
 
     positions: Tensor
     new_tokens: int
     shared: dict[Hashable, Any] = field(default_factory=dict, compare=False)
+    inputs: Inputs | None = field(default=None, compare=False)
 
     @property
     def batch(self) -> int:
@@ -64,6 +75,10 @@ class FixedStep(ABC):
 
         Called uncaptured, after the steps before; the step's tensors keep their places.
         """
+
+    def held_tokens(self) -> float | None:
+        """Tokens held per key/value head, on average, after the latest step; None where it does not count them."""
+        return None
 
     @abstractmethod
     def bytes(self) -> dict[str, int]:
@@ -176,7 +191,8 @@ def hold_static(parts: Sequence[Part], batch: int, spare: int, also: Sequence[st
             target[rows, :, : own.shape[2]] = joined.gather(2, places)
         ids[rows, :, : own.shape[2]] = own.gather(-1, order).int()
         for name, tensor in more.items():
-            tensor[rows, :, : own.shape[2]] = part.layer.state[name].expand_as(own).gather(-1, order)
+            spread_out = part.layer.state[name].expand_as(own).masked_fill(own < 0, 0)
+            tensor[rows, :, : own.shape[2]] = spread_out.gather(-1, order)
         lengths[rows] = (own >= 0).sum(-1).int()
         store.release_static(0)
     return Held(keys, values, lengths, ids, more)

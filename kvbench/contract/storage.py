@@ -10,7 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvbench.contract.buffers import Expand, PartLogits, RaggedBuffer, Storage, StorageFactory, TokenBuffer, pick
+from kvbench.contract.buffers import (
+    Expand,
+    PartLogits,
+    RaggedBuffer,
+    Storage,
+    StorageFactory,
+    TokenBuffer,
+    gathered,
+    pick,
+)
 from kvbench.contract.coded import CodedBuffer, RaggedCodes
 from kvbench.contract.host import copy_to_host, pins
 from kvbench.contract.saved import Saveable
@@ -31,6 +40,8 @@ class KVStore(Saveable):
         self.tokens = keys.shape[2]
         self._heads = tuple(keys.shape[:2])
         self._format: StorageFactory | None = None
+        self.room = 0
+        """Tokens that memory of kept ones has room for beside them, so that adding so many copies nothing."""
         self._static = self._buffer(keys, values)
         self._static_ids = torch.arange(self.tokens, device=keys.device)
         self._ragged: RaggedBuffer | None = None
@@ -185,8 +196,19 @@ class KVStore(Saveable):
             return
         self._static = self._buffer(*self._static.decoded())
 
+    def keep_slots(self, marks: Tensor) -> None:
+        """Evict all static tokens but those in the slots that `marks`, bool [B, G, t] as in `static_ids`, marks."""
+        self._hold(marks & (self.static_ids >= 0))
+
     def _buffer(self, keys: Tensor, values: Tensor) -> TokenBuffer:
         return TokenBuffer(keys, values) if self._format is None else CodedBuffer(self._format, keys, values)
+
+    def _chosen(self, keys: Tensor, values: Tensor, slots: Tensor) -> TokenBuffer:
+        """Copies of the tokens in `slots` [B, G, k] of `keys` and `values` [B, G, t, d], with room for more."""
+        if self._format is not None:
+            return self._buffer(*(gathered(part, slots) for part in (keys, values)))
+        kept_keys, kept_values = (gathered(part, slots, self.room) for part in (keys, values))
+        return TokenBuffer(kept_keys, kept_values, length=slots.shape[-1])
 
     def _kept(self, slots: Tensor) -> TokenBuffer:
         """A copy of the static tokens in the slots."""
@@ -339,25 +361,22 @@ class KVStore(Saveable):
             keys, values = self._static.raw
             return self.decode(keys[:, :, slots], values[:, :, slots])
         places = slots[..., None]
-        keys, values = self._whole()
+        keys, values = self.whole_static()
         return tuple(part.gather(2, places.expand(-1, -1, -1, part.shape[-1])) for part in (keys, values))  # type: ignore[return-value]
 
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, t, d] as in `static_ids`; anything where that has −1."""
+    def whole_static(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, two [B, G, t, d], of the static set as in `static_ids`; anything where that has −1."""
         keys, values, _ = zip(*self.static_parts(), strict=True)
         return (keys[0], values[0]) if len(keys) == 1 else (torch.cat(keys, dim=2), torch.cat(values, dim=2))
 
     def _hold(self, marks: Tensor) -> None:
         """Evict all but the static tokens that `marks`, bool [B, G, t] as in `static_ids`, marks."""
-        (keys, values), ids, counts = self._whole(), self.static_ids.expand(marks.shape), marks.sum(-1)
+        (keys, values), ids, counts = self.whole_static(), self.static_ids.expand(marks.shape), marks.sum(-1)
         most = int(counts.max())
         slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
         if most == int(counts.min()):
-            keys, values = (
-                part.gather(2, slots[..., None].expand(*slots.shape, part.shape[-1])) for part in (keys, values)
-            )
             self._ragged = self._ragged_kept = None
-            self._static, self._static_ids = self._buffer(keys, values), ids.gather(-1, slots)
+            self._static, self._static_ids = self._chosen(keys, values, slots), ids.gather(-1, slots)
             return
         self._ragged = (
             RaggedBuffer(keys, values, marks)
@@ -365,7 +384,7 @@ class KVStore(Saveable):
             else RaggedCodes(self._format, keys, values, marks)
         )
         self._ragged_kept = torch.where(self._ragged.mask, ids.gather(-1, slots), -1)
-        self._static = self._buffer(keys[:, :, :0].clone(), values[:, :, :0].clone())
+        self._static = self._chosen(keys, values, slots[..., :0])
         self._static_ids = torch.arange(0, device=marks.device)
 
     def _drop(self, slots: Tensor) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
+from kvbench.engine.compression import compress, note
 from kvbench.engine.fixed import FixedDecoder
 from kvbench.engine.governor import Governor
-from kvbench.engine.interface import capture, own_attention
+from kvbench.engine.interface import capture, capturing, own_attention
 from kvbench.engine.lanes import Lane
 from kvbench.engine.prompt import Attends
 from kvbench.engine.prompt_attention import prompt_attention
@@ -28,7 +29,6 @@ class Attending(Governor):
     """The latest sequence batch's cache."""
     implementation: str
     """The model's own attention implementation."""
-    _projecting = False
     _replay: ReplayCache | None = None
     _fixed: FixedDecoder | None = None
     _calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]]
@@ -36,7 +36,7 @@ class Attending(Governor):
 
     def _note_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         decoding = self.cache is not None and self.cache.complete
-        if decoding and not self._projecting and self._replay is None:
+        if decoding and not capturing() and self._replay is None:
             self._calls[module] = args, kwargs
 
     def _project(self, module: Any, lane: Lane, now: slice, hidden: Tensor) -> Tensor:
@@ -47,16 +47,32 @@ class Attending(Governor):
         inputs[rows, now] = hidden.to(inputs.device)
         args = tuple(None if value is self.cache else value for value in args)
         kwargs = {name: None if value is self.cache else value for name, value in kwargs.items()}
+        found = (
+            capture(module, (inputs, *args[1:]), kwargs)
+            if args
+            else capture(module, (), {**kwargs, "hidden_states": inputs})
+        )
+        return lane.take(found.query)[:, :, now]
+
+    def before(self, number: int) -> Tensor | None:
+        """The input [B, 1, D] of the full-attention layer before layer `number` at this step; None for the first."""
+        earlier = [other for other in self.survey.layers if other < number]
+        return _hidden(*self._calls[self.survey.layers[max(earlier)].modules[0]]) if earlier else None
+
+    def queries_for(self, number: int, hidden: Tensor) -> Tensor:
+        """The queries [B, H, 1, d] that layer `number` would have at this step for `hidden` [B, 1, D] of all rows."""
+        module = self.survey.layers[number].modules[0]
+        args, kwargs = self._calls[module]
         self._projecting = True
         try:
             found = (
-                capture(module, (inputs, *args[1:]), kwargs)
+                capture(module, (hidden, *args[1:]), kwargs)
                 if args
-                else capture(module, (), {**kwargs, "hidden_states": inputs})
+                else capture(module, (), {**kwargs, "hidden_states": hidden})
             )
         finally:
             self._projecting = False
-        return lane.take(found.query)[:, :, now]
+        return found.query
 
     def attention(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -159,11 +175,15 @@ class Attending(Governor):
                         layer.hidden_before = before.hidden
                     layer.project = functools.partial(self._project, module, lane, now)
                 if first:
+                    if self.every:
+                        compress(self.policy, layer)
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
                     self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
                 selection = self.select(layer, queries)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
                 layer.static_attention = None
+                if self.every and first:
+                    note(self.policy, layer, queries)
                 part = result.transpose(1, 2).to(output.dtype)
                 if lane.rows is None:
                     output[:, now] = part

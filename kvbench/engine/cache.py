@@ -321,6 +321,7 @@ class PolicyCacheLayer(CacheLayerMixin):
             layer = self.new_layer(attends, budget, lane_keys.shape[0], groups, lane_keys.shape[3], tokens)
             layer.store = KVStore(*held) if self.expand is None else LatentStore(*held, self.expand, groups)
             layer.state = self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {})
+            layer.store.room = budget.every
             self.groups.append(layer)
             if session.query_window(self.number, policy=False) != 0:
                 layer.prompt_queries = lane_queries

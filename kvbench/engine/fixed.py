@@ -21,12 +21,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvbench.contract.budget import LayerBudget
 from kvbench.contract.host import event, wait
 from kvbench.contract.layer import Layer
-from kvbench.contract.step import Clock, FixedStep, Part, SplitStep
+from kvbench.contract.step import Clock, FixedStep, Inputs, Part, SplitStep
 from kvbench.contract.storage import KVStore
 from kvbench.engine.bandwidth import elapsed_s, timer
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
+from kvbench.engine.inherited import unfollowed
+from kvbench.engine.policy_step import only_some_layers, policy_step
 from kvbench.kernels.steps import GrowingStep
 
 Mode = Literal["graph", "partial", "fixed", "eager"]
@@ -34,7 +36,6 @@ Mode = Literal["graph", "partial", "fixed", "eager"]
 hook by hook."""
 
 WARM_UPS = 2
-_HOOKS = ("insert", "select", "attend")
 _BY_LENGTH = ("dynamic", "longrope")
 """Rotary kinds that ask the device for the longest position at every step."""
 
@@ -259,6 +260,12 @@ class FixedDecoder:
         held = [step.bytes() for step in self._steps.values()]
         return {tier: sum(each[tier] for each in held) for tier in ("resident", "offloaded", "index")}
 
+    def held_tokens(self) -> float | None:
+        """Tokens held per layer and head, on average; None where a step does not count them."""
+        found = [step.held_tokens() for step in self._steps.values()]
+        known = [tokens for tokens in found if tokens is not None]
+        return sum(known) / len(known) if len(known) == len(found) else None
+
     def reads(self, tokens: int) -> dict[str, int]:
         """Fewest bytes that a step reads at `tokens` tokens of context a row: the weights and what the policy needs."""
         found = [step.reads(tokens) for step in self._steps.values()]
@@ -286,12 +293,14 @@ def weight_bytes(model: Any) -> int:
     return sum(seen.values())
 
 
-def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int) -> FixedDecoder | str:
+def fixed_decoder(
+    governor: Governor, cache: PolicyCache, tokens: Tensor, new_tokens: int, inputs: Inputs | None = None
+) -> FixedDecoder | str:
     """Make the decoder that takes over a batch's cache after its prompt and reads `tokens` [B], or say why not.
 
     The cache's stores are emptied layer by layer. Nothing has been taken over where a reason is returned.
     """
-    reason = _unfit(governor, cache)
+    reason = _unfit(governor, cache) or unfollowed(type(governor.policy))
     if reason:
         return reason
     device = cache.governed[0].groups[0].store.static_ids.device
@@ -301,13 +310,14 @@ def fixed_decoder(governor: Governor, cache: PolicyCache, tokens: Tensor, new_to
     padding = left_padding(cache.mask) if governor.policy.exact else None
     if padding is not None:  # the one lane of a policy that keeps everything holds the padding, too
         positions -= padding.to(positions)
-    clock = Clock(positions, new_tokens)
+    clock = Clock(positions, new_tokens, inputs=inputs)
     steps: dict[int, FixedStep] = {}
     for cached in cache.governed:
         parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
-        step = _step(governor, parts, clock, padding)
-        if step is None or isinstance(step, str):
-            assert not steps, "a policy has fixed steps in some layers only"
+        step = policy_step(governor, parts, clock, padding, cached.number)
+        if not isinstance(step, FixedStep):
+            if steps:
+                raise only_some_layers(governor.policy, cached.number)
             return step or f"policy '{governor.policy.name}' has no step of fixed shapes"
         steps[cached.number] = step
     for number in cache.dense:
@@ -353,14 +363,3 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     if any(layer.softcap is not None or layer.sink_logits is not None for layer in layers):
         return "the model's attention has terms of its own"
     return ""
-
-
-def _step(governor: Governor, parts: Sequence[Part], clock: Clock, padding: Tensor | None) -> FixedStep | str | None:
-    found = governor.policy.fixed_step(parts, clock)
-    if found is not None:
-        return found
-    if governor.policy.exact:
-        return GrowingStep(parts, clock, padding)
-    plain = not any(hasattr(governor.policy, hook) for hook in _HOOKS)
-    aside = any(part.layer.store.aside_stop > part.layer.store.aside_start for part in parts)
-    return GrowingStep(parts, clock) if plain and not aside else None

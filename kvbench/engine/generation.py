@@ -46,6 +46,10 @@ class Generation:
     """From the prompt to the first step: the tensors of the fixed steps, their warm-up and the capture."""
     reads: dict[str, int] = field(default_factory=dict)
     """Fewest bytes that the median step reads, by `weights`, `device` and `host`; empty for steps hook by hook."""
+    answer_bytes: dict[str, float] = field(default_factory=dict)
+    """`peak` and `mean` over the steps of the bytes held in all tiers and the index; empty without steps."""
+    held_tokens: list[float] = field(default_factory=list)
+    """With `Budget.compress_every`: tokens held per layer and head, on average, after each step."""
     parts_s: list[dict[str, float]] = field(default_factory=list)
     """Parts of each step that the host takes part in (`FixedDecoder.parts`); empty for others."""
 
@@ -125,6 +129,8 @@ def generate_batch(
     tokens: list[list[int]] = [[] for _ in prompts]
     step_s: list[list[float]] = [[] for _ in prompts]
     going = {row for row, limit in enumerate(max_new_tokens) if limit}
+    held_bytes: list[int] = []
+    held_tokens: list[float] = []
     context = ids
     began = session.now()
     decoder = _decoder(session, decoding, found, max(max_new_tokens) - 1)
@@ -145,6 +151,8 @@ def generate_batch(
             seconds = session.now() - began
             for row in going:
                 step_s[row].append(seconds)
+            count = decoder.held_tokens()
+            held_tokens += [count] if count is not None and session.every else []
             continue
         context = torch.cat([context, found[:, None].to(context.device)], dim=1)
         if mask is not None:
@@ -157,6 +165,10 @@ def generate_batch(
         seconds = session.now() - began
         for row in going:
             step_s[row].append(seconds)
+        held_bytes.append(sum(session.cache.bytes().values()))
+        if session.every:
+            stores = session.cache.stores()
+            held_tokens.append(sum(store.static_tokens for store in stores) / len(stores))
     whole = decoder.bytes() if isinstance(decoder, FixedDecoder) else session.cache.bytes()
     held = {tier: size // len(prompts) for tier, size in whole.items()}
     about: dict[str, Any] = {"mode_reason": decoder}
@@ -166,20 +178,21 @@ def generate_batch(
         halfway = sum(map(len, prompts)) // len(prompts) + max(map(len, step_s)) // 2
         device_s, parts_s = decoder.device_s(), decoder.parts
         about = {"mode": decoder.mode, "capture_s": capture_s, "reads": decoder.reads(halfway)}
+        held_bytes = [sum(whole.values())]  # memory for all steps is there from the first on
     index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
-    return [
-        Generation(
-            mine,
-            prefill_s,
-            index_s,
-            steps,
-            held,
-            device_step_s=device_s[: len(steps)],
-            parts_s=parts_s[: len(steps)],
-            **about,
-        )
-        for mine, steps in zip(tokens, step_s, strict=True)
-    ]
+    if held_bytes:
+        peak, mean = max(held_bytes), sum(held_bytes) / len(held_bytes)
+        about["answer_bytes"] = {"peak": peak / len(prompts), "mean": mean / len(prompts)}
+    results = []
+    for mine, steps in zip(tokens, step_s, strict=True):
+        taken = len(steps)
+        own = about | {
+            "device_step_s": device_s[:taken],
+            "parts_s": parts_s[:taken],
+            "held_tokens": held_tokens[:taken],
+        }
+        results.append(Generation(mine, prefill_s, index_s, steps, held, **own))
+    return results
 
 
 def step_inputs(model: Any, ids: Tensor, mask: Tensor | None, past: Any) -> dict[str, Any]:

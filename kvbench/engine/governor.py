@@ -79,6 +79,9 @@ class Governor:
         )
         if self.allocator is not None:
             check_head_budgets(policy, self.allocator)
+        self.every = 0 if self.allocator is None or budget is None else budget.compress_every or 0
+        if self.every:
+            check_compression(policy, self.every)
         self.defers = self.allocator is not None and self.allocator.measures
         """Whether the policy's `prefill` waits until the prompt has passed through the whole model."""
         manager = pluggy.PluginManager(PROJECT)
@@ -92,11 +95,7 @@ class Governor:
         self.hook: Any = manager.hook
         self.config: Any = text_config(model)
         self.survey: Survey = survey(model) if policy.cached else Survey({})
-        if self.survey.refusal is not None and not policy.exact:
-            raise KVBenchError(
-                f"{self.survey.refusal}, so policy '{policy.name}' cannot govern it: choose policy 'full', or an "
-                "architecture of docs/models.md that policies govern (Llama, Qwen, Gemma, DeepSeek-V3, ...)."
-            )
+        self.survey.require(policy)
         self.numbers = chosen_layers(model, policy, dense_layers) if policy.cached else []
         """The places in the model of the layers that the policy governs."""
         self.dense = [number for number in self.survey.layers if number not in self.numbers]
@@ -113,7 +112,7 @@ class Governor:
     def blocks(self) -> bool:
         """Whether several new tokens are one call of each hook."""
         takes = self.policy.blocks or not any(hasattr(self.policy, hook) for hook in ("insert", "select", "attend"))
-        return takes and all(probe.blocks for probe in self.probes)
+        return takes and not self.every and all(probe.blocks for probe in self.probes)
 
     @property
     def own_prompt(self) -> bool:
@@ -148,11 +147,14 @@ class Governor:
         if self.allocator is None or self.budget is None:
             return None, [LayerBudget(tokens, covers_all=True)] * len(numbers)
         sinks, window = self.policy.static_tokens(tokens)
+        size = self.budget.size(tokens, token_bytes(self.model, numbers))
         request = BudgetRequest(
             layers=len(numbers),
-            tokens=self.budget.size(tokens, token_bytes(self.model, numbers)),
-            context=tokens,
-            minimum=min(max(sinks + window, 1), tokens),
+            tokens=size,
+            # where answers are compressed too, a layer may come to hold more than the prompt
+            context=max(tokens, 2 * size) if self.every else tokens,
+            every=self.every,
+            minimum=max(sinks + window, 1) if self.every else min(max(sinks + window, 1), tokens),
             window=window,
             numbers=numbers,
             measured=measured,
@@ -252,4 +254,19 @@ def check_head_budgets(policy: KVCachePolicy | type[KVCachePolicy], allocator: B
         raise KVBenchError(
             f"Budget '{allocator.name}' gives each head its own number of tokens, which policy '{policy.name}' cannot "
             "honour: choose a budget that only shares over layers (uniform, pyramid, squeeze), or another policy."
+        )
+
+
+def check_compression(policy: KVCachePolicy, every: int) -> None:
+    """Refuse an interval that is smaller than a policy's window, and a policy that cannot score what it holds again."""
+    if type(policy).score_held is KVCachePolicy.score_held:
+        raise KVBenchError(
+            f"Policy '{policy.name}' does not compress while decoding (it has no score_held): choose one that does "
+            "(snapkv, h2o, tova, knorm, keydiff, expected_attention, streaming_llm), or leave --compress-every out."
+        )
+    window = max(policy.static_tokens(2**20)[1], policy.query_window or 0)
+    if every < window:
+        raise KVBenchError(
+            f"--compress-every {every} is smaller than the window of {window} tokens of policy '{policy.name}': ask "
+            f"for at least {window}, or for a smaller window."
         )

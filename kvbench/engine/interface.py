@@ -68,6 +68,11 @@ def capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     raise AssertionError("an attention module that came through the attention interface left it")
 
 
+def capturing() -> bool:
+    """Whether an attention module is being called for its vectors alone, by `capture`."""
+    return _capturing
+
+
 def attached(config: Any) -> bool:
     """Whether the model with this text configuration has a policy attached."""
     return id(config) in _ANSWERS

@@ -180,7 +180,12 @@ def forward(session: Session, ids: Tensor, mask: Tensor | None, start: int, chun
             positions = (mask.cumsum(1) - 1).clamp_min(0)
             extra = {"attention_mask": mask[:, :stop], "position_ids": positions[:, first:stop]}
         out = session.model(ids[:, first:stop], past_key_values=past, use_cache=True, logits_to_keep=1, **extra)
-        past = out.past_key_values
+        past = getattr(out, "past_key_values", None)
+        if past is None:
+            raise KVBenchError(
+                f"{type(session.model).__name__} keeps its state elsewhere than in a key-value cache, so there is none "
+                "to govern or to measure: choose a model with attention."
+            )
     logits: Tensor = out.logits[:, -1]
     return logits
 

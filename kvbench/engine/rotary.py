@@ -27,7 +27,7 @@ class Rotary:
     def __init__(self, model: nn.Module, config: Any, module: nn.Module, number: int, *, latent: bool = False) -> None:
         """For layer `number` of `model`, whose text configuration is `config` and whose attention is `module`.
 
-        The keys of a `latent` layer are made from what its cache holds, rotated before.
+        The keys of a `latent` layer are made of what its cache holds, which was rotated before.
         """
         self._model, self._config, self._module, self._number = model, config, module, number
         self._latent = latent
@@ -45,7 +45,10 @@ class Rotary:
 
     def _apply(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         flat = x.reshape(1, -1, *x.shape[-2:]).float()
-        rotated: Tensor = self._function(flat, flat[:, :0], cos.to(x.device), sin.to(x.device))[0]
+        function, single = self._function
+        vectors = (flat,) if single else (flat, flat[:, :0])
+        found = function(*vectors, cos=cos.to(x.device), sin=sin.to(x.device))
+        rotated: Tensor = found if single else found[0]
         return rotated.to(x.dtype).view(x.shape)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,16 +61,21 @@ class Rotary:
         return cos, sin
 
     @cached_property
-    def _function(self) -> Callable[..., Any]:
+    def _function(self) -> tuple[Callable[..., Any], bool]:
+        """What rotates, and whether it takes one tensor, not queries and keys."""
         function = getattr(sys.modules[type(self._module).__module__], "apply_rotary_pos_emb", None)
         if not callable(function):
             raise self._missing("its attention applies none by the usual name")
-        return function  # type: ignore[no-any-return]
+        names = list(inspect.signature(function).parameters)
+        given = [name for name in names[:3] if name not in ("cos", "sin")]
+        if not {"cos", "sin"} <= set(names) or given not in (["q", "k"], ["x"]):
+            raise self._missing(f"its rotation takes ({', '.join(names)}), not queries and keys, cos and sin")
+        return function, len(given) == 1
 
     @cached_property
     def _source(self) -> tuple[nn.Module, dict[str, Any]]:
         if self._latent:
-            raise self._missing("its attention makes keys from what the cache holds, only a part of which is rotated")
+            raise self._missing("its attention makes keys of what the cache holds after these were rotated")
         found = [
             module for module in self._model.modules()
             if type(module).__name__.endswith("RotaryEmbedding") and getattr(module, "config", None) is self._config

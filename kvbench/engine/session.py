@@ -316,7 +316,7 @@ class Session(Attending):
         but the attention. The cache is not continued in any other way afterwards.
         """
         assert self.cache is not None
-        found = fixed_decoder(self, self.cache, tokens, new_tokens)
+        found = fixed_decoder(self, self.cache, tokens, new_tokens, self if self.policy.uses_hidden else None)
         if isinstance(found, FixedDecoder):
             self._fixed, self.cache.handed_over = found, True
             if compiled:

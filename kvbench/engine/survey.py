@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.policy import KVCachePolicy
 from kvbench.engine.expansion import Expansion
 from kvbench.engine.interface import answering, attached, own_attention
 
@@ -48,6 +49,14 @@ class Survey:
 
     layers: dict[int, SurveyedLayer]
     refusal: str | None = None
+
+    def require(self, policy: KVCachePolicy) -> None:
+        """Raise KVBenchError where the model cannot be governed by a policy."""
+        if self.refusal is not None and not policy.exact:
+            raise KVBenchError(
+                f"{self.refusal}, so policy '{policy.name}' cannot govern it: choose policy 'full', or an "
+                "architecture of docs/models.md that policies govern (Llama, Qwen, Gemma, DeepSeek-V3, ...)."
+            )
 
     @property
     def token_bytes(self) -> int:

@@ -9,6 +9,7 @@ file (ini option `kvbench_baseline`, by default `benchmarks.json` beside the ini
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
+from kvbench.contract.errors import KVBenchError
 
 TOLERANCE = 0.20
 """How much worse than its baseline a ratio may be."""
@@ -68,17 +71,17 @@ class RatioGate:
 
         self.benchmark.extra_info[name] = value
         here = processor()
-        known = json.loads(self.baseline.read_text()) if self.baseline.exists() else {}
+        known = self._known()
         if self.update:
             known[name] = {"ratio": round(value, 4), "better": better, "processor": here}
-            self.baseline.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+            self._write(json.dumps(known, indent=2, sort_keys=True) + "\n")
             return value
         if name not in known:
             pytest.fail(
                 f"Benchmark '{name}' has no baseline in {self.baseline}: run once with --kvbench-update-baseline.",
                 pytrace=False,
             )
-        expected = float(known[name]["ratio"])
+        expected = known[name]["ratio"]
         worse = value > expected * (1 + TOLERANCE) if better == "lower" else value < expected * (1 - TOLERANCE)
         if worse:
             there = known[name].get("processor", here)
@@ -89,6 +92,44 @@ class RatioGate:
                 pytrace=False,
             )
         return value
+
+    def _known(self) -> dict[str, Any]:
+        """The baselines by name; a file that is none fails the test in one sentence."""
+        from kvbench.contract.reading import plain, read_json, reading  # noqa: PLC0415
+
+        if not os.path.lexists(self.baseline):
+            return {}
+        here = plain(str(self.baseline))
+        try:
+            with reading(
+                lambda reason: (
+                    f"{here} is no readable file of baselines: {reason}. Restore it, or delete it and run "
+                    "once with --kvbench-update-baseline."
+                )
+            ):
+                known = read_json(self.baseline)
+                if not isinstance(known, dict):
+                    raise ValueError(f"it holds a {type(known).__name__}, not names with their ratios")
+                for name, entry in known.items():
+                    _check(name, entry)
+                return known
+        except KVBenchError as error:
+            pytest.fail(str(error), pytrace=False)
+
+    def _write(self, text: str) -> None:
+        try:
+            self.baseline.write_text(text, "utf-8")
+        except OSError as error:
+            pytest.fail(f"The baselines cannot be written to {self.baseline}: {error.strerror}.", pytrace=False)
+
+
+def _check(name: str, entry: Any) -> None:
+    """Raise ValueError for a baseline that holds no ratio."""
+    ratio = entry.get("ratio") if isinstance(entry, dict) else None
+    if isinstance(ratio, bool) or not isinstance(ratio, int | float) or ratio <= 0:
+        raise ValueError(f"{name} has no ratio above 0")
+    if not isinstance(entry.get("processor", ""), str):
+        raise ValueError(f"{name} has a processor that is no text")
 
 
 @pytest.fixture

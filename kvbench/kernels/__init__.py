@@ -8,17 +8,21 @@ from kvbench.kernels.assign import cluster_sums, nearest
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
+from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_settle import settle_kivi
+from kvbench.kernels.lots import lots
 from kvbench.kernels.low_rank import LowRankKeys, rebuild
 from kvbench.kernels.merge import merge
 from kvbench.kernels.pq import pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
+from kvbench.kernels.take import take_clusters
 from kvbench.kernels.top_keys import top_keys
+from kvbench.kernels.turn import turn
 from kvbench.kernels.weigh import weigh
 from kvbench.kernels.weights import group_weights
 
@@ -36,6 +40,8 @@ __all__ = [
     "gather",
     "group_weights",
     "insert",
+    "key_differences",
+    "lots",
     "merge",
     "nearest",
     "page_bounds",
@@ -47,7 +53,9 @@ __all__ = [
     "scores",
     "select_top",
     "settle_kivi",
+    "take_clusters",
     "top_keys",
+    "turn",
     "update_bounds",
     "using",
     "weigh",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.kernels.merge import launch_merge
-from kvbench.kernels.segments import one_segment, two_segments
+from kvbench.kernels.segments import one_segment, three_segments, two_segments
 from kvbench.kernels.sq8 import check_codes, decoded
 from kvbench.kernels.support import (
     check_grouped,
@@ -211,6 +211,13 @@ def _launch(
             two_segments[(one.programs + two.programs,)](
                 *shared, one.programs, *one.arguments, *two.arguments, *shape, *one.constants, *two.constants,
                 num_warps=warps, num_stages=min(stages, other_stages),
+            )  # fmt: skip
+        elif len(plans) == 3:
+            (one, warps, stages), (two, _, second), (three, _, third) = plans
+            three_segments[(one.programs + two.programs + three.programs,)](
+                *shared, one.programs, two.programs, *one.arguments, *two.arguments, *three.arguments, *shape,
+                *one.constants, *two.constants, *three.constants,
+                num_warps=warps, num_stages=min(stages, second, third),
             )  # fmt: skip
         else:
             for plan, warps, stages in plans:

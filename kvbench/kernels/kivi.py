@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.kernels.kivi_parts import any_tokens, coded_tiles, joined
 from kvbench.kernels.merge import launch_merge
-from kvbench.kernels.segments import capped
 from kvbench.kernels.support import (
     check_grouped,
     check_rows,
@@ -28,6 +28,9 @@ try:
     import triton.language as tl
 except ImportError:
     tl = None
+
+
+_WARPS, _STAGES = 4, 2
 
 
 @dataclass(frozen=True)
@@ -63,12 +66,16 @@ def _kivi(
     late_keys: tl.tensor, late_values: tl.tensor, lengths: tl.tensor, key_counts: tl.tensor, value_counts: tl.tensor,
     kcb: int, kcg: int, kct: int, ksb: int, ksg: int, kst: int, vcb: int, vcg: int, vct: int,
     vsb: int, vsg: int, vst: int, kb: int, kg: int, kt: int, vb: int, vg: int, vt: int,
-    lb: int, lg: int, nkb: int, nkg: int, nvb: int, nvg: int, late_k: int, late_v: int, splits: int,
+    lb: int, lg: int, nkb: int, nkg: int, nvb: int, nvg: int, late_k: int, late_v: int, splits: int, whole: int,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BITS: tl.constexpr, PLANES: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_SPAN: tl.constexpr, GROUP: tl.constexpr, VALUE_GROUP: tl.constexpr, TOKENS: tl.constexpr,
-    CAPPED: tl.constexpr, UPCAST: tl.constexpr,
+    CAPPED: tl.constexpr, UPCAST: tl.constexpr, BLOCK_R: tl.constexpr, NUMBER: tl.constexpr, WIDTH: tl.constexpr,
+    LIKE: tl.constexpr, OFFSET: tl.constexpr,
 ) -> None:  # fmt: skip
-    """A row's bytes hold SPAN channels (of SPAN·GROUP numbers for keys) a plane, padded to BLOCK_SPAN."""
+    """One part of one head's tokens: the first `whole` of the `splits` parts have whole tiles of codes alone.
+
+    With NUMBER 0 there are no such parts.
+    """
     split = tl.program_id(0) % splits
     program = tl.program_id(0) // splits
     row = program // G
@@ -77,93 +84,81 @@ def _kivi(
     coded_keys = tl.load(key_counts + row * nkb + group * nkg)
     coded_values = tl.load(value_counts + row * nvb + group * nvg)
     long_row = row.to(tl.int64)
+    q += long_row * qb
     key_codes += long_row * kcb + group * kcg
     key_scales += long_row * ksb + group * ksg
     value_codes += long_row * vcb + group * vcg
     value_scales += long_row * vsb + group * vsg
     late_keys += long_row * kb + group * kg
     late_values += long_row * vb + group * vg
-    r = tl.arange(0, ROWS)
-    s = tl.arange(0, BLOCK_SPAN)
-    i = tl.arange(0, PLANES * BLOCK_SPAN)  # channels in the order in which planes unpack
-    c = i // BLOCK_SPAN * SPAN + i % BLOCK_SPAN
-    real = i % BLOCK_SPAN < SPAN
-    shifts = tl.arange(0, PLANES) * BITS
-    head = group * R + r
-    own = r < R
-    queries = tl.load(q + long_row * qb + head[:, None] * qh + c[None, :], mask=own[:, None] & real[None, :], other=0.0)
-    if UPCAST:
-        queries = queries.to(tl.float32)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    sums = tl.zeros((ROWS, PLANES * BLOCK_SPAN), tl.float32)
-    each = tl.cdiv(tl.cdiv(tokens, TOKENS), splits) * TOKENS
-    stop = tl.minimum(split * each + each, tokens)
-    for at in range(split * each, stop, TOKENS):
-        t = at + tl.arange(0, TOKENS)
-        valid = t < stop
-        coded = valid & (t < coded_keys)
-        group_of = (t // GROUP).to(tl.int64)
-        packed = tl.load(
-            key_codes + (group_of * kct + t % GROUP)[None, :] + (s * GROUP)[:, None],
-            mask=coded[None, :] & (s < SPAN)[:, None], other=0,
+    place = (split * batch + row).to(tl.int64) * (G * R) + group * R
+    start = 0
+    if NUMBER > 0:
+        tiles = tl.minimum(tl.minimum(coded_keys, coded_values), tokens) // (NUMBER * GROUP)
+        start = tiles * (NUMBER * GROUP)
+        if split < whole:
+            each = tl.cdiv(tiles, whole)
+            peak, total, sums0, sums1, sums2, sums3 = coded_tiles(
+                split * each, tl.minimum(split * each + each, tiles), q, qh, scale, cap, group * R,
+                key_codes, key_scales, value_codes, value_scales, kct, kst, vct, vst,
+                R, D, BITS, SPAN, GROUP, VALUE_GROUP, BLOCK_R, NUMBER, WIDTH, CAPPED, LIKE, OFFSET,
+            )  # fmt: skip
+            best = tl.max(tl.reshape(peak, (NUMBER, BLOCK_R)), 0)
+            best = tl.where(best == float("-inf"), 0.0, best)
+            every = tl.reshape(tl.broadcast_to(best[None, :], (NUMBER, BLOCK_R)), (NUMBER * BLOCK_R,))
+            fade = tl.exp2(peak - every)
+            total = tl.sum(tl.reshape(total * fade, (NUMBER, BLOCK_R)), 0)
+            r = tl.arange(0, BLOCK_R)
+            filled = total > 0
+            total = tl.where(filled, total, 1.0)
+            found = tl.where(filled, (best + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+            tl.store(part_lses + place + r, found, mask=r < R)
+            target = parts + (place + r)[:, None] * D + tl.arange(0, WIDTH)[None, :]
+            mask = ((r < R) & filled)[:, None]
+            tl.store(target, joined(sums0, fade, BLOCK_R, NUMBER) / total[:, None], mask=mask)
+            if D // WIDTH > 1:
+                tl.store(target + WIDTH, joined(sums1, fade, BLOCK_R, NUMBER) / total[:, None], mask=mask)
+            if D // WIDTH > 2:
+                tl.store(target + 2 * WIDTH, joined(sums2, fade, BLOCK_R, NUMBER) / total[:, None], mask=mask)
+            if D // WIDTH > 3:
+                tl.store(target + 3 * WIDTH, joined(sums3, fade, BLOCK_R, NUMBER) / total[:, None], mask=mask)
+    if split >= whole:
+        each = tl.cdiv(tl.cdiv(tokens - start, TOKENS), splits - whole) * TOKENS
+        begin = start + (split - whole) * each
+        peak, total, sums = any_tokens(
+            begin, tl.minimum(begin + each, tokens), coded_keys, coded_values, q, qh, scale, cap, group * R,
+            key_codes, key_scales, value_codes, value_scales, late_keys, late_values, kct, kst, vct, vst, kt, vt,
+            late_k, late_v, R, D, ROWS, BITS, PLANES, SPAN, BLOCK_SPAN, GROUP, VALUE_GROUP, TOKENS, CAPPED, UPCAST,
         )  # fmt: skip
-        codes = (packed[None, :, :].to(tl.int32) >> shifts[:, None, None]) & (2**BITS - 1)
-        codes = tl.reshape(codes, (PLANES * BLOCK_SPAN, TOKENS)).to(tl.float32)
-        if GROUP % TOKENS == 0:  # the tile lies in one group
-            first = key_scales + tl.cast(at // GROUP, tl.int64) * kst
-            steps = tl.load(first + c, mask=real & (at + 0 * i < coded_keys), other=0.0)[:, None].to(tl.float32)
-            lows = tl.load(first + D + c, mask=real & (at + 0 * i < coded_keys), other=0.0)[:, None].to(tl.float32)
-        else:
-            place = key_scales + (group_of * kst)[None, :] + c[:, None]
-            steps = tl.load(place, mask=coded[None, :] & real[:, None], other=0.0).to(tl.float32)
-            lows = tl.load(place + D, mask=coded[None, :] & real[:, None], other=0.0).to(tl.float32)
-        late = tl.load(
-            late_keys + ((t % late_k).to(tl.int64) * kt)[None, :] + c[:, None],
-            mask=(valid & (t >= coded_keys))[None, :] & real[:, None], other=0.0,
+        r = tl.arange(0, ROWS)
+        i = tl.arange(0, PLANES * BLOCK_SPAN)
+        c = i // BLOCK_SPAN * SPAN + i % BLOCK_SPAN
+        filled = total > 0
+        total = tl.where(filled, total, 1.0)
+        found = tl.where(filled, (peak + tl.log2(total)) * 0.6931471805599453, float("-inf"))
+        tl.store(part_lses + place + r, found, mask=r < R)
+        tl.store(
+            parts + (place + r)[:, None] * D + c[None, :], sums / total[:, None],
+            mask=((r < R) & filled)[:, None] & (i % BLOCK_SPAN < SPAN)[None, :],
         )  # fmt: skip
-        rows = tl.where(coded[None, :], lows + steps * codes, late.to(tl.float32)).to(queries.dtype)
-        logits = tl.dot(queries, rows, input_precision="ieee") * scale
-        if CAPPED:
-            logits = capped(logits, cap)
-        logits = tl.where(valid[None, :], logits * 1.4426950408889634, float("-inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(logits - shift[:, None])
-        fade = tl.exp2(peak - shift)
-        peak = higher
-        total = total * fade + tl.sum(weights, 1)
-        coded = valid & (t < coded_values)
-        packed = tl.load(
-            value_codes + (t.to(tl.int64) * vct)[:, None] + s[None, :],
-            mask=coded[:, None] & (s < SPAN)[None, :], other=0,
-        )  # fmt: skip
-        codes = (packed[:, None, :].to(tl.int32) >> shifts[None, :, None]) & (2**BITS - 1)
-        if VALUE_GROUP % SPAN == 0:  # a plane's channels share a scale
-            place = value_scales + (t.to(tl.int64) * vst)[:, None] + (shifts // BITS * SPAN // VALUE_GROUP)[None, :]
-            steps = tl.load(place, mask=coded[:, None] & (shifts >= 0)[None, :], other=0.0).to(tl.float32)
-            lows = tl.load(place + D // VALUE_GROUP, mask=coded[:, None] & (shifts >= 0)[None, :], other=0.0)
-            rows = lows.to(tl.float32)[:, :, None] + steps[:, :, None] * codes.to(tl.float32)
-            rows = tl.reshape(rows, (TOKENS, PLANES * BLOCK_SPAN))
-        else:
-            place = value_scales + (t.to(tl.int64) * vst)[:, None] + (c // VALUE_GROUP)[None, :]
-            steps = tl.load(place, mask=coded[:, None] & real[None, :], other=0.0).to(tl.float32)
-            lows = tl.load(place + D // VALUE_GROUP, mask=coded[:, None] & real[None, :], other=0.0).to(tl.float32)
-            rows = lows + steps * tl.reshape(codes, (TOKENS, PLANES * BLOCK_SPAN)).to(tl.float32)
-        late = tl.load(
-            late_values + ((t % late_v).to(tl.int64) * vt)[:, None] + c[None, :],
-            mask=(valid & (t >= coded_values))[:, None] & real[None, :], other=0.0,
-        )  # fmt: skip
-        rows = tl.where(coded[:, None], rows, late.to(tl.float32)).to(queries.dtype)
-        sums = sums * fade[:, None] + tl.dot(weights.to(queries.dtype), rows, input_precision="ieee")
-    filled = total > 0
-    total = tl.where(filled, total, 1.0)
-    place = (split * batch + row).to(tl.int64) * (G * R) + head
-    tl.store(part_lses + place, tl.where(filled, (peak + tl.log2(total)) * 0.6931471805599453, float("-inf")), mask=own)
-    tl.store(
-        parts + place[:, None] * D + c[None, :], sums / total[:, None],
-        mask=(own & filled)[:, None] & real[None, :],
-    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """How whole tiles of codes are read: BLOCK_R, NUMBER of groups in a tile (0: not at all), and WIDTH of a piece."""
+
+    rows: int = 1
+    number: int = 0
+    width: int = 16
+
+
+def _tiles(store: KIVICodes, share: int, dim: int) -> _Tiles:
+    span, rows = dim * store.bits // 8, next_power_of_2(share)
+    width = min(span, store.value_group)
+    powers = all(size >= 16 and size == next_power_of_2(size) for size in (store.group, store.value_group, span, dim))
+    if not powers or dim // width > 4 or rows > 16 or store.group > 128:
+        return _Tiles()
+    return _Tiles(rows, 16 // rows, width)
 
 
 @kernel
@@ -202,10 +197,16 @@ def attend_kivi(
     capacity = store.value_codes.shape[2] + store.late_values.shape[2]
     wide = dots_in_float32(queries)
     tokens = 16 if wide and dim > 128 else 32
+    tiles, whole = _tiles(store, heads // groups, dim), 0
+    blocks = -(-capacity // (tiles.number * store.group or tokens))
     if splits is None:
-        splits = split_count(queries.device, batch * groups, -(-capacity // tokens))
+        splits = split_count(queries.device, batch * groups, blocks)
+    if tiles.number:  # what is not in whole tiles has parts of its own
+        whole, splits = splits, splits + (4 if queries.is_cuda else 1)
     parts = queries.new_empty((splits, batch, heads, 1, dim), dtype=torch.float32)
     part_lses = queries.new_empty((splits, batch, heads), dtype=torch.float32)
+    like = 0 if wide else 1 if queries.dtype == torch.float16 else 2
+    offset = (0.0, 1024.0, 128.0 if store.bits <= 4 else 0.0)[like]
     rows_of = (store.key_codes, store.key_scales, store.value_codes, store.value_scales, store.late_keys)
     span = dim * store.bits // 8
     with device_of(queries):
@@ -214,10 +215,11 @@ def attend_kivi(
             *rows_of, store.late_values, *counts,
             *(stride for part in (*rows_of, store.late_values) for stride in part.stride()[:3]),
             *(stride for part in counts for stride in part.stride()),
-            store.late_keys.shape[2], store.late_values.shape[2], splits,
+            store.late_keys.shape[2], store.late_values.shape[2], splits, whole,
             groups, heads // groups, dim, max(16, next_power_of_2(heads // groups)), store.bits, 8 // store.bits,
             span, max(16 * store.bits // 8, next_power_of_2(span)), store.group, store.value_group, tokens,
-            softcap is not None, wide, num_warps=8 if wide else 4, num_stages=2,
+            softcap is not None, wide, tiles.rows, tiles.number, tiles.width, like, offset,
+            num_warps=8 if wide else _WARPS, num_stages=_STAGES,
         )  # fmt: skip
         launch_merge(parts, part_lses, output, lse)
     return output, lse

@@ -20,13 +20,15 @@ except ImportError:
 class LowRankKeys:
     """Keys before rotation as `coefficients` [B, n, r] times each head's `basis` [B, G, r, d].
 
-    Rotated to position p, channel c is cos[p, c]·x[c] + sin[p, c]·x[partner[c]]: `cos` and `sin`, float32 [n, d], and
-    `partner`, int32 [d]. Chunks of `chunk` tokens whose `rank`, int32 [B, G, chunks], is not negative are kept as they
-    are, rotated, in `exact` [B, G, ranks · chunk, d].
+    `across` is the basis with each channel in its partner's place. Rotated to position p, channel c is
+    cos[p, c]·x[c] + sin[p, c]·x[partner[c]]: `cos` and `sin`, float32 [n, d], and `partner`, int32 [d]. Chunks of
+    `chunk` tokens whose `rank`, int32 [B, G, chunks], is not negative are kept as they are, rotated, in `exact`
+    [B, G, ranks · chunk, d].
     """
 
     coefficients: Tensor
     basis: Tensor
+    across: Tensor
     cos: Tensor
     sin: Tensor
     partner: Tensor
@@ -37,30 +39,33 @@ class LowRankKeys:
 
 @jit
 def _rebuild(
-    ids: tl.tensor, coefficients: tl.tensor, basis: tl.tensor, cos: tl.tensor, sin: tl.tensor, partner: tl.tensor,
+    ids: tl.tensor, coefficients: tl.tensor, basis: tl.tensor, across: tl.tensor, cos: tl.tensor, sin: tl.tensor,
     rank: tl.tensor, exact: tl.tensor, values: tl.tensor, keys_out: tl.tensor, values_out: tl.tensor,
-    nb: int, xb: int, xg: int, rb: int, rg: int, vb: int, vg: int, vt: int, k: int,
+    nb: int, xb: int, xg: int, rb: int, rg: int, vb: int, vg: int, vt: int, k: int, fetching: int,
     G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, CHUNK: tl.constexpr, STEP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TOKENS: tl.constexpr, UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
+    """The first `fetching` programs of a head fetch values; the others rebuild keys meanwhile."""
     program = tl.program_id(1)
     row = (program // G).to(tl.int64)
     group = program % G
-    slot = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tile = tl.program_id(0)
+    slot = tl.where(tile < fetching, tile, tile - fetching) * TOKENS + tl.arange(0, TOKENS)
     chunk = tl.load(ids + program.to(tl.int64) * k + slot // CHUNK, mask=slot < k * CHUNK, other=-1)
     valid = chunk >= 0
     token = chunk.to(tl.int64) * CHUNK + slot % CHUNK
-    cv = tl.arange(0, BLOCK_DV)
-    fetched = tl.load(
-        values + row * vb + group * vg + token[:, None] * vt + cv[None, :],
-        mask=valid[:, None] & (cv < DV)[None, :], other=0.0,
-    )  # fmt: skip
+    target = program.to(tl.int64) * (k * CHUNK) + slot
+    if tile < fetching:
+        cv = tl.arange(0, BLOCK_DV)
+        mask = valid[:, None] & (cv < DV)[None, :]
+        fetched = tl.load(values + row * vb + group * vg + token[:, None] * vt + cv[None, :], mask=mask, other=0.0)
+        tl.store(values_out + target[:, None] * DV + cv[None, :], fetched, mask=mask)
+        return
     place = tl.load(rank + row * rb + group * rg + chunk, mask=valid, other=-1)
     kept = valid & (place >= 0)
     c = tl.arange(0, BLOCK_D)
     j = tl.arange(0, STEP)
     real = c < D
-    other = tl.load(partner + c, mask=real, other=0)
     plain = tl.zeros((TOKENS, BLOCK_D), tl.float32)
     turned = tl.zeros((TOKENS, BLOCK_D), tl.float32)
     for first in range(0, R, STEP):
@@ -69,14 +74,14 @@ def _rebuild(
             coefficients + row * nb + token[:, None] * R + at[None, :],
             mask=valid[:, None] & (at < R)[None, :], other=0.0,
         )  # fmt: skip
-        source = basis + program.to(tl.int64) * (R * D) + at[:, None] * D
+        place_of = program.to(tl.int64) * (R * D) + at[:, None] * D + c[None, :]
         mask = (at < R)[:, None] & real[None, :]
-        straight = tl.load(source + c[None, :], mask=mask, other=0.0)
-        across = tl.load(source + other[None, :], mask=mask, other=0.0)
+        straight = tl.load(basis + place_of, mask=mask, other=0.0)
+        swapped = tl.load(across + place_of, mask=mask, other=0.0)
         if UPCAST:
-            own, straight, across = own.to(tl.float32), straight.to(tl.float32), across.to(tl.float32)
-        plain += tl.dot(own, straight, input_precision="ieee")
-        turned += tl.dot(own, across, input_precision="ieee")
+            own, straight, swapped = own.to(tl.float32), straight.to(tl.float32), swapped.to(tl.float32)
+        plain += tl.dot(own, straight, input_precision="tf32x3")
+        turned += tl.dot(own, swapped, input_precision="tf32x3")
     held = keys_out.dtype.element_ty
     mask = valid[:, None] & real[None, :]
     turn = token[:, None] * D + c[None, :]
@@ -85,9 +90,7 @@ def _rebuild(
     spot = exact + row * xb + group * xg + (place * CHUNK + slot % CHUNK)[:, None] * D + c[None, :]
     as_is = tl.load(spot, mask=kept[:, None] & real[None, :], other=0.0)
     rows = tl.where(kept[:, None], as_is, rotated.to(held))
-    target = program.to(tl.int64) * (k * CHUNK) + slot
     tl.store(keys_out + target[:, None] * D + c[None, :], rows, mask=mask)
-    tl.store(values_out + target[:, None] * DV + cv[None, :], fetched, mask=valid[:, None] & (cv < DV)[None, :])
 
 
 @kernel
@@ -104,6 +107,7 @@ def rebuild(ids: Tensor, held: LowRankKeys, values: Tensor, keys_out: Tensor, va
     for what, rows, shape in (
         ("coefficients", held.coefficients, (batch, held.coefficients.shape[1], rank)),
         ("the basis", held.basis, (batch, groups, rank, dim)),
+        ("the swapped basis", held.across, (batch, groups, rank, dim)),
         ("rebuilt keys", keys_out, (batch, groups, size, dim)),
         ("fetched values", values_out, (batch, groups, size, values.shape[3])),
         ("ids", ids, (batch, groups, count)),
@@ -116,11 +120,12 @@ def rebuild(ids: Tensor, held: LowRankKeys, values: Tensor, keys_out: Tensor, va
         return
     upcast = dots_in_float32(keys_out, held.coefficients, held.basis)
     tokens = 32
+    tiles = -(-size // tokens)
     with device_of(keys_out):
-        _rebuild[(-(-size // tokens), batch * groups)](
-            ids, held.coefficients, held.basis, held.cos, held.sin, held.partner, held.rank, held.exact, values,
+        _rebuild[(2 * tiles, batch * groups)](
+            ids, held.coefficients, held.basis, held.across, held.cos, held.sin, held.rank, held.exact, values,
             keys_out, values_out, held.coefficients.stride(0), *held.exact.stride()[:2], *held.rank.stride()[:2],
-            *values.stride()[:3], count, groups, rank, dim, values.shape[3], held.chunk, 32,
+            *values.stride()[:3], count, tiles, groups, rank, dim, values.shape[3], held.chunk, 32,
             max(16, next_power_of_2(dim)), next_power_of_2(values.shape[3]), tokens, upcast, num_warps=4,
         )  # fmt: skip
 

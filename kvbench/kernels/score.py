@@ -64,12 +64,12 @@ def _score(
         rows = rows.to(queries.dtype)
     if BOUNDS:
         zero = tl.zeros_like(queries)
-        found = tl.dot(tl.where(queries < 0, queries, zero), tl.trans(rows), input_precision="ieee")
+        found = tl.dot(tl.where(queries < 0, queries, zero), tl.trans(rows), input_precision="tf32x3")
         rows = tl.load(high + row * highb + group * highg + place * hight + c[None, :], mask=mask, other=0.0)
         rows = rows.to(queries.dtype)
-        found += tl.dot(tl.where(queries > 0, queries, zero), tl.trans(rows), input_precision="ieee")
+        found += tl.dot(tl.where(queries > 0, queries, zero), tl.trans(rows), input_precision="tf32x3")
     else:
-        found = tl.dot(queries, tl.trans(rows), input_precision="ieee")
+        found = tl.dot(queries, tl.trans(rows), input_precision="tf32x3")
     if CODED:
         found += shared[:, None]
         if not UPCAST:  # what bfloat16 leaves out of the queries

@@ -1,4 +1,4 @@
-"""The Triton kernels behind `attention`: one part of one head's attention over a segment, for one or two segments."""
+"""The Triton kernels behind `attention`: one part of one head's attention over a segment, for one to three segments."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ def _segment(
         )  # fmt: skip
         if CODED_K:
             rows = (rows.to(tl.float32) - 128.0).to(queries.dtype)
-            logits = tl.dot(queries, tl.trans(rows), input_precision="ieee") + shared[:, None]
+            logits = tl.dot(queries, tl.trans(rows), input_precision="tf32x3") + shared[:, None]
             if not UPCAST:
                 logits += tl.dot(rest, tl.trans(rows))
             logits *= scale
         else:
             rows = rows.to(queries.dtype)
-            logits = tl.dot(queries, tl.trans(rows), input_precision="ieee") * scale
+            logits = tl.dot(queries, tl.trans(rows), input_precision="tf32x3") * scale
         if CAPPED:
             logits = capped(logits, cap)
         logits = logits * 1.4426950408889634
@@ -125,7 +125,7 @@ def _segment(
             rows = (rows.to(tl.float32) - 128.0).to(tl.float32 if UPCAST else tl.bfloat16)
         elif UPCAST:
             rows = rows.to(tl.float32)
-        sums = sums * fade[:, None] + tl.dot(weights.to(rows.dtype), rows, input_precision="ieee")
+        sums = sums * fade[:, None] + tl.dot(weights.to(rows.dtype), rows, input_precision="tf32x3")
     filled = total > 0
     total = tl.where(filled, total, 1.0)
     place = ((first + split) * batch + row).to(tl.int64) * (G * R) + head
@@ -195,4 +195,60 @@ def two_segments(
             k2, v2, kr2, vr2, lengths2, offsets2, ids2, bias2, kb2, kg2, kt2, vb2, vg2, vt2, lb2, lg2, ib2, ih2,
             bb2, bg2, br2, count2, splits2, G, R, D, DV, BLOCK_D, BLOCK_DV, ROWS, CAPPED, UPCAST2, TOKENS2,
             UNIT2, PER_HEAD2, LIMITED2, RAGGED2, BIASED2, CODED_K2, CODED_V2,
+        )  # fmt: skip
+
+
+@jit
+def three_segments(
+    q: tl.tensor, parts: tl.tensor, part_lses: tl.tensor, qb: int, qh: int, scale: float, cap: float, batch: int,
+    programs: int, more: int,
+    k: tl.tensor, v: tl.tensor, kr: tl.tensor, vr: tl.tensor, lengths: tl.tensor, offsets: tl.tensor,
+    ids: tl.tensor, bias: tl.tensor,
+    kb: int, kg: int, kt: int, vb: int, vg: int, vt: int, lb: int, lg: int, ib: int, ih: int,
+    bb: int, bg: int, br: int, count: int, splits: int,
+    k2: tl.tensor, v2: tl.tensor, kr2: tl.tensor, vr2: tl.tensor, lengths2: tl.tensor, offsets2: tl.tensor,
+    ids2: tl.tensor, bias2: tl.tensor,
+    kb2: int, kg2: int, kt2: int, vb2: int, vg2: int, vt2: int, lb2: int, lg2: int, ib2: int, ih2: int,
+    bb2: int, bg2: int, br2: int, count2: int, splits2: int,
+    k3: tl.tensor, v3: tl.tensor, kr3: tl.tensor, vr3: tl.tensor, lengths3: tl.tensor, offsets3: tl.tensor,
+    ids3: tl.tensor, bias3: tl.tensor,
+    kb3: int, kg3: int, kt3: int, vb3: int, vg3: int, vt3: int, lb3: int, lg3: int, ib3: int, ih3: int,
+    bb3: int, bg3: int, br3: int, count3: int, splits3: int,
+    G: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr, CAPPED: tl.constexpr,
+    UPCAST: tl.constexpr, TOKENS: tl.constexpr, UNIT: tl.constexpr, PER_HEAD: tl.constexpr,
+    LIMITED: tl.constexpr, RAGGED: tl.constexpr, BIASED: tl.constexpr, CODED_K: tl.constexpr,
+    CODED_V: tl.constexpr,
+    UPCAST2: tl.constexpr, TOKENS2: tl.constexpr, UNIT2: tl.constexpr, PER_HEAD2: tl.constexpr,
+    LIMITED2: tl.constexpr, RAGGED2: tl.constexpr, BIASED2: tl.constexpr, CODED_K2: tl.constexpr,
+    CODED_V2: tl.constexpr,
+    UPCAST3: tl.constexpr, TOKENS3: tl.constexpr, UNIT3: tl.constexpr, PER_HEAD3: tl.constexpr,
+    LIMITED3: tl.constexpr, RAGGED3: tl.constexpr, BIASED3: tl.constexpr, CODED_K3: tl.constexpr,
+    CODED_V3: tl.constexpr,
+) -> None:  # fmt: skip
+    """Three segments in one launch: the first `programs` programs serve the first, `more` the second."""
+    program = tl.program_id(0)
+    if program < programs:
+        _segment(
+            program, q, parts, part_lses, qb, qh, scale, cap, batch, 0,
+            k, v, kr, vr, lengths, offsets, ids, bias, kb, kg, kt, vb, vg, vt,
+            lb, lg, ib, ih, bb, bg, br, count, splits,
+            G, R, D, DV, BLOCK_D, BLOCK_DV, ROWS, CAPPED, UPCAST, TOKENS,
+            UNIT, PER_HEAD, LIMITED, RAGGED, BIASED, CODED_K, CODED_V,
+        )  # fmt: skip
+    elif program < programs + more:
+        _segment(
+            program - programs, q, parts, part_lses, qb, qh, scale, cap, batch, splits,
+            k2, v2, kr2, vr2, lengths2, offsets2, ids2, bias2, kb2, kg2, kt2, vb2, vg2, vt2,
+            lb2, lg2, ib2, ih2, bb2, bg2, br2, count2, splits2,
+            G, R, D, DV, BLOCK_D, BLOCK_DV, ROWS, CAPPED, UPCAST2, TOKENS2,
+            UNIT2, PER_HEAD2, LIMITED2, RAGGED2, BIASED2, CODED_K2, CODED_V2,
+        )  # fmt: skip
+    else:
+        _segment(
+            program - programs - more, q, parts, part_lses, qb, qh, scale, cap, batch, splits + splits2,
+            k3, v3, kr3, vr3, lengths3, offsets3, ids3, bias3, kb3, kg3, kt3, vb3, vg3, vt3,
+            lb3, lg3, ib3, ih3, bb3, bg3, br3, count3, splits3,
+            G, R, D, DV, BLOCK_D, BLOCK_DV, ROWS, CAPPED, UPCAST3, TOKENS3,
+            UNIT3, PER_HEAD3, LIMITED3, RAGGED3, BIASED3, CODED_K3, CODED_V3,
         )  # fmt: skip

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kvbench.contract.compression import best, due, head_budgets, scored, to_the_front
+from kvbench.contract.held import HeldTokens
+from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.step import Clock, FixedStep, Held, Part, hold_static
 from kvbench.kernels.attention import decode
 from kvbench.kernels.insert import insert
@@ -81,3 +84,93 @@ class RingStep(HeldStep):
     def changed(self) -> Sequence[Tensor]:
         """The ring's place, and the tokens, since one is overwritten."""
         return [self._next, self.held.keys, self.held.values]
+
+
+class CompressingStep(HeldStep):
+    """Keeps every new token, and between steps cuts what is held down to the budget where a compression is due."""
+
+    def __init__(self, policy: KVCachePolicy, parts: Sequence[Part], clock: Clock) -> None:
+        first, device = parts[0].layer, clock.positions.device
+        self._policy, self._parts, self._every = policy, parts, first.budget.every
+        self._before = first.tokens - first.prompt_tokens
+        self._context = [part.layer.tokens for part in parts]
+        budgets = [head_budgets(part.layer.budget, (part.layer.rows, first.kv_heads)) for part in parts]
+        most = max(int(budget.max()) for budget in budgets)
+        self._budget = sum(float(budget.sum()) for budget in budgets) / (clock.batch * first.kv_heads)
+        longest = max(int(part.layer.store.static_ids.shape[-1]) for part in parts)
+        spare = min(clock.new_tokens, max(most - longest, 0) + self._every)
+        window = policy.compression_window(self._every)
+        super().__init__(parts, clock, spare, policy.running)
+        held = self.held
+        self.running = {name: tensor.float().contiguous() for name, tensor in held.also.items()}
+        shape = clock.batch, first.heads, window, first.head_dim
+        self._queries = torch.zeros(*shape, dtype=held.keys.dtype, device=device)
+        for part in parts:
+            if part.layer.latest_queries is not None:
+                self._queries[_rows(part, device)] = part.layer.latest_queries
+        self._place = torch.tensor([self._before % max(window, 1)], device=device)
+        self._mean, self._since, self._taken = float(held.lengths.float().mean()), 0, 0
+        self._start = self._mean
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Append, note the queries and attend."""
+        insert(self.held.keys, self.held.values, keys, values, self.held.lengths)
+        self.held.lengths.add_(1)
+        if self._queries.shape[2]:
+            self._queries.index_copy_(2, self._place, queries.to(self._queries.dtype))
+            self._place.add_(1).remainder_(self._queries.shape[2])
+        return self.attend(queries)
+
+    def between(self, taken: int) -> None:
+        """Cut what is held down to the budget where that is due."""
+        count = self._before + taken - 1
+        if due(self._every, count):
+            appended = taken - 1 - self._since
+            for part, context in zip(self._parts, self._context, strict=True):
+                self._compress(part, context + taken - 1, appended)
+            self._since, self._mean = taken - 1, float(self.held.lengths.float().mean())
+        self._taken = taken
+
+    def _compress(self, part: Part, tokens: int, appended: int) -> None:
+        held, rows = self.held, _rows(part, self.held.keys.device)
+        keys, values, lengths = held.keys[rows], held.values[rows], held.lengths[rows].long()[..., None]
+        slot = torch.arange(keys.shape[2], device=keys.device)
+        new = (slot >= lengths - appended) & (slot < lengths)
+        ids = torch.where(new, tokens - lengths + slot, held.ids[rows].long())
+        queries = self._queries[rows]
+        if queries.shape[2]:
+            queries = queries.roll(-int(self._place), 2)
+        running = {name: tensor[rows] for name, tensor in self.running.items()}
+        found = HeldTokens(keys, values, ids, queries, tokens, running)
+        marks = best(scored(self._policy, part.layer, found), ids, part.layer.budget)
+        front = to_the_front(marks)
+        count = marks.sum(-1)
+        empty = slot >= count[..., None]
+        for whole, mine in ((held.keys, keys), (held.values, values)):
+            whole[rows, :, : front.shape[-1]] = mine.gather(2, front[..., None].expand(*front.shape, mine.shape[3]))
+        for whole, mine, nothing in ((held.ids, ids.int(), -1), *((self.running[n], running[n], 0) for n in running)):
+            kept = mine.gather(-1, front).masked_fill(empty[..., : front.shape[-1]], nothing)
+            whole[rows] = nothing
+            whole[rows, :, : front.shape[-1]] = kept
+        held.lengths[rows] = count.int()
+
+    def held_tokens(self) -> float:
+        """The tokens after the latest compression, and those that came since."""
+        return self._mean + self._taken - self._since
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """The tokens held at that length: the budget, where they were cut down to it, and what came since."""
+        longest = max(self._context)
+        count = self._before + max(tokens - longest, 0)
+        held = self._start + tokens - longest
+        if count >= self._every:
+            held = min(held, self._budget + count % self._every)
+        return {"device": round(self.held.nbytes / self.held.keys.shape[2] * held), "host": 0}
+
+    def changed(self) -> Sequence[Tensor]:
+        """Lengths, the ring's place and the running scores."""
+        return [self.held.lengths, self._place, *self.running.values()]
+
+
+def _rows(part: Part, device: torch.device) -> slice | Tensor:
+    return slice(None) if part.rows is None else part.rows.to(device)

@@ -41,9 +41,9 @@ def _there(
 def _partial(
     logits: tl.tensor, partial: tl.tensor, counts: tl.tensor, sizes: tl.tensor, below: tl.tensor, cb: int, cg: int,
     n: int, G: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, LIMITED: tl.constexpr, SIZED: tl.constexpr,
-    FORCED: tl.constexpr,
+    FORCED: tl.constexpr, MARGIN: tl.constexpr,
 ) -> None:  # fmt: skip
-    """The log-sum-exp of a tile of one query head's scores."""
+    """The log-sum-exp, for margins the highest, of a tile of one query head's scores."""
     head = tl.program_id(1)
     row, group = head // (G * R), head // R % G
     slot = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -53,6 +53,8 @@ def _partial(
     shift = tl.where(peak == float("-inf"), 0.0, peak)
     total = tl.sum(tl.exp(x - shift), 0)
     found = tl.where(total > 0, shift + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    if MARGIN:
+        found = peak
     tl.store(partial + head.to(tl.int64) * tl.num_programs(0) + tl.program_id(0), found)
 
 
@@ -61,6 +63,7 @@ def _weights(
     logits: tl.tensor, partial: tl.tensor, weights: tl.tensor, counts: tl.tensor, sizes: tl.tensor, below: tl.tensor,
     cb: int, cg: int, n: int, parts: int, G: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
     TOKENS: tl.constexpr, LIMITED: tl.constexpr, SIZED: tl.constexpr, FORCED: tl.constexpr, LARGEST: tl.constexpr,
+    MARGIN: tl.constexpr,
 ) -> None:  # fmt: skip
     """A tile of one group's weights, from the log-sum-exps of all tiles."""
     program = tl.program_id(1)
@@ -78,9 +81,12 @@ def _weights(
     slot = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     exists, part, forced = _there(slot, row, group, counts, sizes, below, cb, cg, n, G, LIMITED, SIZED, FORCED)
     x = tl.load(logits + head[:, None] * n + slot[None, :], mask=own[:, None] & part[None, :], other=float("-inf"))
-    each = tl.exp(x - peak[:, None]) / total[:, None]
-    found = tl.max(each, 0) if LARGEST else tl.sum(each, 0)
-    found = tl.where(forced, float("inf"), tl.where(exists, found, float("-inf")))
+    if MARGIN:
+        found = tl.max(tl.where(own[:, None], x - peak[:, None], float("-inf")), 0)
+    else:
+        each = tl.exp(x - peak[:, None]) / total[:, None]
+        found = tl.max(each, 0) if LARGEST else tl.sum(each, 0)
+    found = tl.where(forced, R + 1.0, tl.where(exists, found, float("-inf")))
     tl.store(weights + program.to(tl.int64) * n + slot, found, mask=slot < n)
 
 
@@ -88,7 +94,7 @@ def _weights(
 def group_weights(
     logits: Tensor,
     groups: int,
-    reduce: Literal["sum", "max"],
+    reduce: Literal["sum", "max", "margin"],
     counts: Tensor | None = None,
     *,
     sizes: Tensor | None = None,
@@ -97,16 +103,23 @@ def group_weights(
 ) -> Tensor:
     """The softmax of each query head's `logits`, contiguous float32 [B, H, n], reduced over its group: [B, G, n].
 
+    For `margin` the group's largest of the logits less their head's highest.
+
     Slots from `counts`, int32 [B] or [B, G], on get −∞. Slots whose `sizes`, contiguous integers [B, G, n], are 0
     stay out of the softmax and weigh 0. With `forced`, ranks int32 [B, G, n] and limits int32 [B], slots whose rank is
-    0 or more and below their row's limit stay out of the softmax and get +∞. Raises KVBenchError where shapes do not
-    fit.
+    0 or more and below their row's limit stay out of the softmax and get more than any weight. Raises KVBenchError
+    where shapes do not fit.
     """
     batch, heads, n = logits.shape
-    if heads % groups or not logits.is_contiguous() or logits.dtype != torch.float32 or reduce not in ("sum", "max"):
+    if (
+        heads % groups
+        or not logits.is_contiguous()
+        or logits.dtype != torch.float32
+        or reduce not in ("sum", "max", "margin")
+    ):
         raise KVBenchError(
             f"scores {list(logits.shape)} ({logits.dtype}) are not contiguous float32 [B, H, n] with H a multiple of "
-            f"{groups}, or reduce={reduce!r} is not sum or max."
+            f"{groups}, or reduce={reduce!r} is not sum, max or margin."
         )
     if sizes is not None and forced is not None:
         raise KVBenchError("weights take sizes or forced slots, not both.")
@@ -129,10 +142,12 @@ def group_weights(
         rows = next_power_of_2(share)
         tile = max(2048 // rows, 64)
         with device_of(logits):
-            _partial[(parts, batch * heads)](logits, partial, *shared, groups, share, tokens, *given, num_warps=4)
+            _partial[(parts, batch * heads)](
+                logits, partial, *shared, groups, share, tokens, *given, reduce == "margin", num_warps=4
+            )
             _weights[(-(-n // tile), batch * groups)](
                 logits, partial, output, *shared, parts, groups, share, rows, next_power_of_2(parts), tile, *given,
-                reduce == "max", num_warps=4,
+                reduce == "max", reduce == "margin", num_warps=4,
             )  # fmt: skip
     return output
 
@@ -152,6 +167,9 @@ def _twin(
         always = exists & (forced[0] >= 0) & (forced[0] < forced[1][:, None, None])
         part = exists & ~always
     grouped = logits.view(batch, groups, -1, n).masked_fill(~part[:, :, None], -torch.inf)
-    each = grouped.softmax(-1).nan_to_num(0.0)
-    found = each.amax(2) if reduce == "max" else each.sum(2)
-    output.copy_(found.masked_fill(~exists, -torch.inf).masked_fill(always, torch.inf))
+    if reduce == "margin":
+        found = (grouped - grouped.amax(-1, keepdim=True).nan_to_num(0.0)).amax(2)
+    else:
+        each = grouped.softmax(-1).nan_to_num(0.0)
+        found = each.amax(2) if reduce == "max" else each.sum(2)
+    output.copy_(found.masked_fill(~exists, -torch.inf).masked_fill(always, logits.shape[1] // groups + 1.0))

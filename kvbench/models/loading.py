@@ -32,6 +32,8 @@ class LoadedModel:
     device: "torch.device"
     dtype: "torch.dtype"
     max_context: int | None
+    lasting: bool = False
+    """Whether `fingerprint` says the same of another process's model."""
 
 
 def load_model(
@@ -70,13 +72,20 @@ def load_model(
         arguments["gguf_file"] = gguf
     with _readable_errors(name):
         config = AutoConfig.from_pretrained(source, **arguments)
+        if getattr(config, "is_encoder_decoder", False):
+            raise KVBenchError(
+                f"{name} is an encoder-decoder model ({config.model_type}), and kvbench governs decoder-only models: "
+                "choose one that reads its prompt into its own key-value cache."
+            )
         extended = ""
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if rope_scaling and context_length and limit and context_length > limit:
             extended = "+" + _extend(name, config.get_text_config(), rope_scaling, limit, context_length)
             limit = context_length
         _check_limit(name, limit, context_length)
-        fingerprint = (fingerprint or f"commit:{getattr(config, '_commit_hash', None)}") + extended
+        commit = getattr(config, "_commit_hash", None)
+        lasting = bool(fingerprint or commit)
+        fingerprint = (fingerprint or f"commit:{commit}") + extended
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
         if weights:
             model = _with_weights(name, source, config, number_type, arguments).to(place)
@@ -96,6 +105,7 @@ def load_model(
         device=place,
         dtype=number_type,
         max_context=limit,
+        lasting=lasting,
     )
 
 

@@ -161,6 +161,8 @@ def _measure(
             "index_s": result.index_s,
             **step_row(result, loaded.device),
             "bytes": result.bytes,
+            **({"answer_bytes": result.answer_bytes} if result.answer_bytes else {}),
+            **({"held_tokens": result.held_tokens} if result.held_tokens else {}),
             "peak_memory_bytes": most if prefilled is None else None,
             "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
         }

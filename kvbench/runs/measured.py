@@ -12,7 +12,7 @@ from kvbench.runs.rows import is_number, shown
 from kvbench.runs.timing import STEP_METRICS
 
 RESERVED = frozenset((
-    "accuracy", "bytes", "ttft_s", "tpot_s", "peak_memory_bytes", "context_tokens", "generated_tokens",
+    "accuracy", "bytes", "answer_bytes", "ttft_s", "tpot_s", "peak_memory_bytes", "context_tokens", "generated_tokens",
     "probed_examples", "truncated_examples", "probe_overhead", "budget_tokens", "attended_bytes", "over_budget",
     *STEP_METRICS,
 ))  # fmt: skip

@@ -11,7 +11,7 @@ from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.reading import validating
 from kvbench.contract.task import ForcedTask, Task
 from kvbench.engine.generation import Decoding
-from kvbench.engine.governor import check_head_budgets, chosen_layers
+from kvbench.engine.governor import check_compression, check_head_budgets, chosen_layers
 from kvbench.engine.survey import token_bytes
 from kvbench.engine.validation import check_hooks
 from kvbench.identity import Identity
@@ -79,6 +79,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     own = policy(options)
     dense_layers = 0 if policy.exact or not policy.cached else request.dense_layers
     layers = chosen_layers(loaded.model, own, dense_layers) if policy.cached else []
+    if budget is not None and budget.compress_every is not None:
+        check_compression(own, budget.compress_every)
     if budget is not None:
         length = request.context_length - request.new_tokens
         size = budget.size(length, token_bytes(loaded.model, layers))

@@ -58,12 +58,12 @@ _SHAPES: dict[str, str] = {
     "generated_tokens": "number", "budget_tokens": "number?", "token_bytes": "number", "reused_tokens": "number",
     "probes": "numbers?", "info": "object", "trace": "text", "mode": "text", "mode_reason": "text",
     "device_step_s": "list", "capture_s": "number", "floor_s": "number", "read_bytes": "numbers",
-    "step_parts_s": "numbers",
+    "step_parts_s": "numbers", "answer_bytes": "numbers", "held_tokens": "list",
 }  # fmt: skip
 """What the values of an example's row are; a question mark allows None, for an object inside it."""
 _OPTIONAL = {
     "scores", "probed_step_s", "budget_tokens", "token_bytes", "reused_tokens", "probes", "info", "trace", "mode",
-    "mode_reason", "device_step_s", "capture_s", "floor_s", "read_bytes", "step_parts_s",
+    "mode_reason", "device_step_s", "capture_s", "floor_s", "read_bytes", "step_parts_s", "answer_bytes", "held_tokens",
 }  # fmt: skip
 
 

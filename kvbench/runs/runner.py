@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from kvbench.engine.attach import attach
-from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import generate
 from kvbench.engine.prefill import prefill
@@ -22,6 +21,7 @@ from kvbench.runs.examples import batches, examples_of, extend, stop_tokens
 from kvbench.runs.group import Failed, Group, telling
 from kvbench.runs.memory import method, quick_release
 from kvbench.runs.planning import AnyTask, Request, check_plugins, plan
+from kvbench.runs.proofs import checker
 from kvbench.runs.results import Run, RunConfig
 from kvbench.runs.sharing import SharedPrompt
 from kvbench.runs.timing import bandwidths
@@ -42,12 +42,13 @@ class Progress(Protocol):
 
 def execute(
     configs: Sequence[RunConfig], loaded: LoadedModel, output: Path, progress: Progress,
-    failed: Failed | None = None,
+    failed: Failed | None = None, *, check_anew: bool = False,
 ) -> list[Run]:  # fmt: skip
     """Run configurations, or what is left of them, and return their completed folders.
 
     One after the other; those that share prompts go over the examples together. A run that fails leaves the others
-    alone and is told to `failed`; without it, the first failure is raised and ends them all.
+    alone and is told to `failed`; without it, the first failure is raised and ends them all. With `check_anew` what the
+    conformance checks found in earlier processes does not count.
     """
     runs = []
     for config in configs:
@@ -60,7 +61,7 @@ def execute(
             progress(run.config.policy, len(run.rows), len(run.rows), "reused")
         else:
             together.setdefault(_alike(run.config), []).append(run)
-    proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed)
+    proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed, check_anew)
     with quick_release():
         for group in together.values():
             proven = [run for run in group if run.config.hash in proofs]
@@ -76,15 +77,15 @@ def _alike(config: RunConfig) -> str:
 
 
 def _prove(
-    runs: Sequence[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None
+    runs: Sequence[Run], loaded: LoadedModel, progress: Progress, failed: Failed | None, anew: bool
 ) -> dict[str, list[Report]]:
-    """Check the model and each run's policy, where this process has not yet; the findings by a run's hash."""
-    checker, found = Conformance(loaded.model, loaded.name, loaded.tokenizer), {}
+    """Check the model and each run's policy, where that has not been done; the findings by a run's hash."""
+    conformance, found = checker(loaded, anew=anew), {}
     for run in runs:
         with telling(failed, run.config):
             progress(run.config.policy, len(run.rows), run.config.examples, "conformance check")
             policy = registry().make("policy", run.config.policy, run.config.policy_options)
-            found[run.config.hash] = checker.check(policy)
+            found[run.config.hash] = conformance.check(policy)
     return found
 
 

@@ -85,6 +85,8 @@ class StoredExample(_Open):
     step_parts_s: dict[str, Number] = Field(default_factory=dict)
     probed_step_s: list[Number] = Field(default_factory=list)
     bytes: dict[str, Number] = Field(default_factory=dict)
+    answer_bytes: dict[str, Number] = Field(default_factory=dict)
+    held_tokens: list[Number] = Field(default_factory=list)
     peak_memory_bytes: Number | None = None
     probes: dict[str, Number | None] | None = None
     info: dict[str, Any] = Field(default_factory=dict)

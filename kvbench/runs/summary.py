@@ -34,6 +34,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "recovered_mass": measured.pop("recovered_mass", None),
         "density": measured.pop("density", None),
         "bytes": {tier: _mean([row["bytes"][tier] for row in rows]) for tier in ("resident", "offloaded", "index")},
+        "answer_bytes": _answer_bytes(rows),
         "ttft_s": {
             "prefill": prefill,
             "index": index,
@@ -53,6 +54,15 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "attended_bytes": _product(measured.get("attended_tokens"), _mean([row.get("token_bytes", 0) for row in rows])),
         "over_budget": _over_budget(rows),
         **measured,
+    }
+
+
+def _answer_bytes(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The most bytes held after any step, in the worst example, and their mean over each answer's steps."""
+    found = [row["answer_bytes"] for row in rows if row.get("answer_bytes")]
+    return {
+        "peak": max((one["peak"] for one in found), default=None),
+        "mean": _mean([one["mean"] for one in found]),
     }
 
 

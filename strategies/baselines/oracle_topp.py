@@ -1,5 +1,7 @@
 """A yardstick: the fewest tokens whose exact attention weights reach a share p of the mass."""
 
+from collections.abc import Sequence
+
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
@@ -9,6 +11,10 @@ from kvbench.contract.attention import scores
 from kvbench.contract.budget import LayerBudget
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.kernels.attention import Segment
+from kvbench.kernels.score import scores as all_scores
+from kvbench.strategies.selecting.aside import AsideStep
 from kvbench.strategies.selecting.tiers import SelectingPolicy
 
 
@@ -66,3 +72,51 @@ class OracleTopP(SelectingPolicy):
         needed = before < self.options.p
         ids = torch.where(needed, best.indices + layer.store.aside_start, -1)[..., : int(needed.sum(-1).max())]
         return Selection(ids, padded=True, evaluations=float(keys.shape[2]))
+
+    def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:
+        """As many places as the budget has, of which those beyond the mass stay empty."""
+        return _TopPStep(self, parts, clock)
+
+
+class _TopPStep(AsideStep):
+    def __init__(self, policy: OracleTopP, parts: Sequence[Part], clock: Clock) -> None:
+        super().__init__(policy, parts, clock)
+        self._p, self._capped = policy.options.p, policy.options.capped
+        if not self._capped:
+            self._all, self.most = False, self.capacity
+        self._rank = torch.arange(self.most, device=clock.positions.device)
+        self._newest: Tensor | None = None
+        self._chosen: Tensor | None = None
+
+    def observe(self, keys: Tensor, values: Tensor) -> None:
+        """The newest token is the static set."""
+        self._newest = keys
+
+    def choose(self, queries: Tensor) -> Sequence[Segment]:
+        """The largest weights until they and the static set's reach `p`."""
+        assert self._newest is not None
+        newest = all_scores(queries, self._newest, scaling=self.scaling)
+        found = all_scores(queries, self.aside_keys, self.window.aside, scaling=self.scaling)
+        total = found.logsumexp(-1, keepdim=True).logaddexp(newest).double()
+        best = found.topk(self.most, dim=-1)
+        weights = (best.values.double() - total).exp()
+        before = weights.cumsum(-1) - weights + (newest - total).exp()
+        needed = (before < self._p) & (weights > 0)
+        if self._capped:
+            needed &= self._rank < self.window.left[..., None]
+        self._chosen = torch.where(needed, best.indices, -1).int()
+        return [Segment(self.aside_keys, self.aside_values, ids=self._chosen)]
+
+    def index_reads(self, share: float) -> dict[str, int]:
+        """All keys."""
+        return {"device": int(self.aside_keys.nbytes * share), "host": 0}
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """As for a full budget; once a step was taken, with the tokens that it chose."""
+        found = super().reads(tokens)
+        if self._chosen is not None:
+            token = (self.keys.nbytes + self.values.nbytes) // self.keys.shape[2]
+            found = {"device": (self.sinks + self.recent) * token, "host": 0}
+            found["device"] += self.index_reads((tokens - 1) / self.capacity)["device"]
+            found["device"] += int((self._chosen >= 0).sum(-1).float().mean() * token)
+        return found

@@ -2,19 +2,21 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kvbench.contract.attend import attend
 from kvbench.contract.attention import Attention
+from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.kernels.attention import decode
 from kvbench.kernels.evict import attention_weights, replace_worst
-from kvbench.kernels.steps import GrowingStep, HeldStep
+from kvbench.kernels.steps import CompressingStep, GrowingStep, HeldStep
 
 
 def static_keys(layer: Layer) -> Tensor:
@@ -34,6 +36,12 @@ class DecodingEviction(KVCachePolicy):
         return 0, 1
 
     head_budgets = True
+    reads_keys: ClassVar[bool] = False
+    """True where `step_scores` reads the keys held, which costs a copy of them where heads hold different numbers."""
+
+    def compression_window(self, every: int) -> int:
+        """None: scores come from keys, or from the weights gathered so far."""
+        return 0
 
     def protected(self, layer: Layer) -> int | Tensor:
         """How many of the most recent tokens are never evicted, the newest one included; per head [B, G] or for all."""
@@ -57,7 +65,7 @@ class DecodingEviction(KVCachePolicy):
         """Scores [B, G, t] of the tokens held now, and [B, G, 1] of the new one; the worst token is evicted.
 
         `scores` [B, G, t] are those of the step before, `held` [B, G, t, d] the keys, which `real`, bool [B, G, t],
-        tells from padding, and `keys` [B, G, 1, d] the new key.
+        tells from padding, and `keys` [B, G, 1, d] the new key. Without `reads_keys` no keys held may be given.
         """
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -70,18 +78,21 @@ class DecodingEviction(KVCachePolicy):
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Evict the worst token of each head, so that the tokens attended stay at the budget."""
-        if not self.evicts(layer):
+        if layer.budget.every or not self.evicts(layer):
             return
         ids = layer.store.static_ids
         spared = (ids < 0) | self._spared(layer, ids)
         real = (ids[..., :-1] >= 0).expand(layer.rows, layer.kv_heads, -1)
-        scores = torch.cat(self.step_scores(layer.state["scores"], static_keys(layer)[:, :, :-1], real, keys), dim=-1)
+        held = static_keys(layer)[:, :, :-1] if self.reads_keys else keys[:, :, :0]
+        scores = torch.cat(self.step_scores(layer.state["scores"], held, real, keys), dim=-1)
         worst = scores.masked_fill(spared, torch.inf).argmin(-1, keepdim=True)
         layer.store.evict_slots(worst.squeeze(-1))
         layer.state["scores"] = scores.scatter(-1, worst, scores[..., -1:])[..., :-1]
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
         """Evictions in place; None where some rows of the layer evict and others don't."""
+        if parts[0].layer.budget.every:
+            return CompressingStep(self, parts, clock)
         evicting = {self.evicts(part.layer) for part in parts}
         if len(evicting) > 1:
             return None
@@ -95,6 +106,8 @@ class AttentionEviction(DecodingEviction):
     of a step; the budget counts the newest token.
     """
 
+    running = ("scores",)
+
     @abstractmethod
     def updated(self, layer: Layer, scores: Tensor, weights: Tensor) -> Tensor:
         """New scores [B, G, t] from the old ones and a step's softmax weights [B, G, H/G, t]."""
@@ -102,6 +115,24 @@ class AttentionEviction(DecodingEviction):
     def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """The scores so far; the newest token, whose weights are to come, has 0."""
         return scores, scores.new_zeros(*scores.shape[:2], 1)
+
+    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
+        """Evict; or where what is held is compressed now and then, let the new token gather weights from 0 on."""
+        if layer.budget.every:
+            scores = layer.state["scores"]
+            layer.state["scores"] = torch.cat([scores, scores.new_zeros(*scores.shape[:2], keys.shape[2])], dim=-1)
+        else:
+            super().insert(layer, keys, values)
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """The weights gathered so far; the protected tokens stay."""
+        return held.running["scores"].masked_fill(held.newest(self.protected(layer)), torch.inf)
+
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Evictions in place; where what is held is compressed now and then, the weights gather between."""
+        if parts[0].layer.budget.every:
+            return WeighingStep(self, parts, clock)
+        return super().fixed_step(parts, clock)
 
     def attend(self, layer: Layer, queries: Tensor, selection: Selection) -> Attention:
         """Attend, and update the scores by the step's weights."""
@@ -112,6 +143,23 @@ class AttentionEviction(DecodingEviction):
         weights = result.weights.view(layer.rows, layer.kv_heads, -1, result.weights.shape[-1])
         layer.state["scores"] = self.updated(layer, layer.state["scores"], weights)
         return result
+
+
+class WeighingStep(CompressingStep):
+    """Compression between steps by scores that every step's weights change."""
+
+    def __init__(self, policy: AttentionEviction, parts: Sequence[Part], clock: Clock) -> None:
+        super().__init__(policy, parts, clock)
+        self._weighs, self._layer = policy, parts[0].layer
+
+    def attend(self, queries: Tensor) -> Tensor:
+        """Attend, and update the scores by the step's weights."""
+        held, scores = self.held, self.running["scores"]
+        output, lse = decode(queries, held.keys, held.values, held.lengths, scaling=self.scaling, dtype=queries.dtype)
+        weights = attention_weights(queries, held.keys, lse, held.lengths, self.scaling)
+        grouped = weights.view(*held.keys.shape[:2], -1, weights.shape[-1])
+        scores.copy_(self._weighs.updated(self._layer, scores, grouped))
+        return output
 
 
 class EvictionStep(HeldStep):

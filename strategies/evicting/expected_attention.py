@@ -5,6 +5,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvbench.contract import extension
+from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 
@@ -53,8 +54,27 @@ class ExpectedAttention(KVCachePolicy):
         if layer.budget.covers_all or layer.tokens <= sinks + 1:
             return
         plain = layer.unrotate(queries[:, :, sinks:].float(), torch.arange(sinks, layer.tokens))
+        layer.keep_top(self._scores(layer, plain, layer.tokens, keys, values, sinks), sinks)
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """Score the pairs held by the queries since the last compression; the sinks stay."""
+        count, sinks = held.queries.shape[2], self.options.sinks
+        plain = layer.unrotate(held.queries.float(), torch.arange(held.tokens - count, held.tokens))
+        sunk = held.ids < sinks
+        hidden = ~held.real if self.options.normalise_sinks else sunk | ~held.real
+        scores = self._scores(layer, plain, held.tokens, held.keys, held.values, 0, hidden)
+        return scores.masked_fill(sunk & held.real, torch.inf)
+
+    def _scores(
+        self, layer: Layer, plain: Tensor, tokens: int, keys: Tensor, values: Tensor, sinks: int,
+        hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Scores [B, G, t − sinks] of all pairs but the first, by queries `plain` [B, H, m, d] before rotation.
+
+        `hidden`, bool [B, G, t], marks pairs that take no part.
+        """
         mean = plain.mean(2, keepdim=True)
-        turn = self._mean_rotation(layer, keys)
+        turn = self._mean_rotation(layer, tokens, keys)
         exponents = self._per_group(layer, mean @ turn) @ keys.float().transpose(-1, -2)[:, :, None] * layer.scaling
         if self.options.covariance:
             centred = plain - mean
@@ -63,19 +83,21 @@ class ExpectedAttention(KVCachePolicy):
             quadratic = ((whole @ self._per_group(layer, spread)) * whole).sum(-1)
             exponents = exponents + quadratic[:, :, :, None] * (layer.scaling**2 / 2)
         exponents = exponents.squeeze(3)
+        if hidden is not None:
+            exponents = exponents.masked_fill(hidden[:, :, None], -torch.inf)
         if self.options.normalise_sinks:
             weights = exponents.softmax(-1)[..., sinks:].mean(2)
         else:
             weights = exponents[..., sinks:].softmax(-1).mean(2)
-        score = (weights + self.options.epsilon) * values[:, :, sinks:].float().norm(dim=-1)
-        layer.keep_top(score, sinks)
+        scores: Tensor = (weights + self.options.epsilon) * values[:, :, sinks:].float().norm(dim=-1)
+        return scores
 
     @staticmethod
     def _per_group(layer: Layer, x: Tensor) -> Tensor:
-        return x.view(layer.rows, layer.kv_heads, -1, *x.shape[2:])
+        return x.view(x.shape[0], layer.kv_heads, -1, *x.shape[2:])
 
-    def _mean_rotation(self, layer: Layer, keys: Tensor) -> Tensor:
+    def _mean_rotation(self, layer: Layer, tokens: int, keys: Tensor) -> Tensor:
         """The matrix M [d, d] with x @ M = the mean of x's rotations to the next positions."""
-        positions = torch.arange(layer.tokens, layer.tokens + self.options.future)
+        positions = torch.arange(tokens, tokens + self.options.future)
         basis = torch.eye(layer.head_dim, device=keys.device)[:, None].expand(-1, len(positions), -1)
         return layer.rotate(basis, positions).mean(1)

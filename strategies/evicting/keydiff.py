@@ -1,11 +1,14 @@
 """KeyDiff (arXiv 2504.15364): keep the keys that differ most from the others."""
 
+import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from kvbench.contract.extension import Options
+from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
+from kvbench.kernels.directions import key_differences
 from kvbench.strategies.evicting.eviction import DecodingEviction
 
 
@@ -28,6 +31,7 @@ class KeyDiff(DecodingEviction):
         "Resource-Constrained Environments, arXiv 2504.15364"
     )
     query_window = 0
+    reads_keys = True
 
     class Options(Options):
         """Options of KeyDiff."""
@@ -46,10 +50,11 @@ class KeyDiff(DecodingEviction):
 
     def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Minus the cosine with the anchor of the keys held and the new one."""
-        old = functional.normalize(held.float(), dim=-1) * real[..., None]
-        new = functional.normalize(keys.float(), dim=-1)
-        anchor = old.sum(2, keepdim=True) + new
-        return (
-            -functional.cosine_similarity(old, anchor, dim=-1),
-            -functional.cosine_similarity(new, anchor, dim=-1),
-        )
+        inside = scores.is_contiguous() and scores.dtype == torch.float32
+        return key_differences(held, real, keys, output=scores if inside else None)
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """Minus the cosine with the anchor of the keys held; the window stays."""
+        directions = functional.normalize(held.keys.float(), dim=-1) * held.real[..., None]
+        scores = -functional.cosine_similarity(directions, directions.sum(2, keepdim=True), dim=-1)
+        return scores.masked_fill(held.newest(self.options.window), torch.inf)

@@ -1,9 +1,11 @@
 """Key norms (arXiv 2406.11430): keep the keys of smallest L2 norm, which tend to draw most attention."""
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
 from kvbench.contract import extension
+from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
 from kvbench.strategies.evicting.eviction import DecodingEviction
 
@@ -41,3 +43,8 @@ class KNorm(DecodingEviction):
     def step_scores(self, scores: Tensor, held: Tensor, real: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Those of the keys held, and minus the new key's norm."""
         return scores, -keys.float().norm(dim=-1)
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """Minus the norms; the window stays."""
+        norms: Tensor = held.keys.float().norm(dim=-1)
+        return (-norms).masked_fill(held.newest(self.options.window), torch.inf)

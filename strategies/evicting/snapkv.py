@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvbench.contract.extension import Options
+from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 
@@ -69,3 +70,18 @@ class SnapKV(KVCachePolicy):
         before = layer.tokens - queries.shape[2]
         votes = window_votes(queries, keys, layer.scaling)[..., :before]
         layer.keep_top(pooled(votes, layer.kv_heads, self.options.kernel, self.options.pooling))
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """Vote with the latest queries as with the prompt's; the window stays."""
+        queries, window = held.queries, self.options.window
+        grouped = queries.reshape(*held.keys.shape[:2], -1, layer.head_dim)
+        logits = (grouped @ held.keys.transpose(-1, -2)).float().mul_(layer.scaling)
+        later = held.later.repeat(1, 1, queries.shape[1] // held.keys.shape[1], 1)
+        votes = logits.masked_fill_(later, -torch.inf).softmax(-1)
+        summed = votes.view(*queries.shape[:3], -1).sum(2)
+        newest = held.newest(window)
+        share = queries.shape[1] // held.keys.shape[1]
+        # the window has no part in the pooling, as where the prompt is scored
+        summed = summed.masked_fill(newest.repeat_interleave(share, dim=1), 0)
+        scores = pooled(summed, held.keys.shape[1], self.options.kernel, self.options.pooling)
+        return scores.masked_fill(newest, torch.inf)

@@ -7,10 +7,11 @@ from pydantic import Field
 from torch import Tensor
 
 from kvbench.contract.extension import Options
+from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.step import Clock, FixedStep, Part
-from kvbench.kernels.steps import GrowingStep, RingStep
+from kvbench.kernels.steps import CompressingStep, GrowingStep, RingStep
 
 
 class StreamingLLM(KVCachePolicy):
@@ -36,7 +37,7 @@ class StreamingLLM(KVCachePolicy):
         if layer.budget.covers_all:
             return
         sinks = self.options.sinks
-        if layer.budget.heads is not None:
+        if layer.budget.heads is not None or layer.budget.every:
             recency = torch.arange(layer.tokens - sinks, device=keys.device, dtype=torch.float32)
             layer.keep_top(recency.expand(layer.rows, layer.kv_heads, -1), first=sinks)
             return
@@ -47,6 +48,8 @@ class StreamingLLM(KVCachePolicy):
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
         """A ring behind the sinks; None where only some rows of the layer evict."""
+        if parts[0].layer.budget.every:
+            return CompressingStep(self, parts, clock)
         evicting = {not part.layer.budget.covers_all for part in parts}
         if len(evicting) > 1:
             return None
@@ -54,7 +57,7 @@ class StreamingLLM(KVCachePolicy):
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Slide the window: each new token drives the oldest one out."""
-        if layer.budget.covers_all:
+        if layer.budget.covers_all or layer.budget.every:
             return
         if layer.budget.heads is not None:
             ids = layer.store.static_ids
@@ -62,3 +65,7 @@ class StreamingLLM(KVCachePolicy):
         else:
             layer.store.evict(layer.state["oldest"], keys.shape[2])
             layer.state["oldest"] += keys.shape[2]
+
+    def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
+        """The sinks and the most recent tokens stay."""
+        return held.ids.float().masked_fill(held.ids < self.options.sinks, torch.inf)

@@ -25,5 +25,7 @@ class TOVA(AttentionEviction):
         return weights.mean(1, keepdim=True).expand(-1, layer.kv_heads, -1)
 
     def updated(self, layer: Layer, scores: Tensor, weights: Tensor) -> Tensor:
-        """The step's weights, averaged over the heads."""
+        """The step's weights, averaged over the heads; over a group's where each group has tokens of its own."""
+        if layer.budget.heads is not None:
+            return weights.mean(2)
         return weights.mean((1, 2)).unsqueeze(1).expand(-1, layer.kv_heads, -1)

@@ -1,5 +1,8 @@
 """InfiniGen (arXiv 2406.19707): fetch what the previous layer's input says that this layer will attend to."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -9,7 +12,14 @@ from kvbench.contract.budget import LayerBudget
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
+from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.contract.storage import TokenBuffer
+from kvbench.kernels.attention import Segment
+from kvbench.kernels.insert import insert
+from kvbench.kernels.score import scores
+from kvbench.kernels.steps import GrowingStep
+from kvbench.kernels.weights import group_weights
+from kvbench.strategies.selecting.aside import AsideStep, best_of
 
 
 class InfiniGen(KVCachePolicy):
@@ -31,6 +41,7 @@ class InfiniGen(KVCachePolicy):
         "Management, OSDI 2024, arXiv 2406.19707"
     )
     uses_hidden = True
+    offload: ClassVar[bool] = True
     adaptive = True
     head_budgets = True
 
@@ -59,6 +70,17 @@ class InfiniGen(KVCachePolicy):
         layer.state["partial"] = TokenBuffer(partial, partial.new_empty(*partial.shape[:3], 0))
         layer.store.index_bytes = projection.nbytes + layer.state["partial"].nbytes
 
+    def period(self, layer: Layer, most: int) -> int:
+        """Every token leaves for the host at the next step."""
+        return 1
+
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+        """Speculation on the device; None where only some rows of the layer have tokens set aside."""
+        started = {"partial" in part.layer.state for part in parts}
+        if len(started) > 1:
+            return None
+        return _SpeculatingStep(self, parts, clock) if started.pop() else GrowingStep(parts, clock)
+
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Offload the token before the newest one and keep its partial key."""
         if "partial" in layer.state:
@@ -73,7 +95,7 @@ class InfiniGen(KVCachePolicy):
             return Selection()
         available = layer.state["partial"].length
         wanted = budget.beside(layer.store.static_tokens, available)
-        if wanted in (0, available):
+        if not wanted or (wanted == available and (budget.heads is None or budget.covers_all)):
             return Selection(everything=wanted > 0, evaluations=0.0)
         predicted = queries if layer.hidden_before is None else layer.queries_for(layer.hidden_before)
         grouped = predicted.reshape(layer.rows, layer.kv_heads, -1, layer.head_dim) @ layer.state["projection"]
@@ -84,3 +106,66 @@ class InfiniGen(KVCachePolicy):
         beyond = torch.arange(best.shape[-1], device=best.device) >= counts[:, None, None]
         ids = budget.cut(best.masked_fill(beyond, -1), layer.store.static_tokens)
         return Selection(ids, padded=True, evaluations=float(available))
+
+
+class _SpeculatingStep(AsideStep):
+    """A data-dependent number of tokens in a row of fixed length: ids beyond it are −1."""
+
+    per_head = False
+
+    def __init__(self, policy: InfiniGen, parts: Sequence[Part], clock: Clock) -> None:
+        states, self._number = [dict(part.layer.state) for part in parts], parts[0].layer.number
+        super().__init__(policy, parts, clock)
+        assert clock.inputs is not None
+        self._inputs, self._alpha = clock.inputs, policy.options.alpha
+        first: Tensor = states[0]["projection"]
+        kept = first.shape[3]
+        # rows of whole 32 bytes, which are read at once
+        wide = -(-kept // 16) * 16
+        self._needed = kept / wide
+        self._projection = first.new_zeros(self.batch, *first.shape[1:3], wide)
+        self._partial = first.new_zeros(self.batch, self.kv_heads, self.capacity, wide)
+        self._chosen: Tensor | None = None
+        for part, state in zip(parts, states, strict=True):
+            rows = slice(None) if part.rows is None else part.rows.to(first.device)
+            known = state["partial"].keys
+            self._projection[rows, :, :, :kept] = state["projection"]
+            self._partial[rows, :, : known.shape[2], :kept] = known
+            newest = part.layer.tokens - 1
+            keys = self.keys[rows][:, :, :1] @ self._projection[rows]
+            self._partial[rows, :, newest : newest + 1] = keys
+            part.layer.state.clear()
+
+    def observe(self, keys: Tensor, values: Tensor) -> None:
+        """Keep the token's partial key; it is looked at once the token has left for the host."""
+        partial = keys @ self._projection
+        insert(self._partial, self._partial, partial, partial, self._clock.positions)
+
+    def choose(self, queries: Tensor) -> Sequence[Segment]:
+        """The tokens within alpha of a head's highest speculated score."""
+        before = self._inputs.before(self._number)
+        predicted = queries if before is None else self._inputs.queries_for(self._number, before)
+        grouped = predicted.reshape(self.batch, self.kv_heads, -1, predicted.shape[3]) @ self._projection
+        asked = grouped.reshape(self.batch, self.heads, 1, -1)
+        found = scores(asked, self._partial, self.window.aside, scaling=self.scaling)
+        below = group_weights(found, self.kv_heads, "margin", self.window.aside)
+        counts = (below > -self._alpha).sum(-1).float().mean(-1, keepdim=True).ceil().int()
+        self._chosen = counts.minimum(self.window.left)
+        return [Segment(self.aside_keys, self.aside_values, ids=best_of(below, self._chosen, self.most))]
+
+    def index_bytes(self) -> int:
+        """Partial keys and the projection."""
+        return self._partial.nbytes + self._projection.nbytes
+
+    def index_reads(self, share: float) -> dict[str, int]:
+        """All partial keys and the projection."""
+        read = self._partial.nbytes * share + self._projection.nbytes
+        return {"device": int(read * self._needed), "host": 0}
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """As for a full budget; once a step was taken, with the tokens that it chose."""
+        found = super().reads(tokens)
+        if self._chosen is not None and not self._all:
+            token = (self.keys.nbytes + self.values.nbytes) // self.keys.shape[2]
+            found["host"] = int(self._chosen.float().mean() * token)
+        return found

@@ -17,8 +17,11 @@ from kvbench.contract.storage import TokenBuffer
 from kvbench.kernels.attention import Segment, attend
 from kvbench.kernels.insert import insert
 from kvbench.kernels.merge import merge
+from kvbench.kernels.score import scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.steps import GrowingStep
+from kvbench.kernels.turn import turn
+from kvbench.strategies.selecting.rotations import Pairs, pairs
 
 
 def _to_start(rotary: Rotation, keys: Tensor, first: int) -> Tensor:
@@ -124,11 +127,17 @@ class InfLLM(KVCachePolicy):
         layer.store.index_bytes = layer.state["landmarks"].nbytes + layer.state["recent"].nbytes
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
-        """Blocks on the host, the window in a ring; None for rows whose blocks differ in size."""
+        """Blocks on the host, the window in a ring.
+
+        None for rows whose blocks differ in size, and for a rotary embedding that is not one of pairs of channels.
+        """
         if len({part.layer.state["sizes"][2] for part in parts}) > 1:
             return None
         started = any("landmarks" in part.layer.state for part in parts)
-        return InfLLMStep(parts, clock, self.options.representatives) if started else GrowingStep(parts, clock)
+        if not started:
+            return GrowingStep(parts, clock)
+        rotary = pairs(parts[0].layer, clock.positions.device)
+        return None if rotary is None else InfLLMStep(parts, clock, self.options.representatives, rotary)
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Offload the oldest block of the window once the window is full without it."""
@@ -166,21 +175,24 @@ class _Places:
     """Where the tokens of each row stand at a step: the same for all layers with the same sizes and budgets.
 
     After `update`: `blocks` int32 [B] of each row; `slots` int32 [B, 1, W] of its static tokens in the ring, −1 for
-    none; `counts` int32 [B, G], blocks that each head may attend to; `turn` float32 [B, d, d], which moves a query to
-    the distance of the local window.
+    none; `counts` int32 [B, G], blocks that each head may attend to; `cos` and `sin` float32 [B, d], which move a query
+    to the distance of the local window.
     """
 
     blocks: Tensor
     slots: Tensor
     counts: Tensor
-    turn: Tensor
+    cos: Tensor
+    sin: Tensor
 
-    def __init__(self, layer: Layer, clock: Clock, rows: Tensor, block: int, ring: int, budget: Tensor) -> None:
+    def __init__(
+        self, layer: Layer, clock: Clock, rows: Tensor, block: int, ring: int, budget: Tensor, rotary: Pairs
+    ) -> None:
         """`rows` int32 [B, 3] on the device: whether the row has blocks, its initial tokens and its window."""
         self._layer, self._positions, self._block, self._budget = layer, clock.positions, block, budget
         self._started, self._init, self._local = rows.unbind(1)
         self._order = torch.arange(ring, dtype=torch.int32, device=rows.device)
-        self._basis = torch.eye(layer.head_dim, device=rows.device)[:, None].expand(-1, clock.batch, -1)
+        self._rotary = rotary
 
     def update(self) -> None:
         """Look at the step's positions; the step's own token counts."""
@@ -193,8 +205,10 @@ class _Places:
         self.slots = slots[:, None]
         static = tokens - stop + self._init
         self.counts = (self._budget - static[:, None]).clamp_min(0) // self._block
-        plain = self._layer.unrotate(self._basis, self._positions)
-        self.turn = self._layer.rotate(plain, self._local).transpose(0, 1)
+        self.cos, self.sin = self._rotary.factors(self._turned, self._positions.shape[0])
+
+    def _turned(self, x: Tensor) -> Tensor:
+        return self._layer.rotate(self._layer.unrotate(x, self._positions), self._local)
 
 
 class InfLLMStep(FixedStep):
@@ -204,7 +218,7 @@ class InfLLMStep(FixedStep):
     whose budget covers everything keep all their tokens in the ring.
     """
 
-    def __init__(self, parts: Sequence[Part], clock: Clock, representatives: int) -> None:
+    def __init__(self, parts: Sequence[Part], clock: Clock, representatives: int, rotary: Pairs) -> None:
         layer = parts[0].layer
         self._layer, self._clock, self._scaling, self._representatives = layer, clock, layer.scaling, representatives
         device, shape = clock.positions.device, (clock.batch, layer.kv_heads)
@@ -236,7 +250,7 @@ class InfLLMStep(FixedStep):
         room = blocks * self._block
         self._host = [host_empty((*shape, room, like.shape[3]), like.dtype, device).zero_() for like in (keys, values)]
         self._landmarks = keys.new_zeros(*shape, blocks, keys.shape[3])
-        self._order = torch.arange(blocks, device=device)
+        self._partner = rotary.partner
         for part in parts:
             self._take(part)
         self._rows = rows.to(device)
@@ -245,12 +259,10 @@ class InfLLMStep(FixedStep):
         self._lses = torch.zeros(2, clock.batch, layer.heads, device=device)
         self._budget = budget
         # layers of one rotation, the same sizes and budgets share what follows from the positions
-        probe = torch.eye(layer.head_dim, device=device)[:, None].expand(-1, 2, -1)
-        turned = layer.rotate(probe, torch.tensor([1, 1000])).flatten().tolist()
-        key = ("infllm", ring, *rows.flatten().tolist(), *budget.flatten().tolist(), *turned)
+        key = ("infllm", ring, *rows.flatten().tolist(), *budget.flatten().tolist(), *rotary.probe)
         self._leads = key not in clock.shared
         if self._leads:
-            clock.shared[key] = _Places(layer, clock, self._rows, self._block, ring, budget)
+            clock.shared[key] = _Places(layer, clock, self._rows, self._block, ring, budget, rotary)
         self._places: _Places = clock.shared[key]
 
     def _take(self, part: Part) -> None:
@@ -301,14 +313,11 @@ class InfLLMStep(FixedStep):
         places, positions, ring = self._places, self._clock.positions, self._recent.shape[2]
         if self._leads:
             places.update()
-        batch, groups = keys.shape[:2]
+        groups = keys.shape[1]
         insert(self._ring[0], self._ring[1], keys, values, positions, window=ring)
-        summed = queries.view(batch, groups, -1, queries.shape[3]).sum(2, keepdim=True)
+        distant, asked, summed = turn(queries, places.cos, places.sin, self._partner, groups)
         insert(self._recent, self._recent, summed, summed, positions, window=ring)
-        distant = (queries.squeeze(2).float() @ places.turn).to(queries.dtype)[:, :, None]
-        asked = distant.view(batch, groups, -1, queries.shape[3]).sum(2, keepdim=True)
-        relevance = (asked @ self._landmarks.transpose(-1, -2)).float().sum(1)
-        relevance = relevance.masked_fill(self._order >= places.blocks[:, None, None], -torch.inf)
+        relevance = scores(asked, self._landmarks, places.blocks).sum(1, keepdim=True)
         best = select_top(relevance.expand(-1, groups, -1), places.counts, self._most)
         attend(
             distant, Segment(self._first[0], self._first[1], self._init),

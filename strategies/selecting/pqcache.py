@@ -13,6 +13,7 @@ from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.kmeans import kmeans, nearest
 from kvbench.kernels.pq import pq_scores
+from kvbench.kernels.weights import group_weights
 from kvbench.strategies.selecting.aside import TopStep
 from kvbench.strategies.selecting.static_set import StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy
@@ -110,7 +111,6 @@ class _PQStep(TopStep):
             state.clear()
         # tokens of the window are coded as they come, with those that will be set aside
         self._code(clock, parts)
-        self._places = torch.arange(self.capacity, device=device)
 
     def _code(self, clock: Clock, parts: Sequence[Part]) -> None:
         """Code the tokens of the window, which the prompt left there."""
@@ -143,8 +143,7 @@ class _PQStep(TopStep):
     def scores(self, queries: Tensor) -> Tensor:
         """Each query head's softmax over all tokens, summed over the group."""
         logits = pq_scores(queries, self._centroids, self._codes, self.window.aside, scaling=self.scaling)
-        weights = logits.softmax(-1).view(self.batch, self.kv_heads, -1, self.capacity).sum(2)
-        return weights.masked_fill_(self._places >= self.window.aside[:, None, None], -torch.inf)
+        return group_weights(logits, self.kv_heads, "sum", self.window.aside)
 
     def index_bytes(self) -> int:
         """Codes and centroids."""

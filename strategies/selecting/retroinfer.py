@@ -12,6 +12,8 @@ from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.kmeans import cluster_sums, kmeans, nearest
 from kvbench.kernels.attention import Segment
 from kvbench.kernels.score import scores
+from kvbench.kernels.take import take_clusters
+from kvbench.kernels.weights import group_weights
 from kvbench.strategies.selecting.aside import AsideStep
 from kvbench.strategies.selecting.clusters import Clusters
 from kvbench.strategies.selecting.static_set import StaticSetOptions
@@ -156,13 +158,11 @@ class _WaveStep(AsideStep):
         self._cluster_keys, self._cluster_values = (
             torch.zeros(*shape, waves[0][name].shape[3], device=device) for name in ("keys", "values")
         )
-        self._number, self._zone = (torch.zeros(self.batch, 1, 1, dtype=torch.int32, device=device) for _ in range(2))
-        self._order = torch.arange(max(round(estimated * most), 1), dtype=torch.int32, device=device)
-        self._budget = self.start.budget.new_zeros(self.batch)
+        self._number, self._zone = (torch.zeros(self.batch, dtype=torch.int32, device=device) for _ in range(2))
+        self._most_estimated = max(round(estimated * most), 1)
         for place, (part, wave) in enumerate(zip(parts, waves, strict=True)):
             self._counts[place] = 0
             self._add(place, wave, 0)
-            self._budget[self._rows[place]] = self.start.budget[self._rows[place]].max()
             part.layer.state.clear()
 
     def _add(self, place: int, wave: dict[str, Tensor], token: int) -> None:
@@ -189,21 +189,16 @@ class _WaveStep(AsideStep):
 
     def choose(self, queries: Tensor) -> Sequence[Segment]:
         """Whole clusters, the best first, and one row for each of the next."""
-        sizes, left = self._clusters.sizes, self.window.left[..., None]
+        held = self._clusters
         logits = scores(queries, self._cluster_keys, scaling=self.scaling)
-        logits = logits.view(self.batch, self.kv_heads, -1, sizes.shape[2])
-        weights = logits.masked_fill(sizes[:, :, None] == 0, -torch.inf).softmax(-1).sum(2)
-        order = weights.argsort(-1, descending=True)
-        fits = sizes.gather(-1, order).cumsum(-1) <= left
-        retrieved = torch.zeros_like(fits).scatter_(-1, order, fits)
-        ranks = fits.sum(-1, keepdim=True) + self._order
-        real = (self._order < self._zone) & (ranks < self._number)
-        real &= (self._budget > self.window.static)[:, None, None]
-        zone = order.gather(-1, ranks.clamp_max(sizes.shape[2] - 1))
-        masses = sizes.gather(-1, zone).log()
+        weights = group_weights(logits, self.kv_heads, "sum", sizes=held.sizes)
+        tokens, zone, masses = take_clusters(
+            weights.argsort(-1, descending=True), held.sizes, held.starts, held.members, self.window.left,
+            self._zone, self._number, self.most, self._most_estimated,
+        )  # fmt: skip
         return [
-            Segment(self.aside_keys, self.aside_values, ids=self._clusters.tokens(retrieved, self.most)),
-            Segment(self._cluster_keys, self._cluster_values, ids=torch.where(real, zone, -1), bias=masses),
+            Segment(self.aside_keys, self.aside_values, ids=tokens),
+            Segment(self._cluster_keys, self._cluster_values, ids=zone, bias=masses),
         ]
 
     def index_bytes(self) -> int:

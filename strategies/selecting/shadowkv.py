@@ -57,6 +57,7 @@ class _LowRankKeys(Storage):
             place = rows, *(slice(0, size) for size in own.shape[1:])
             target[place] = own
         held.basis[rows, :, : self._basis.shape[2]] = self._basis
+        held.across[rows, :, : self._basis.shape[2]] = self._basis[..., held.partner.long()]
         if values is None:
             return self._values
         values[rows if isinstance(rows, slice) else rows.to(values.device), :, : self.length] = self._values
@@ -236,9 +237,11 @@ class ShadowStep(HeldStep):
         batch, chunks = clock.batch, tokens // chunk
         self._clock, self._groups, self._chunk = clock, groups, chunk
         super().__init__(parts, clock, clock.new_tokens)
+        basis = sample.new_zeros(batch, groups, rank, dim)
         self._low = LowRankKeys(
-            sample.new_zeros(batch, tokens, rank), sample.new_zeros(batch, groups, rank, dim), turned.cos, turned.sin,
-            turned.partner, torch.full((batch, groups, chunks), -1, dtype=torch.int32, device=device),
+            sample.new_zeros(batch, tokens, rank), basis, torch.zeros_like(basis),
+            turned.cos, turned.sin, turned.partner,
+            torch.full((batch, groups, chunks), -1, dtype=torch.int32, device=device),
             sample.new_zeros(batch, groups, exact, dim), chunk,
         )  # fmt: skip
         self._landmarks = sample.new_zeros(batch, groups, chunks, dim)
@@ -291,7 +294,7 @@ class ShadowStep(HeldStep):
 
     def bytes(self) -> dict[str, int]:
         """Low-rank keys, exact keys and static tokens on the device; values on the host; landmarks."""
-        low = (self._low.coefficients, self._low.basis, self._low.exact, self._low.rank)
+        low = (self._low.coefficients, self._low.basis, self._low.across, self._low.exact, self._low.rank)
         resident = self.held.nbytes + sum(part.nbytes for part in low)
         return {"resident": resident, "offloaded": self._host.nbytes, "index": self._landmarks.nbytes}
 

@@ -219,7 +219,29 @@ class RecentHalves(kvbench.KVCachePolicy):
         layer.store.hold_static(partial(_HalfBuffer, torch.float16))
 
 
+class LongestValues(kvbench.KVCachePolicy):
+    """Keeps the values of largest norm, of the prompt and, again and again, of prompt and answer."""
+
+    name = "longest_values"
+    summary = "Keeps the tokens whose values have the largest norm, per head."
+    grows = True
+    head_budgets = True
+    query_window = 0
+
+    def static_tokens(self, context):
+        """The newest token."""
+        return 0, 1
+
+    def prefill(self, layer, queries, keys, values):
+        """Evict the shortest values."""
+        layer.keep_top(values[:, :, :-1].norm(dim=-1))
+
+    def score_held(self, layer, held):
+        """The norms; the newest token stays."""
+        return held.values.norm(dim=-1).masked_fill(held.newest(1), torch.inf)
+
+
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther, BlockSparse, TopInBlocks, Searching, Halves, HalvesOfPages, RecentHalves]
+    return [EveryOther, BlockSparse, TopInBlocks, Searching, Halves, HalvesOfPages, RecentHalves, LongestValues]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -28,18 +28,22 @@ from kvbench.engine.conformance.watch import ConformanceError, Watch, distance, 
 from kvbench.engine.prefill import forward, prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.session import Session
+from kvbench.engine.survey import survey
 from kvbench.plugins import registry
 
-PROMPT, PADDING, STEPS = 16, 5, 8
-"""Tokens of the prompt that proves a model, tokens of padding in its second row, and decoding steps after it."""
-WHOLE, CHUNKS, AFTER = (0, 1, 2, STEPS), (0, 1), (1, 2, STEPS)
-"""Where forward calls end, in tokens after the prompt: two steps come alone, the others in one call.
+PROMPT, CHUNK, PADDING, STEPS = 10, 8, 3, 9
+"""Tokens of the prompt that proves a model, of its first chunk, of padding in its second row, and steps after it.
+
+Calls of 2, 16 or 20 rows of numbers are the cheapest on a CPU, where matrix products of odd sizes take longer.
+"""
+WHOLE, CHUNKS, AFTER = (0, 1, STEPS), (0, 1), (1, STEPS)
+"""Where forward calls end, in tokens after the prompt: one step comes alone, the others in one call.
 
 With `CHUNKS` the prompt itself comes in two calls. A policy sees every token as a step of its own. In a call of one
 token a model reads all its weights, which on a CPU takes as long as a call of ten.
 """
-CONTEXT, BESIDE = 136, 64
-"""Tokens of the prompt that policies are checked on, longer where their static set leaves less than the second of it.
+CONTEXT, BESIDE = 112, 44
+"""Tokens of the prompt that policies are checked on, longer where their static set leaves less beside it.
 
 A window of 64 with four sinks, the widest default, still leaves a choice.
 """
@@ -49,31 +53,60 @@ NOISE = 8
 """How many times the model's own rounding a difference may be."""
 
 
+class Memory(Protocol):
+    """What was found in other processes, by policy (None: of the model), and with fixed steps or without."""
+
+    def find(self, policy: KVCachePolicy | None, fixed: bool) -> Report | None:
+        """What was found; None where it must be found now."""
+
+    def keep(self, policy: KVCachePolicy | None, fixed: bool, report: Report) -> None:
+        """Keep what was found."""
+
+
 class Conformance:
     """Checks one model, and policies on it; what was found before in this process is not computed again."""
 
     def __init__(
-        self, model: Any, name: str | None = None, tokenizer: Any = None, *, fixed: bool | None = None
-    ) -> None:
-        """Name a model; `fixed` checks steps of fixed shapes, too, by default on a GPU, where runs take them."""
+        self, model: Any, name: str | None = None, tokenizer: Any = None, *, fixed: bool | None = None,
+        memory: Memory | None = None,
+    ) -> None:  # fmt: skip
+        """Name a model; `fixed` checks steps of fixed shapes, too, by default on a GPU, where runs take them.
+
+        `memory` has what was found in other processes.
+        """
         self.model, self.name, self.tokenizer = model, name or type(model).__name__, tokenizer
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.fixed = self.device.type == "cuda" if fixed is None else fixed
         how = str(self.device), str(self.dtype), str(model.config._attn_implementation), str(self.fixed)
         self._known = _KNOWN.setdefault(model, {}).setdefault(how, _Known())
+        self._memory = memory
         self._prompts: dict[int, _Prompt] = {}
 
     # -- the model ---------------------------------------------------------------------------------------------------
 
     def check_model(self) -> Report:
         """Prove that `full`, and a selection and an eviction that cover everything, equal plain transformers."""
-        if self._known.model is None:
+        known = self._known
+        if known.model is None:
+            known.model = self._recall(None)
+            if known.model is not None:
+                known.padding, known.tolerance = known.model.padding, known.model.tolerance
+        if known.model is None:
             start = time.perf_counter()
             with _seeded(self.device):
                 checks = tuple(self._model_checks())
-            self._known.model = Report(self.name, None, checks, time.perf_counter() - start)
-        return replace(self._known.model, model=self.name)
+            took = time.perf_counter() - start
+            known.model = Report(self.name, None, checks, took, known.padding, known.tolerance)
+            self._keep(None, known.model)
+        return replace(known.model, model=self.name)
+
+    def _recall(self, policy: KVCachePolicy | None) -> Report | None:
+        return None if self._memory is None else self._memory.find(policy, self.fixed)
+
+    def _keep(self, policy: KVCachePolicy | None, report: Report) -> None:
+        if self._memory is not None:
+            self._memory.keep(policy, self.fixed, report)
 
     def _model_checks(self) -> Iterator[Check]:
         ids, mask = self._tokens(PROMPT)
@@ -98,9 +131,12 @@ class Conformance:
                         f"{_short(self.dtype)}; load it in another dtype")  # fmt: skip
             return
         self._known.tolerance = self._tolerance(plain)
+        sound = True
         for ends, logits in plain.items():
-            yield self._full(ids, mask, ends, logits)
-        for ends, logits in plain.items():
+            check = self._full(ids, mask, ends, logits)
+            sound = sound and check.status == "passed"
+            yield check
+        for ends, logits in plain.items() if sound else ():
             yield self._covering(ids, mask, ends, logits)
 
     def _tolerance(self, plain: dict[Ends, Tensor]) -> float:
@@ -147,6 +183,8 @@ class Conformance:
 
     def _covering(self, ids: Tensor, mask: Tensor | None, ends: Ends, plain: Tensor) -> Check:
         name = "covering selection and eviction" + _in_chunks(ends)
+        if (refusal := survey(self.model).refusal) is not None:
+            return Check(name, "skipped", f"only policy 'full' runs on it: {refusal}")
         policy = Covering(evicting=0 if ends == WHOLE else 1)
         watch = Watch(policy, covering=True)
         try:
@@ -189,13 +227,18 @@ class Conformance:
     def check_policy(self, policy: KVCachePolicy) -> Report:
         """Prove what a policy promises, on this model and with its options."""
         key = type(policy), policy.name, policy.given.model_dump_json()
-        if key not in self._known.policies:
-            self.check_model()
+        known = self._known.policies
+        if key not in known and (found := self._recall(policy)) is not None:
+            known[key] = found
+        if key not in known:
+            model = self.check_model()
             start = time.perf_counter()
             with _seeded(self.device):
                 checks = tuple(self._uncached(policy) if not policy.cached else self._policy_checks(policy))
-            self._known.policies[key] = Report(self.name, policy.name, checks, time.perf_counter() - start)
-        return replace(self._known.policies[key], model=self.name)
+            took = time.perf_counter() - start
+            known[key] = Report(self.name, policy.name, checks, took, model.padding, model.tolerance)
+            self._keep(policy, known[key])
+        return replace(known[key], model=self.name)
 
     def check(self, policy: KVCachePolicy) -> list[Report]:
         """Check the model, and where it is sound the policy on it; `full` is the model's check alone."""
@@ -214,7 +257,7 @@ class Conformance:
     def _uncached(self, policy: KVCachePolicy) -> Iterator[Check]:
         ids, mask = self._tokens(PROMPT)
         mask = mask if self._known.padding else None
-        ends = WHOLE[:3]
+        ends = (0, 1, 2)
         try:
             with self._session(policy):
                 logits = self._logits(ids, mask, ends, cached=False)
@@ -225,6 +268,7 @@ class Conformance:
 
     def _policy_checks(self, policy: KVCachePolicy) -> Iterator[Check]:
         try:
+            survey(self.model).require(policy)
             prompt = self._prompt(policy)
             static = sum(policy.static_tokens(prompt.tokens))
             size = static + max((prompt.tokens - PADDING - static) // 2, 1)
@@ -351,6 +395,14 @@ class Conformance:
         return ids, mask
 
     @cached_property
+    def _singly(self) -> bool:
+        """Whether tokens after the prompt must come one by one: where layers share keys."""
+        try:
+            return survey(self.model).shares
+        except KVBenchError:
+            return False
+
+    @cached_property
     def _answer(self) -> Tensor:
         return self._draw(STEPS, seed=2)
 
@@ -377,15 +429,16 @@ class Conformance:
         whole = torch.cat([ids, self._answer], dim=1)
         kept = torch.cat([torch.ones_like(ids) if mask is None else mask, torch.ones_like(self._answer)], dim=1)
         found = []
-        for end in ends:
+        for end in range(ends[0], ends[-1] + 1) if self._singly else ends:
             stop = ids.shape[1] + end
             made = self.model.generate(
                 whole[:, :stop], attention_mask=kept[:, :stop], past_key_values=past, use_cache=cached,
                 max_new_tokens=1, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
                 pad_token_id=int(whole[0, 0]), output_hidden_states=hidden is not None,
-                prefill_chunk_size=PROMPT // 2 if ends == CHUNKS and end == 0 else None,
+                prefill_chunk_size=CHUNK if ends == CHUNKS and end == 0 else None,
             )  # fmt: skip
-            found.append(made.logits[0].float())
+            if end in ends:
+                found.append(made.logits[0].float())
             if hidden is not None:
                 hidden.append(made.hidden_states[0])
             past = made.past_key_values if cached else None

@@ -28,6 +28,12 @@ class Report:
     policy: str | None
     checks: tuple[Check, ...]
     seconds: float
+    padding: bool = True
+    """Whether one of the two rows was padded, which some models do not take."""
+    tolerance: float = 0.0
+    """How far rounding may move logits."""
+    remembered: str | None = None
+    """When it was found, where that was in another process."""
 
     @property
     def failure(self) -> str | None:

@@ -63,18 +63,21 @@ class Watch(Probe):
         except KVBenchError as error:
             raise ConformanceError("selection", str(error), layer, place[0]) from None
         self.attended[place] = found
-        each = found.sum(-1)
-        most = float(each.float().mean(1).max())
+        if self.covering and bool(found.all()):
+            self.most, self._allowed = max(self.most, layer.tokens), max(self._allowed or 0, layer.tokens)
+            return selection
+        each = found.sum(-1, dtype=torch.float32)
+        most = float(each.mean(1).max())
         self.most = max(self.most, round(most))
         if self.policy.exact:
             return selection
-        if self.covering and int(each.min()) < layer.tokens:
+        if self.covering:
             what = (
                 f"with a budget that covers everything it attends to {int(each.min())} of {layer.tokens} tokens; "
                 "expected all of them, or a reason in never_exact"
             )
             raise ConformanceError("exact when covering", what, layer, place[0])
-        allowed = layer.tokens if self.covering else self.policy.most_attended(layer)
+        allowed = self.policy.most_attended(layer)
         if allowed is None or self._allowed is None:
             self._allowed = None
         else:
@@ -101,7 +104,7 @@ class Watch(Probe):
         result: Attention = yield
         step, _, _ = place = self._place(layer)
         self.outputs[place] = result.output[:, :, -1].float()
-        if not bool(torch.isfinite(self.outputs[place]).all()):
+        if not bool(self.outputs[place].isfinite().all()):
             raise ConformanceError("selection", "attend gave an output that is NaN or infinite", layer, step)
         return result
 

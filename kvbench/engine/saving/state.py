@@ -107,8 +107,9 @@ def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
                 ),
                 "budget": [
                     layer.budget.tokens, layer.budget.covers_all,
-                    writer.node(layer.budget.heads, f"the budget of {where}", around),
+                    writer.node(layer.budget.heads, f"the budget of {where}", around), layer.budget.every,
                 ],
+                "latest_queries": writer.node(layer.latest_queries, f"the latest queries of {where}", around),
                 "store": writer.node(layer.store, f"store of {where}", Surroundings(layer.store.device, known)),
                 "state": writer.node(state, f"layer.state of {where}", around),
             }
@@ -173,9 +174,10 @@ def _read_layer(cached: PolicyCacheLayer, reader: Reader, group: Any) -> Layer:
     attends = _read_attends(governor, reader, cached.number, group["attends"])
     rows, kv_heads, head_dim, tokens = map(int, group["shape"])
     around = Surroundings(_device(governor, cached.number, governor.model.device))
-    count, covers_all, heads = group["budget"]
-    budget = LayerBudget(int(count), bool(covers_all), reader.value(heads, around))
+    count, covers_all, heads, every = group["budget"]
+    budget = LayerBudget(int(count), bool(covers_all), reader.value(heads, around), int(every))
     layer = cached.new_layer(attends, budget, rows, kv_heads, head_dim, tokens)
+    layer.latest_queries = reader.value(group["latest_queries"], around)
     known = Surroundings(around.device, _named(cached, layer))
     store = reader.value(group["store"], known)
     if not isinstance(store, KVStore):

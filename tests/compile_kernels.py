@@ -1,0 +1,108 @@
+"""Compiles for a GPU, without one, the Triton kernels that policies launch: `python compile_kernels.py [POLICY...]`.
+
+The interpreter takes more than the compiler does. Each entry point of `kvbench.kernels` runs twice: its launches are
+compiled for compute capability 9.0 and left out, then its torch twin gives the result. Prints the kernels, one a line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import FunctionType
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kvbench.kernels import support
+
+compiled: set[str] = set()
+
+
+class Card:
+    """A GPU to compile for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_only() -> None:
+    """Make launches compile and do nothing else."""
+    driver.set_active(Card())
+    launch = JITFunction.run
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        compiled.add(self.fn.__name__)
+        return launch(self, *args, grid=grid, warmup=True, **kwargs)
+
+    JITFunction.run = run
+    # what a kernel would have written must at least be numbers, since ids are looked up
+    torch.empty, torch.Tensor.new_empty = torch.zeros, torch.Tensor.new_zeros
+    support.interpreting = lambda: True
+
+    for module in [module for name, module in sys.modules.items() if name.startswith("kvbench.kernels.")]:
+        for entry in vars(module).values():
+            if isinstance(entry, FunctionType) and "function" in entry.__code__.co_freevars:
+                twice(entry)
+
+
+def twice(entry: Any) -> None:
+    """Let an entry point, wherever it has been imported to, launch its kernels and then give its twin's result."""
+    cell = entry.__closure__[entry.__code__.co_freevars.index("function")]
+    function = cell.cell_contents
+    if function.__name__ == "both":
+        return
+
+    def both(*args: Any, **kwargs: Any) -> Any:
+        with support.using("triton"):
+            function(*args, **kwargs)
+        with support.using("torch"):
+            return function(*args, **kwargs)
+
+    cell.cell_contents = both
+
+
+def main() -> int:
+    from tiny import small_options, tiny_model, tokens
+
+    import kvbench
+    from kvbench import kernels
+    from kvbench.contract.budget import Budget
+    from kvbench.contract.errors import KVBenchError
+    from kvbench.engine.generation import generate_batch
+    from kvbench.plugins import registry
+
+    registry()  # imports all kernels
+    compile_only()
+    model = tiny_model(pad_token_id=None, head_dim=64).to(torch.bfloat16)
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (61, 50)]
+    for name in sys.argv[1:] or sorted(registry().classes["policy"]):
+        found = registry().find("policy", name)
+        budget = Budget(tokens=24) if found.takes_budget else None
+        try:
+            with kvbench.attach(model, policy=name, budget=budget, options=small_options(found)) as session:
+                generate_batch(session, prompts, max_new_tokens=[3, 3], decoding="fixed")
+        except KVBenchError as error:
+            print(f"# {name}: {error}")
+    queries, keys = (torch.randn(1, heads, 300, 64).to(torch.bfloat16) for heads in (4, 2))
+    with support.using("triton"):
+        kernels.column_sums(queries, keys, 0.1)
+        kernels.top_keys(queries[0], keys[0], 4, way="fused")
+    print("\n".join(sorted(compiled)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
