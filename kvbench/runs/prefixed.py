@@ -76,7 +76,7 @@ def _generate(run: Run, loaded: LoadedModel, example: Example, stop: set[int]) -
         found = store.load(session, ids)
         measured["load_s"] = session.now() - began
         assert found.tokens == border, "a prefix that is not this example's"
-        (hit,) = generate_batch(session, [prompt.input_ids], held=True, **common)
+        (hit,) = generate_batch(session, [prompt.input_ids], begun=True, **common)
         query_aware = session.query_aware
     release()
     with session_of(config, loaded) as session:
