@@ -121,6 +121,25 @@ def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy
         assert 0 < fixed[0].reads["host"] < len(PROMPTS) * 23 * (3 - dense_layers) * 2 * 2 * 8 * 4
 
 
+@pytest.mark.parametrize("policy", ["pqcache", "retroinfer", "infinigen"])
+@torch.inference_mode()
+def test_a_hot_set_changes_nothing_but_where_tokens_come_from(policy):
+    model = tiny_model(pad_token_id=None)
+    options = small_options(registry().find("policy", policy)) | OPTIONS.get(policy, {}) | {"hot": 30}
+    with kvbench.attach(model, policy=policy, budget=24, options=options) as session:
+        hooks, expected = logits(session, None, 20, "eager", PROMPTS)
+        fixed, found = logits(session, None, 20, "fixed", PROMPTS)
+    assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+    assert 0 < fixed[0].hot_hit_rate < 1 and hooks[0].hot_hit_rate is None
+    with (
+        kvbench.attach(model, policy=policy, budget=24, options=options | {"hot": 3}) as session,
+        pytest.raises(KVBenchError, match=r"hot set of 3 tokens has no room for the \d+ tokens"),
+    ):
+        generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
+
+
 @pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "ivf", "pqcache", "retroinfer"])
 def test_a_ratio_gives_rows_of_unequal_length_their_own_budgets(policy):
     model = tiny_model(pad_token_id=None)

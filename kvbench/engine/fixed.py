@@ -191,6 +191,8 @@ class FixedDecoder:
                 for tensor, old in zip(changed, kept, strict=True):
                     tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
+        for step in self._split:
+            step.ended()
         del kept
         if self._split:
             self._cut(stream)
@@ -227,18 +229,26 @@ class FixedDecoder:
             start.record()
         for step in self._between:
             step.between(self._taken)
-        waited = 0.0
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._segments is not None:
-            waited = self._segments.replay()
-        else:
-            self._forward()
+        try:
+            waited = self._run()
+        finally:
+            for step in self._split:
+                step.ended()
         if self._split:
             self.parts.append(_summed([{"wait": waited}, self._apart, *(step.spent() for step in self._split)]))
         if start is not None and end is not None:
             end.record()
             self._events.append((start, end))
+
+    def _run(self) -> float:
+        """Take a step as it was captured; the seconds that the host waited for the device in its midst."""
+        if self._segments is not None:
+            return self._segments.replay()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._forward()
+        return 0.0
 
     def device_s(self) -> list[float]:
         """Each step's seconds by events on the GPU, after waiting for the last; empty on a CPU."""
@@ -274,6 +284,11 @@ class FixedDecoder:
             "device": sum(each["device"] for each in found),
             "host": sum(each["host"] for each in found),
         }
+
+    def hot_hit_rate(self) -> float | None:
+        """The share of the tokens chosen from the host that hot sets on the device had; None without such sets."""
+        found, asked = (sum(part) for part in zip(*(step.hits() for step in self._steps.values()), strict=True))
+        return found / asked if asked else None
 
 
 def _summed(found: Sequence[dict[str, float]]) -> dict[str, float]:

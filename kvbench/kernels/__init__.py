@@ -10,13 +10,14 @@ from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
 from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
+from kvbench.kernels.hot import HotSlots, fetch, hold_hot
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.lots import lots
 from kvbench.kernels.low_rank import LowRankKeys, rebuild
 from kvbench.kernels.merge import merge
-from kvbench.kernels.pq import pq_scores
+from kvbench.kernels.pq import pq_encode, pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
@@ -27,6 +28,7 @@ from kvbench.kernels.weigh import weigh
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
+    "HotSlots",
     "KIVICodes",
     "LowRankKeys",
     "Segment",
@@ -37,8 +39,10 @@ __all__ = [
     "column_sums",
     "compiled",
     "decode",
+    "fetch",
     "gather",
     "group_weights",
+    "hold_hot",
     "insert",
     "key_differences",
     "lots",
@@ -46,6 +50,7 @@ __all__ = [
     "nearest",
     "page_bounds",
     "page_scores",
+    "pq_encode",
     "pq_scores",
     "ragged",
     "rebuild",

@@ -114,7 +114,9 @@ def nearest(points: Tensor, centroids: Tensor) -> Tensor:
 
 
 def _twin(points: Tensor, centroids: Tensor, halves: Tensor) -> Tensor:
-    step = max((GPU_BLOCK if points.is_cuda else BLOCK) // (centroids.shape[0] * centroids.shape[1]), 1)
+    # on the CPU distances take no more memory than the points
+    most = GPU_BLOCK if points.is_cuda else min(BLOCK, points.numel())
+    step = max(most // (centroids.shape[0] * centroids.shape[1]), 1)
     with _tensor_cores(points):
         parts = [
             torch.baddbmm(halves[:, None], block, centroids.transpose(1, 2), beta=-1).argmax(-1)

@@ -14,7 +14,7 @@ except ImportError:
     tl = None
 
 BLOCK = 2**22
-"""Attention weights that the torch twin computes at a time."""
+"""Attention weights that the torch twin computes at a time, at most; never more bytes than the keys and values have."""
 
 
 @jit
@@ -178,11 +178,11 @@ def _twin(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     groups = keys.shape[1]
     grouped = queries.reshape(batch, groups, heads // groups, tokens, dim)
     total = keys.new_zeros(batch, groups, tokens, dtype=torch.float32)
-    step = max(BLOCK // max(batch * heads * tokens, 1), 1)
+    step = max(min(BLOCK, keys.nbytes // 2) // max(batch * heads * tokens, 1), 1)
     for start in range(0, tokens, step):
         stop = min(start + step, tokens)
         block = grouped[:, :, :, start:stop].flatten(2, 3)
-        logits = (block @ keys[:, :, :stop].transpose(-1, -2)).float() * scaling
+        logits = (block @ keys[:, :, :stop].transpose(-1, -2)).float().mul_(scaling)
         logits = logits.view(batch, groups, -1, stop - start, stop)
         future = torch.ones(stop - start, stop, dtype=torch.bool, device=keys.device).triu(start + 1)
         total[..., :stop] += logits.masked_fill_(future, -torch.inf).softmax(-1).sum((2, 3))

@@ -10,7 +10,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Replay
 
 _QUERIES = 256
-"""Queries scored at a time, which bounds the memory of their weights."""
+"""Queries scored at a time, at most; their weights take no more memory than the layer's keys and values."""
 
 
 class KVzip(KVCachePolicy):
@@ -117,8 +117,9 @@ class KVzip(KVCachePolicy):
         count, size = queries.shape[2], stop - start
         columns = torch.arange(size + system + count, device=keys.device)
         highest = torch.zeros(layer.rows, layer.kv_heads, size, device=keys.device)
-        for first in range(0, count, _QUERIES):
-            part = queries[:, :, first : first + _QUERIES]
+        at_once = max(min(_QUERIES, stored.nbytes // (4 * layer.rows * layer.heads * len(columns))), 1)
+        for first in range(0, count, at_once):
+            part = queries[:, :, first : first + at_once]
             grouped = part.reshape(layer.rows, layer.kv_heads, -1, layer.head_dim)
             logits = (grouped @ keys.transpose(-1, -2)).float().mul_(layer.scaling)
             rows = torch.arange(first, first + part.shape[2], device=keys.device)

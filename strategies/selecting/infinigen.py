@@ -20,6 +20,7 @@ from kvbench.kernels.score import scores
 from kvbench.kernels.steps import GrowingStep
 from kvbench.kernels.weights import group_weights
 from kvbench.strategies.selecting.aside import AsideStep, best_of
+from kvbench.strategies.selecting.static_set import HOT
 
 
 class InfiniGen(KVCachePolicy):
@@ -50,6 +51,7 @@ class InfiniGen(KVCachePolicy):
 
         partial_weight_ratio: float = Field(0.2, gt=0, le=1, description="share of the dimensions that speculate")
         alpha: float = Field(4.0, gt=0, description="how far below the highest score a token may lie; 4 or 5 published")
+        hot: int = HOT
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The newest token."""

@@ -16,7 +16,7 @@ from kvbench.kernels.take import take_clusters
 from kvbench.kernels.weights import group_weights
 from kvbench.strategies.selecting.aside import AsideStep
 from kvbench.strategies.selecting.clusters import Clusters
-from kvbench.strategies.selecting.static_set import StaticSetOptions
+from kvbench.strategies.selecting.static_set import HOT, StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy, padded_ids
 
 
@@ -54,6 +54,7 @@ class RetroInfer(SelectingPolicy):
             description="tokens that leave the window for new clusters at a time; at most a quarter of what the budget "
             "leaves beside the steady zone",
         )  # fmt: skip
+        hot: int = HOT
 
     def moves(self, layer: Layer, beyond: int) -> bool:
         """Every `update_every` tokens, or sooner where the window would take too much of the budget."""
