@@ -10,6 +10,7 @@ from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
 from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
+from kvbench.kernels.hashing import centred_cosines, hash_buckets, keep_collisions
 from kvbench.kernels.hot import HotSlots, fetch, hold_hot
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
@@ -35,6 +36,7 @@ __all__ = [
     "attend",
     "attend_kivi",
     "attention_weights",
+    "centred_cosines",
     "cluster_sums",
     "column_sums",
     "compiled",
@@ -42,8 +44,10 @@ __all__ = [
     "fetch",
     "gather",
     "group_weights",
+    "hash_buckets",
     "hold_hot",
     "insert",
+    "keep_collisions",
     "key_differences",
     "lots",
     "merge",

@@ -35,7 +35,6 @@ class RetroInfer(SelectingPolicy):
     reference = (
         "Chen et al., RetroInfer: A Vector-Storage Approach for Scalable Long-Context LLM Inference, arXiv 2505.02922"
     )
-    adaptive = True
     head_budgets = True
     offload = True
     query_window = 0
