@@ -80,7 +80,8 @@ def test_new_tokens_of_the_context_come_after_the_prefix(loaded, tmp_path):
 def test_the_command_line_shows_both_times_and_says_what_was_chosen_without_the_question(place, tmp_path):
     arguments = [
         "run", "--policy", "snapkv", "--model", str(place), "--context-length", "400", "--no-baseline",
-        "--task", "shared_needles", "--examples", "1", "--tokens", "80", "--prefix", "cached", "--new-tokens", "32", "--output", str(tmp_path),
+        "--task", "shared_needles", "--examples", "1", "--tokens", "80", "--prefix", "cached", "--new-tokens", "32",
+        "--output", str(tmp_path),
     ]  # fmt: skip
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
