@@ -12,6 +12,7 @@ from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_blocks import attend_kivi_blocks
 from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.lots import lots
 from kvbench.kernels.low_rank import LowRankKeys, rebuild
@@ -32,6 +33,7 @@ __all__ = [
     "Segment",
     "attend",
     "attend_kivi",
+    "attend_kivi_blocks",
     "attention_weights",
     "cluster_sums",
     "column_sums",
