@@ -87,11 +87,6 @@ def fit(sample: ArrayLike, *, shrinkage: float = 0.0, pseudo_inverse: bool = Fal
     return Distribution(mean, vectors[:, kept] / np.sqrt(values[kept]), rank, n, shrinkage)
 
 
-def mahalanobis(points: ArrayLike, sample: ArrayLike, *, shrinkage: float = 0.0, pseudo_inverse: bool = False) -> Float:
-    """Mahalanobis distances [m] of points [m, d] from the distribution of a sample [n, d]; see `fit`."""
-    return fit(sample, shrinkage=shrinkage, pseudo_inverse=pseudo_inverse).distances(points)
-
-
 @dataclass(frozen=True)
 class OODDistances:
     """Mahalanobis distances of one head, and the sizes of the samples that made the two distributions.

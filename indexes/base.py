@@ -146,6 +146,9 @@ class Index(Extension, Saveable, ABC):
             self._build(self._waiting)
             self._waiting = None
 
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more keys and compile what takes them, so that no insertion takes longer for it."""
+
     @property
     @abstractmethod
     def nbytes(self) -> int:

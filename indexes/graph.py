@@ -123,12 +123,18 @@ class GraphIndex(Index):
             added = quantize_rows(keys.float32(group, first), self.low[group], self.scale[group])
             self.codes[group, first : keys.n] = added
 
-    def _reserve(self) -> None:
-        """Make rows of `_degree` places for the keys that have none, with room for some more.
+    def reserve(self, count: int) -> None:
+        """Make places for `count` more keys, and compile the insertion."""
+        if self.keys.n:
+            self._reserve(count)
+            self._insert(self.keys.n)
+
+    def _reserve(self, more: int = 0) -> None:
+        """Make rows of `_degree` places for the keys that have none, with room for some more, `more` at least.
 
         The other keys get `_spare` free places, if they have fewer, up to `_degree`.
         """
-        n, known = self.keys.n, self.start.shape[1] - 1
+        n, known = self.keys.n + more, self.start.shape[1] - 1
         if n <= known:
             return
         places = np.full((len(self.start), n + max(64, n // 16)), self._degree, np.int64)

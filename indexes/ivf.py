@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import faiss
 import numpy as np
@@ -11,8 +11,12 @@ from pydantic import Field
 
 from kvbench.contract.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect_finite, expect_ids
-from kvbench.indexes.flat import keep_best
-from kvbench.indexes.threads import each_head
+from kvbench.indexes.lists import arrange_lists, place_keys, search_lists
+from kvbench.indexes.storage import KeyStore
+from kvbench.indexes.threads import each_head, on_threads
+
+FEW = 64
+"""Keys at most that are inserted one by one, in place."""
 
 
 class IVFOptions(Options):
@@ -24,7 +28,7 @@ class IVFOptions(Options):
 
 
 class IVF(Index):
-    """Inverted lists of the keys themselves, per key/value head (faiss).
+    """Inverted lists of the keys themselves, per key/value head; k-means by faiss.
 
     Keys are clustered and assigned by Euclidean distance; a query probes the lists whose centroids have the largest
     inner product with it.
@@ -38,24 +42,27 @@ class IVF(Index):
     class Options(IVFOptions):
         """Options of `ivf`."""
 
-    _exact: ClassVar[bool] = True  # the lists hold the keys, so their scores are final
+    _in_place: ClassVar[bool] = True  # the lists hold ids alone
     centroids: NDArray[np.float32]
     assigned: NDArray[np.int32]
-    lists: list[Any]
+    half_norms: NDArray[np.float32]
+    begins: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    members: NDArray[np.int32]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of centroids, ids (8 each) and the codes or float32 copies in the lists."""
+        """Bytes of centroids and their norms, of each key's list, and of the lists' ids with an eighth of room."""
         if not self.keys.n:
             return 0
-        return self.centroids.nbytes + sum(self.keys.n * (8 + int(lists.code_size)) for lists in self.lists)
+        groups, number, d = map(int, self.centroids.shape)
+        return groups * (4 * number * (d + 1) + 4 * self.keys.n + 4 * room(self.keys.n, number) + 8 * (2 * number + 1))
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         keys = self.keys
         number = min(self.options.lists or max(1, keys.n // 64), keys.n)
         self.centroids = np.empty((keys.groups, number, keys.d), np.float32)
         self.assigned = np.empty((keys.groups, 0), np.int32)
-        self.lists = [None] * keys.groups
 
         def cluster(group: int) -> None:
             block = keys.float32(group)
@@ -64,7 +71,6 @@ class IVF(Index):
             )
             means.train(block)
             self.centroids[group] = means.centroids
-            self.lists[group] = self._empty_lists(self.centroids[group])
             self._train(group, block)
 
         each_head(keys.groups, cluster)
@@ -72,6 +78,9 @@ class IVF(Index):
 
     def _insert(self, first: int) -> None:
         keys = self.keys
+        if self._in_place and first > 0 and keys.n - first <= FEW:
+            self._insert_few(first)
+            return
         added = np.empty((keys.groups, keys.n - first), np.int32)
 
         def add(group: int) -> None:
@@ -80,65 +89,76 @@ class IVF(Index):
             self._add(group, block, added[group], first)
 
         each_head(keys.groups, add)
-        self.assigned = np.concatenate([self.assigned, added], axis=1)
+        self.assigned = np.concatenate([self.assigned[:, :first], added], axis=1)
+        self._arrange()
 
-    def _empty_lists(self, centroids: NDArray[np.float32]) -> Any:
-        number, d = centroids.shape
-        quantizer = faiss.IndexFlatIP(d)
-        quantizer.add(centroids)
-        lists = self._new_lists(quantizer, d, number)
-        lists.is_trained = True
-        return lists
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more keys, and compile the insertion."""
+        if self._in_place and self.keys.n:
+            self._insert_few(self.keys.n, count)
 
-    def _new_lists(self, quantizer: Any, d: int, number: int) -> Any:
-        return faiss.IndexIVFFlat(quantizer, d, number, faiss.METRIC_INNER_PRODUCT)
+    def _insert_few(self, first: int, more: int = 0) -> None:
+        keys = self.keys
+        if keys.n + more > self.assigned.shape[1]:
+            grown = np.empty((keys.groups, keys.n + max(64, keys.n // 16, more)), np.int32)
+            grown[:, :first] = self.assigned[:, :first]
+            self.assigned = grown
+        full = np.zeros(keys.groups, np.uint8)
+        on_threads(
+            place_keys, keys.groups, keys.rows, keys.stride, first, keys.n, self.centroids, self.half_norms,
+            self.assigned, self.begins, self.sizes, self.members, full,
+        )  # fmt: skip
+        if full.any():
+            self._arrange()
 
     def _train(self, group: int, block: NDArray[np.float32]) -> None:
-        """Learn what the codes in the lists need: nothing for keys themselves."""
+        """Learn what the codes in a group's lists need: nothing for keys themselves."""
 
     def _add(self, group: int, block: NDArray[np.float32], assigned: NDArray[np.int32], first: int) -> None:
-        ids = np.arange(first, first + len(block), dtype=np.int64)
-        where = assigned.astype(np.int64)
-        self.lists[group].add_core(len(block), faiss.swig_ptr(block), faiss.swig_ptr(ids), faiss.swig_ptr(where))
+        """Put keys that were assigned to lists there, where the lists hold more than ids."""
+
+    def _arrange(self) -> None:
+        """Bring the ids of each list together, with some room for more."""
+        keys, number = self.keys, self.centroids.shape[1]
+        self.begins = np.empty((keys.groups, number + 1), np.int64)
+        self.sizes = np.empty((keys.groups, number), np.int64)
+        self.members = np.empty((keys.groups, room(keys.n, number)), np.int32)
+        self.half_norms = (self.centroids.astype(np.float32) ** 2).sum(2) / np.float32(2)
+        on_threads(arrange_lists, keys.groups, self.assigned, keys.n, self.begins, self.sizes, self.members)
 
     def _search(self, queries: NDArray[np.float32], k: int, effort: int, result: SearchResult) -> None:
         keys = self.keys
-        number = self.centroids.shape[1]
-        nprobe = min(effort, number)
-        wanted = min(self._candidates(k), keys.n)
-        for lists in self.lists:
-            lists.nprobe = nprobe
-        sizes = [np.bincount(row, minlength=number) for row in self.assigned]
-
-        def one(head: int) -> None:
-            group = head * keys.groups // self.heads
-            lists = self.lists[group]
-            closeness, probed = lists.quantizer.search(queries[head], nprobe)
-            scores, ids = lists.search_preassigned(queries[head], wanted, probed, closeness)
-            result.evaluations[head] = number + sizes[group][probed].sum(1)
-            if not self._exact:
-                scores = rescore(keys.float32(group), queries[head], ids)
-                result.evaluations[head] += (ids >= 0).sum(1)
-            keep_best(ids, scores, result.ids[head], result.scores[head])
-
-        each_head(self.heads, one)
-
-    def _candidates(self, k: int) -> int:
-        return k
+        on_threads(
+            search_lists,
+            self.heads * queries.shape[1],
+            keys.rows,
+            keys.stride,
+            queries,
+            self.centroids,
+            self.begins,
+            self.sizes,
+            self.members,
+            min(effort, self.centroids.shape[1]),
+            *result,
+            least=2,
+        )
 
     def _state(self) -> State:
-        return {"centroids": self.centroids, "assigned": self.assigned}
+        return {"centroids": self.centroids, "assigned": self.assigned[:, : self.keys.n]}
 
     def _restore(self, state: State) -> None:
         keys = self.keys
         self.centroids = expect_finite(state, "centroids", (keys.groups, None, keys.d))
         self.assigned = expect_ids(state, "assigned", (keys.groups, keys.n), self.centroids.shape[1], lowest=0)
-        self.lists = [self._empty_lists(centroids) for centroids in self.centroids]
-        for group in range(keys.groups):
-            self._add(group, keys.float32(group), self.assigned[group], 0)
+        self._arrange()
 
 
-def rescore(block: NDArray[np.float32], queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Inner products [q, c] of each query [q, d] with its candidates [q, c] among the keys [n, d]; -inf for id -1."""
-    scores = np.einsum("qcd,qd->qc", block[np.maximum(ids, 0)], queries)
+def room(n: int, number: int) -> int:
+    """Places in `number` lists of n keys, where each has room for an eighth more and four."""
+    return n + n // 8 + 4 * number
+
+
+def rescore(keys: KeyStore, group: int, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Inner products [q, c] of each query [q, d] with its candidates [q, c] among a group's keys; -inf for id -1."""
+    scores = np.einsum("qcd,qd->qc", keys.pick(group, np.maximum(ids, 0)), queries)
     return np.where(ids < 0, np.float32(-np.inf), scores)

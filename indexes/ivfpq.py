@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.indexes.base import State, expect, expect_finite, expect_ids
-from kvbench.indexes.ivf import IVF, IVFOptions
+from kvbench.indexes.base import SearchResult, State, expect, expect_finite, expect_ids
+from kvbench.indexes.flat import keep_best
+from kvbench.indexes.ivf import IVF, IVFOptions, rescore
+from kvbench.indexes.threads import each_head
 
 
 class IVFPQ(IVF):
@@ -27,7 +29,8 @@ class IVFPQ(IVF):
         subspaces: int = Field(16, ge=1, description="8-bit codes per key; divides d")
         refine: int = Field(3, ge=1, description="candidates re-ranked exactly, in multiples of k")
 
-    _exact: ClassVar[bool] = False
+    _in_place: ClassVar[bool] = False
+    lists: list[Any]
     codebooks: NDArray[np.float32]
     codes: NDArray[np.uint8]
 
@@ -36,17 +39,27 @@ class IVFPQ(IVF):
             raise KVBenchError(f"subspaces={self.options.subspaces} does not divide the key dimension {self.keys.d}.")
         self.codebooks = np.empty((self.keys.groups, 256 * self.keys.d), np.float32)
         self.codes = np.empty((self.keys.groups, 0, self.options.subspaces), np.uint8)
+        self.lists = [None] * self.keys.groups
         super()._build(queries)
 
     @property
     def nbytes(self) -> int:
         """Bytes of centroids, code books, ids (8 each) and codes."""
-        return super().nbytes + self.codebooks.nbytes if self.keys.n else 0
+        if not self.keys.n:
+            return 0
+        held = self.keys.groups * self.keys.n * (8 + int(self.options.subspaces))
+        return self.centroids.nbytes + self.codebooks.nbytes + held
 
-    def _new_lists(self, quantizer: Any, d: int, number: int) -> Any:
-        return faiss.IndexIVFPQ(quantizer, d, number, self.options.subspaces, 8, faiss.METRIC_INNER_PRODUCT)
+    def _empty_lists(self, centroids: NDArray[np.float32]) -> Any:
+        number, d = centroids.shape
+        quantizer = faiss.IndexFlatIP(d)
+        quantizer.add(centroids)
+        lists = faiss.IndexIVFPQ(quantizer, d, number, self.options.subspaces, 8, faiss.METRIC_INNER_PRODUCT)
+        lists.is_trained = True
+        return lists
 
     def _train(self, group: int, block: NDArray[np.float32]) -> None:
+        self.lists[group] = self._empty_lists(self.centroids[group])
         assigned = faiss.knn(block, self.centroids[group], 1)[1][:, 0]
         residuals = block - self.centroids[group][assigned]
         quantizer = self.lists[group].pq
@@ -75,8 +88,27 @@ class IVFPQ(IVF):
             lists.invlists.add_entries(int(number), len(members), faiss.swig_ptr(ids), faiss.swig_ptr(part))
         lists.ntotal += len(assigned)
 
-    def _candidates(self, k: int) -> int:
-        return k * int(self.options.refine)
+    def _arrange(self) -> None:
+        self._sizes = np.stack([np.bincount(row, minlength=self.centroids.shape[1]) for row in self.assigned])
+
+    def _search(self, queries: NDArray[np.float32], k: int, effort: int, result: SearchResult) -> None:
+        keys = self.keys
+        number = self.centroids.shape[1]
+        nprobe = min(effort, number)
+        wanted = min(k * int(self.options.refine), keys.n)
+        for lists in self.lists:
+            lists.nprobe = nprobe
+
+        def one(head: int) -> None:
+            group = head * keys.groups // self.heads
+            lists = self.lists[group]
+            closeness, probed = lists.quantizer.search(queries[head], nprobe)
+            _, ids = lists.search_preassigned(queries[head], wanted, probed, closeness)
+            scores = rescore(keys, group, queries[head], ids)
+            result.evaluations[head] = number + self._sizes[group][probed].sum(1) + (ids >= 0).sum(1)
+            keep_best(ids, scores, result.ids[head], result.scores[head])
+
+        each_head(self.heads, one)
 
     def _state(self) -> State:
         return super()._state() | {"codebooks": self.codebooks, "codes": self.codes}
@@ -89,6 +121,7 @@ class IVFPQ(IVF):
         self.assigned = expect_ids(state, "assigned", (keys.groups, keys.n), self.centroids.shape[1], lowest=0)
         self.codebooks = expect_finite(state, "codebooks", (keys.groups, 256 * keys.d))
         self.codes = expect(state, "codes", np.uint8, (keys.groups, keys.n, int(self.options.subspaces)))
+        self._arrange()
         self.lists = [self._empty_lists(centroids) for centroids in self.centroids]
         for group in range(keys.groups):
             faiss.copy_array_to_vector(self.codebooks[group], self.lists[group].pq.centroids)

@@ -53,7 +53,7 @@ class SQ8(Index):
         def one(head: int) -> None:
             group = head * keys.groups // self.heads
             _, ids = self.scalers[group].search(queries[head], min(k * effort, keys.n))
-            scores = rescore(keys.float32(group), queries[head], ids)
+            scores = rescore(keys, group, queries[head], ids)
             result.evaluations[head] = keys.n + (ids >= 0).sum(1)
             keep_best(ids, scores, result.ids[head], result.scores[head])
 

@@ -70,7 +70,7 @@ def rows_in_place(array: Array) -> tuple[Array, int] | None:
         and (d < 2 or array.strides[2] == size)
         and (groups < 2 or (array.strides[0] % row == 0 and array.strides[0] >= n * row))
     )
-    if not viewable:
+    if not viewable and n:
         return None
     stride = array.strides[0] // row if groups > 1 and n > 0 else n
     total = (groups - 1) * stride + n
@@ -155,6 +155,11 @@ class KeyStore:
         self.stride = self._capacity.shape[1]
         self.rows = self._capacity.reshape(-1, d)
         self.n = first + m
+
+    def pick(self, group: int, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Keys of one group as float32, a copy: [q, c, d] for `ids` [q, c]."""
+        found = self.array[group][ids]
+        return found if self.dtype == "float32" else decode(found)
 
     def float32(self, group: int, first: int = 0, end: int | None = None) -> NDArray[np.float32]:
         """Keys from `first` to `end` of one group as float32: a view where they are float32 already."""

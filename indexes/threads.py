@@ -1,7 +1,8 @@
 """Heads on threads: kernels and libraries that release the interpreter's lock, as many at a time as numba is set to.
 
 Not numba's own parallel loops: OpenMP threads that wait by spinning held up single decoding steps by milliseconds where
-another process wanted the core, and its pool does not survive a fork.
+another process wanted the core, and its pool does not survive a fork. Where cores are to spare (steps of a GPU that
+wait for a search) `assemble` keeps threads spinning for as long as a step takes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from typing import Any, TypeVar
 import faiss
 import numba
 import torch
+from numba.core.dispatcher import Dispatcher
+
+from kvbench.indexes.crew import Crew
 
 Result = TypeVar("Result")
 
 _pools: dict[int, ThreadPoolExecutor] = {}
+_crews: dict[int, Crew] = {}
 os.register_at_fork(after_in_child=_pools.clear)
+os.register_at_fork(after_in_child=_crews.clear)
 
 
 PARTS = 4
@@ -35,6 +41,10 @@ def on_threads(work: Callable[..., None], items: int, *arguments: Any, least: in
     if workers == 1:
         work(0, 1, *arguments)
         return
+    crew = _crews.get(0)
+    handed = crew is not None and crew.assembled and isinstance(work, Dispatcher)
+    if handed and crew is not None and crew.run(work, min(items, 2 * PARTS * (crew.threads + 1)), arguments):
+        return
     parts = min(items // least, PARTS * workers)
     turns = itertools.count()
 
@@ -49,6 +59,24 @@ def on_threads(work: Callable[..., None], items: int, *arguments: Any, least: in
     finally:
         for other in others:
             other.result()
+
+
+def assemble() -> None:
+    """Keep threads at hand, which wait by spinning, for compiled kernels until `dismiss`."""
+    threads = int(numba.get_num_threads()) - 1
+    if threads < 1:
+        return
+    crew = _crews.get(0)
+    if crew is None or crew.threads != threads:
+        crew = _crews[0] = Crew(threads)
+    crew.assemble()
+
+
+def dismiss() -> None:
+    """Let the threads of `assemble` sleep."""
+    crew = _crews.get(0)
+    if crew is not None:
+        crew.dismiss()
 
 
 def beside(work: Callable[..., Result], *arguments: Any) -> Future[Result]:

@@ -17,14 +17,14 @@ WEIGHTS = softmax(RNG.normal(size=(6, 40)) * 3, axis=1)
 def test_mahalanobis_is_scipys():
     inverse = np.linalg.inv(np.cov(KEYS.T))
     expected = [distance.mahalanobis(x, KEYS.mean(0), inverse) for x in QUERIES]
-    assert measures.mahalanobis(QUERIES, KEYS) == pytest.approx(expected, rel=1e-9)
+    assert measures.fit(KEYS).distances(QUERIES) == pytest.approx(expected, rel=1e-9)
 
 
 def test_shrinkage_follows_its_formula():
     covariance = np.cov(KEYS[:6].T)
     shrunk = 0.7 * covariance + 0.3 * np.trace(covariance) / 8 * np.eye(8)
     expected = distance.cdist(QUERIES, KEYS[:6].mean(0)[None], "mahalanobis", VI=np.linalg.inv(shrunk))[:, 0]
-    assert measures.mahalanobis(QUERIES, KEYS[:6], shrinkage=0.3) == pytest.approx(expected, rel=1e-9)
+    assert measures.fit(KEYS[:6], shrinkage=0.3).distances(QUERIES) == pytest.approx(expected, rel=1e-9)
 
 
 def test_a_pseudo_inverse_is_numpys_and_says_its_rank():
@@ -55,7 +55,7 @@ def test_samples_that_make_no_covariance_are_refused(sample, message):
 
 def test_points_of_another_dimension_are_refused():
     with pytest.raises(KVBenchError, match="7 dimensions and the sample 8"):
-        measures.mahalanobis(QUERIES[:, :7], KEYS)
+        measures.fit(KEYS).distances(QUERIES[:, :7])
 
 
 def test_in_distribution_vectors_lie_at_the_square_root_of_the_dimension_and_shifted_ones_beyond():

@@ -76,7 +76,7 @@ def test_chunks_of_one_token_and_a_last_chunk_of_one_token_are_prompt(policy):
         whole = answer(model, ids)
         for chunk in (1, 20, 60, 61):
             assert torch.equal(whole.sequences, answer(model, ids, prefill_chunk_size=chunk).sequences)
-            assert {layer.prompt_tokens for cached in session.cache.governed for layer in cached.groups} == {61}
+            assert {layer.prompt_tokens for cached in session.cache.governed for layer in cached.by_lane} == {61}
 
 
 def test_chunks_that_the_model_s_own_generation_config_asks_for_are_noticed():
@@ -110,7 +110,7 @@ def test_a_prompt_announced_shorter_sends_the_rest_through_the_policy():
     model, ids = tiny_model(), tokens(1, 61)
     with attach(model, "quest", prompt_tokens=40) as session:
         out = answer(model, ids, prefill_chunk_size=20)
-        assert session.cache.governed[0].groups[0].prompt_tokens == 40
+        assert session.cache.governed[0].by_lane[0].prompt_tokens == 40
     with attach(model, "quest"), torch.no_grad():
         past = model(ids[:, :40]).past_key_values
         for place in range(40, 61):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
@@ -49,6 +50,21 @@ def test_the_lists_import_nothing_heavy(tmp_path):
 
     assert "torch" in imported("the list is made")
     assert imported() == "[]"
+
+
+def test_help_and_lists_take_less_than_a_second_of_processor_time(tmp_path):
+    environment = os.environ | {"KVBENCH_CACHE": str(tmp_path)}
+
+    def taken(*arguments):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, "-m", "kvbench.cli", *arguments]
+        subprocess.run(command, check=True, capture_output=True, env=environment, cwd=tmp_path)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    taken("policies")  # makes the list
+    for command in ("--help", "--version", "policies", "budgets", "tasks", "models"):
+        assert min(taken(command) for _ in range(2)) < 1, command
 
 
 @pytest.fixture

@@ -2,11 +2,14 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 from test_tasks import THINKS, make_tokenizer
 from tiny import tiny_model
 
+from kvbench.cli.common import allocation, listed
+from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 from kvbench.runs import examples
 
@@ -309,3 +312,41 @@ def test_a_file_in_place_of_a_folder_is_told_before_any_work(kvbench, tmp_path, 
 def test_no_index_is_named(kvbench):
     code, _, err = kvbench("index", "--indexes", "")
     assert (code, "--indexes '' names no index" in err) == (2, True)
+
+
+def test_the_version_is_that_of_the_package(kvbench):
+    assert kvbench("--version") == (0, f"kvbench {version('kvbench')}\n", "")
+
+
+def test_a_budget_takes_its_size_with_its_allocator(run):
+    budgets = {"pyramid:300": {"tokens": 300}, "pyramid:25%": {"ratio": 0.25}, "40": {"tokens": 40}}
+    for text, size in budgets.items():
+        code, out, _ = run("--policy", "quest", "--budget", text, "--examples", 1, "--probe-examples", 0, "--json")
+        found = json.loads(out)["runs"][0]["budget"]
+        allocator = "uniform" if text == "40" else "pyramid"
+        assert (code, found["allocator"], {name: found[name] for name in size}) == (0, allocator, size)
+
+
+@pytest.mark.parametrize(
+    ("budget", "given"),
+    [
+        ("pyramid:0", {}), ("pyramid:", {}), ("pyramid:101%", {}), ("uniform:0.1", {}),
+        ("uniform", {}), ("12MiB", {"bytes": 12 * 2**20}), ("ada:1.5 GB", {"bytes": 1_500_000_000}),
+    ],
+)  # fmt: skip
+def test_a_budgets_size_is_read_or_refused(budget, given):
+    if given or budget == "uniform":
+        assert allocation(budget)[1] == given
+    else:
+        with pytest.raises(KVBenchError, match=r"--budget .* has a size that is none.*pyramid:512"):
+            allocation(budget)
+
+
+def test_a_budget_has_one_size(run):
+    code, _, told = run("--policy", "quest", "--budget", "pyramid:300", "--ratio", 0.1)
+    assert (code, "--budget NAME:SIZE" in told) == (2, True)
+
+
+def test_lists_are_separated_by_commas_or_given_again():
+    assert listed(["a, b", "c", "a"]) == listed("a,b,,c") == ["a", "b", "c"]
+    assert listed(None) == []

@@ -154,7 +154,7 @@ def test_the_tokens_kept_are_those_of_the_formulas(policy):
             for mine in kept.values():
                 mine.append(len(SHORT) + step)
             model(torch.tensor([[token]]), past_key_values=session.cache)
-            ids = session.cache.governed[0].groups[0].store.static_ids.expand(1, 2, -1)
+            ids = session.cache.governed[0].by_lane[0].store.static_ids.expand(1, 2, -1)
             for group, mine in kept.items():
                 assert sorted(ids[0, group].tolist()) == mine, step
     assert rounds == 2 * 3

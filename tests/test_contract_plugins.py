@@ -208,13 +208,13 @@ def test_a_policy_computes_the_prompts_attention(batch, dense):
     assert not torch.equal(expected, generate(model, ids, mask))
     with kvbench.attach(model, policy=plugins.BlockSparse(plugins.BlockSparse.Options(dense=dense))) as session:
         assert torch.equal(generate(model, ids, mask), expected)
-        calls = [layer.state.get("calls") for cached in session.cache.governed for layer in cached.groups]
+        calls = [layer.state.get("calls") for cached in session.cache.governed for layer in cached.by_lane]
         assert set(calls) == ({1} if not dense else {None, 1})
         shown = torch.ones_like(ids) if mask is None else mask
         prompts = [row[there.bool()].tolist() for row, there in zip(ids, shown, strict=True)]
         chunked = generate_batch(session, prompts, max_new_tokens=[20] * len(prompts), prefill_chunk=25)
         assert [one.tokens for one in chunked] == expected.tolist()
-        assert all(one.state["calls"] > 1 for one in session.cache.governed[-1].groups)
+        assert all(one.state["calls"] > 1 for one in session.cache.governed[-1].by_lane)
 
 
 def test_a_policy_of_the_prompt_takes_over_no_shared_prompt_and_answers_in_shape():
@@ -295,7 +295,7 @@ def test_a_block_of_tokens_is_one_call_and_equals_token_by_token(policy, allocat
     def take(sizes, probes=()):
         with kvbench.attach(model, policy=made(), budget=budget, probes=probes) as session:
             logits = turns(model, session, ids, mask, sizes)
-            return logits, [layer for cached in session.cache.governed for layer in cached.groups]
+            return logits, [layer for cached in session.cache.governed for layer in cached.by_lane]
 
     singly, _ = take([1] * 16)
     together, layers = take([7, 1, 8])
@@ -381,7 +381,7 @@ def test_a_selection_begun_on_a_thread_gives_the_bits_of_the_serial_order(batch,
     ):  # fmt: skip
         with kvbench.attach(model, policy=policy(), budget=20, probes=probes) as session:
             found[name] = turns(model, session, ids, mask, [1] * 12 + [3])
-            assert all(layer.begun is None for cached in session.cache.governed for layer in cached.groups)
+            assert all(layer.begun is None for cached in session.cache.governed for layer in cached.by_lane)
     plain = found.pop("without")
     assert all(torch.equal(one, found["overlapped"]) for one in found.values())
     torch.testing.assert_close(found["overlapped"], plain, rtol=1e-4, atol=1e-4)

@@ -191,3 +191,116 @@ def test_lots():
         mixed = lowbias32(lowbias32(int(heads[h]) % 2**32) ^ lowbias32(int(steps[b])))
         bits = lowbias32(mixed ^ slot) % 0x7F800000
         assert found[b, h, slot].view(torch.int32).item() == bits
+
+
+@pytest.mark.parametrize(("dtype", "dim", "share"), [(torch.float32, 80, 1), (torch.bfloat16, 64, 3)])
+def test_fetch(dtype, dim, share):
+    groups, n, k, room = 2, 50, 21, 25
+    keys, values = randn(2, groups, n, dim, dtype=dtype), randn(2, groups, n, dim + 8, dtype=dtype)[..., 8:]
+    sets = groups * share
+    ids = torch.stack([torch.randperm(n)[:k] for _ in range(2 * sets)]).view(2, sets, k).int().to(DEVICE)
+    ids[0, 1, 5:] = -1
+    slots = torch.stack([torch.randperm(room)[:k] for _ in range(2 * sets)]).view(2, sets, k).int().to(DEVICE)
+    slots[1, 0, 3] = -1  # with a token that is nowhere, either
+    ids[1, 0, 3] = -1
+    for where in (None, slots):
+        outs = [torch.full((2, sets, room, dim), 7.0, dtype=dtype, device=DEVICE) for _ in "kv"]
+        expected = [out.clone() for out in outs]
+        places = kernels.fetch(ids, keys, values, *outs, where)
+        for b, s, j in itertools.product(range(2), range(sets), range(k)):
+            token, slot = int(ids[b, s, j]), j if where is None else int(slots[b, s, j])
+            if token >= 0:
+                for out, rows in zip(expected, (keys, values), strict=True):
+                    out[b, s, slot] = rows[b, s // share, token]
+            gone = token < 0 if where is None else slot < 0
+            assert int(places[b, s, j]) == (-1 if gone else slot + s % share * room)
+        assert torch.equal(outs[0], expected[0]) and torch.equal(outs[1], expected[1])
+    with pytest.raises(KVBenchError, match="more than the 20 slots"):
+        kernels.fetch(ids, keys, values, *[out[:, :, :20].contiguous() for out in outs])
+
+
+def test_a_hot_set_holds_what_was_asked_for_last():
+    sets, n, room, k = 3, 60, 17, 9
+    hot = kernels.HotSlots.empty(2, sets, n, room, DEVICE)
+    held = torch.full((2, sets, room), -1)  # the token whose row lies in each slot
+    found = asked = 0
+    for step in range(40):
+        ids = torch.stack([torch.randperm(24)[:k] + step // 4 for _ in range(2 * sets)]).view(2, sets, k).int()
+        ids[0, 0, step % k :] = -1
+        slots, missing = (part.cpu() for part in kernels.hold_hot(ids.to(DEVICE), hot, ints([step, step + 7])))
+        for b, s, j in itertools.product(range(2), range(sets), range(k)):
+            token, slot = int(ids[b, s, j]), int(slots[b, s, j])
+            if token < 0:
+                assert slot == int(missing[b, s, j]) == -1
+                continue
+            hit = token in held[b, s].tolist() and int(missing[b, s, j]) < 0
+            found, asked = found + hit, asked + 1
+            assert hit or int(missing[b, s, j]) == token
+        for b, s, j in itertools.product(range(2), range(sets), range(k)):
+            if int(missing[b, s, j]) >= 0:
+                held[b, s, int(slots[b, s, j])] = missing[b, s, j]
+        for b, s, j in itertools.product(range(2), range(sets), range(k)):
+            if int(ids[b, s, j]) >= 0:
+                assert held[b, s, int(slots[b, s, j])] == ids[b, s, j]
+        assert torch.equal(hot.token_in.cpu(), held.int())
+    assert hot.turn[..., 1:].sum((0, 1)).tolist() == [found, asked] and 0 < found < asked
+    with pytest.raises(KVBenchError, match="hot set"):
+        kernels.hold_hot(ints([[[1] * 18] * 3] * 2), hot, ints([1, 1]))
+
+
+@pytest.mark.parametrize(("dtype", "parts", "known", "sub"), [(torch.float32, 2, 64, 40), (torch.bfloat16, 4, 7, 16)])
+def test_pq_encode(dtype, parts, known, sub):
+    keys = randn(2, 3, 1, parts * sub, dtype=dtype)
+    centroids = randn(2, 3, parts, known, sub)
+    halves = centroids.square().sum(-1) / 2
+    halves[1, :, :, known - 2 :] = torch.inf  # a row with fewer of them
+    codes = torch.full((2, 3, parts, 20), 255, dtype=torch.uint8, device=DEVICE)
+    kernels.pq_encode(keys, centroids, halves, codes, ints([9, 14]), 4)
+    points = keys.double().view(2, 3, parts, 1, sub)
+    distances = (points - centroids.double()).square().sum(-1)
+    distances[1, :, :, known - 2 :] = torch.inf
+    expected = torch.full_like(codes, 255)
+    expected[0, :, :, 5], expected[1, :, :, 10] = distances[0].argmin(-1), distances[1].argmin(-1)
+    assert torch.equal(codes, expected)
+    with pytest.raises(KVBenchError, match="do not fit centroids"):
+        kernels.pq_encode(keys, centroids, halves[:1], codes, ints([9, 14]), 4)
+
+
+@pytest.mark.parametrize(("dtype", "dim", "bits", "tables"), [(torch.float32, 40, 10, 7), (torch.bfloat16, 8, 16, 40)])
+def test_buckets_and_collisions(dtype, dim, bits, tables):
+    groups, share, n = 2, 3, 30
+    planes, mean = randn(dim, tables * bits), randn(2, groups, 1, dim)
+    keys, queries = randn(2, groups, n, dim, dtype=dtype), randn(2, groups * share, 1, dim, dtype=dtype)
+    codes = torch.full((2, groups, tables, n + 4), 7, dtype=torch.int16, device=DEVICE)
+    for token in range(n):
+        kernels.hash_buckets(keys[:, :, token : token + 1], planes, bits, codes, ints([token, token + 4]), mean)
+    asked = torch.zeros(2, groups * share, tables, dtype=torch.int16, device=DEVICE)
+    kernels.hash_buckets(queries, planes, bits, asked)
+
+    def expected(vector, middle):
+        signs = ((vector.double() - middle.double()) @ planes.double() > 0).view(tables, bits).tolist()
+        return [sum(bit << i for i, bit in enumerate(row)) for row in signs]
+
+    for b, g, token in itertools.product(range(2), range(groups), range(0, n, 7)):
+        found = codes[b, g, :, token + 4 * b].int().tolist()
+        assert [code % 2**16 for code in found] == expected(keys[b, g, token], mean[b, g, 0])
+    for b, h in itertools.product(range(2), range(groups * share)):
+        found = asked[b, h].int().tolist()
+        assert [code % 2**16 for code in found] == expected(queries[b, h, 0], torch.zeros(dim, device=DEVICE))
+    codes = torch.randint(0, 3, codes.shape, dtype=torch.int16).to(DEVICE)
+    asked = torch.randint(0, 3, asked.shape, dtype=torch.int16).to(DEVICE)
+    scores = randn(2, groups * share, n + 4)
+    common = (codes.repeat_interleave(share, dim=1) == asked[..., None]).sum(2)
+    kept = scores.masked_fill(common < tables // 3, -torch.inf)
+    kernels.keep_collisions(scores, codes, asked, tables // 3)
+    assert torch.equal(scores, kept)
+    with pytest.raises(KVBenchError, match="do not fit scores"):
+        kernels.keep_collisions(scores, codes[..., 1:], asked, 2)
+
+
+def test_centred_cosines():
+    queries, keys, mean = randn(2, 6, 1, 40), randn(2, 6, 35, 40), randn(2, 2, 1, 40)
+    keys[0, 0, 0] = mean[0, 0, 0]
+    centred = keys.double() - mean.double().repeat_interleave(3, dim=1)
+    expected = torch.cosine_similarity(centred, queries.double(), dim=-1)
+    assert error(kernels.centred_cosines(queries, keys, mean), expected) < 1e-6

@@ -1,5 +1,6 @@
 """The documents stay true: their commands exist, their code is the tested code."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from kvbench.cli import app
+from kvbench.cli import app, table
+from kvbench.compare import leaderboard
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,3 +46,27 @@ def test_ci_runs_the_readme_test_command():
     assert "-c constraints.txt tox && tox" in (ROOT / "README.md").read_text()
     script = (ROOT / ".ci/run").read_text()
     assert re.search(r"-c constraints.txt tox\n.*/tox\"\n", script)
+
+
+def headings():
+    """Column headings of the command line's tables without units, and the rows of `kvbench run`."""
+    found = {label for label, _, _ in table._entries({}, None)} | {short for _, short, _ in table._entries({}, None)}
+    for file in sorted((ROOT / "kvbench/cli").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.For) and "add_column" in ast.unparse(node.body[0]):
+                found |= {part.value for part in ast.walk(node.iter) if isinstance(part, ast.Constant)}
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("add_column"):
+                found |= {part.value for part in node.args if isinstance(part, ast.Constant)}
+    found |= {name.replace("_", " ") for name in leaderboard.COLUMNS}
+    words = {" ".join(heading.split()).replace(" @", "@") for heading in found if heading}
+    return {re.sub(r",? ?\b(MiB|ms|s)$|^MiB ", "", heading) or heading for heading in words}
+
+
+def test_every_heading_of_a_table_is_in_the_glossary():
+    text = (ROOT / "docs/glossary.md").read_text()
+    firsts = [line.split(" | ")[0][2:] for line in text.splitlines() if line.startswith("|")]
+    terms = {term.replace("`", "") for first in firsts for term in re.split(r", (?!p50)", first)}
+    terms |= set(re.findall(r"`([^`]+)`", text))
+    shown = headings()
+    assert {"recall@k", "won / lost / tied", "effort", "floor ratio", "check"} <= shown
+    assert shown - terms == set()

@@ -28,6 +28,7 @@ SET_ASIDE = (
     "shadowkv",
     "infinigen",
     "oracle_topp",
+    "magicpig",
 )
 FIXED = (
     "full",
@@ -45,6 +46,7 @@ OPTIONS = {
     "pqcache": {"subspaces": 4},  # with fewer of them keys have equal codes, and which of them are taken is open
     "retroinfer": {"cluster_size": 4, "estimated": 0.4},
     "shadowkv": {"rank": 9},
+    "magicpig": {"bits": 3, "tables": 6},
     "squeezed_attention": {"clusters": 0.3},
 }
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
@@ -119,6 +121,28 @@ def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
     if policy == "infinigen":  # what the steps chose is less than the budget
         assert 0 < fixed[0].reads["host"] < len(PROMPTS) * 23 * (3 - dense_layers) * 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("policy", ["pqcache", "retroinfer", "infinigen"])
+@torch.inference_mode()
+def test_a_hot_set_changes_nothing_but_where_tokens_come_from(policy):
+    model = tiny_model(pad_token_id=None)
+    options = small_options(registry().find("policy", policy)) | OPTIONS.get(policy, {}) | {"hot": 30}
+    with kvbench.attach(model, policy=policy, budget=24, options=options) as session:
+        hooks, expected = logits(session, None, 20, "eager", PROMPTS)
+        fixed, found = logits(session, None, 20, "fixed", PROMPTS)
+    assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+    rate = fixed[0].hot_hit_rate
+    assert 0 < rate < 1 and hooks[0].hot_hit_rate is None
+    if policy != "infinigen":  # 14 tokens of each row and layer are chosen, for both heads
+        assert fixed[0].reads["host"] == pytest.approx(len(PROMPTS) * 14 * 3 * 2 * 2 * 8 * 4 * (1 - rate), abs=3)
+    with (
+        kvbench.attach(model, policy=policy, budget=24, options=options | {"hot": 3}) as session,
+        pytest.raises(KVBenchError, match=r"hot set of 3 tokens has no room for the \d+ tokens"),
+    ):
+        generate(session, PROMPTS[0], max_new_tokens=8, decoding="fixed")
 
 
 @pytest.mark.parametrize("policy", ["quest", "h2o", "streaming_llm", "snapkv", "flat", "ivf", "pqcache", "retroinfer"])
@@ -305,6 +329,11 @@ def check_tiers(policy, held, reads, token):
         assert held == {"resident": token, "offloaded": 69 * token, "index": partial + projection}
         assert reads["host"] == 23 * token
         assert reads["device"] == pytest.approx(token + (partial * 60 / 69 + projection) / 8, abs=3)
+    elif policy == "magicpig":
+        codes, rest = 3 * 2 * 6 * 67 * 2, 3 * (8 * 18 + 2 * 8) * 4  # 6 tables of 3 bits; hyperplanes and means
+        assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": codes + rest}
+        assert reads["host"] == 14 * token
+        assert reads["device"] == pytest.approx(10 * token + codes * 51 / 67 + 3 * 8 * 18 * 4, abs=3)
     elif policy == "shadowkv":
         # 13 chunks of 4, 1 of them exact, 9 static tokens and 8 more; the rank is 9, of two heads together
         low = 3 * (52 * 9 + 2 * 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4

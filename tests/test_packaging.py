@@ -1,8 +1,10 @@
 """The wheel holds the whole tree, under the names it is imported by."""
 
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -13,6 +15,12 @@ MAPPED = {
     "indexes": "kvbench/indexes",
     "analysis": "kvbench/analysis",
 }
+
+
+def test_every_file_that_states_the_version_states_the_same():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[0] == version
 
 
 def test_the_wheel_holds_the_tree(tmp_path):

@@ -285,7 +285,7 @@ def test_kvzip_keeps_what_repeating_the_prompt_attends_to():
                         scores[layer, row, head // 3, start:stop] = torch.maximum(best, weights)
     uneven = 0
     for cached in session.cache.governed:
-        (layer,) = cached.groups
+        (layer,) = cached.by_lane
         for row in range(2):
             best = scores[layer.index, row].flatten().topk(2 * budget).indices
             for group in range(2):
@@ -356,7 +356,7 @@ def test_kvzip_keeps_the_system_prompt_and_replays_in_the_chat_template(begins):
     expected += [[9, *before[-4:], 24, 25, *part] for before, part in itertools.pairwise(chunks)]
     assert seen == [prompt, *expected]
     for cached in session.cache.governed:
-        (layer,) = cached.groups
+        (layer,) = cached.by_lane
         assert layer.static == (system, 0)
         for row in layer.store.static_ids:
             for kept in row:
@@ -375,7 +375,7 @@ def test_kvzip_weighs_the_system_prompt_beside_the_chunk():
     more = torch.cat([ids, torch.tensor([[24, 25]]), ids[:, system:]], dim=1)
     longer, _ = record("streaming_llm", 1.0, more, {}, steps=2)
     for cached in session.cache.governed:
-        (layer,) = cached.groups
+        (layer,) = cached.by_lane
         scores = torch.zeros(2, prompt - system, dtype=torch.float64)
         for head in range(6):
             queries = longer.prompt_queries[layer.index][0, head, prompt:].double()
@@ -398,7 +398,7 @@ def test_expected_attention_keeps_what_a_gaussian_of_queries_would_attend_to(cov
     probe, session = record("expected_attention", budget, tokens(2, prompt), options, steps=2)
     turn = torch.stack([rope(torch.eye(8)[:, None], torch.tensor([prompt + t]))[:, 0] for t in range(future)]).mean(0)
     for cached in session.cache.governed:
-        (layer,) = cached.groups
+        (layer,) = cached.by_lane
         plain = rope(probe.prompt_queries[layer.index], torch.arange(prompt), sign=-1)[:, :, sinks:]
         for row in range(2):
             for group in range(2):
@@ -458,7 +458,7 @@ def test_duo_attention_gives_the_context_to_the_heads_that_an_allocator_gives_mo
     prompt, size, sinks, recent = 90, 40, 2, 8
     budget = Budget(tokens=size, allocator="ada", options={"alpha": 0, "window": 8})
     _, session = record("duo_attention", budget, tokens(2, prompt), {"sinks": sinks, "recent": recent})
-    layers = [layer.groups[0] for layer in session.cache.governed]
+    layers = [layer.by_lane[0] for layer in session.cache.governed]
     given = torch.cat([layer.budget.heads for layer in layers], dim=1)
     chosen = torch.cat([layer.state["heads"] for layer in layers], dim=1)
     count = (size - sinks - recent) * 6 // (prompt - sinks - recent)

@@ -93,7 +93,7 @@ def test_without_probes_only_the_contract_wraps_the_hooks_and_no_second_copy_is_
             assert wrappers == ([Answers] if name in ANSWERS else [])
             assert {type(hook.plugin).__name__ for hook in hooks} - {"Answers"} <= {"Quest", "DefaultPolicy"}
         model.generate(tokens(1, 80), max_new_tokens=4, do_sample=False)
-        layers = [layer for cached in session.cache.governed for layer in cached.groups]
+        layers = [layer for cached in session.cache.governed for layer in cached.by_lane]
         assert not any(key.startswith("kvbench.analysis") for layer in layers for key in layer.state)
 
 

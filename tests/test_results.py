@@ -2,8 +2,10 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -75,23 +77,38 @@ def child(function, *arguments):
     return pid
 
 
+_ALONE: list[str] = []
+
+
 def alone(test):
-    """Run a test that forks in an interpreter of its own: other tests' threads may hold locks that a fork inherits."""
+    """Run a test that forks in an interpreter of its own: other tests' threads may hold locks that a fork inherits.
+
+    One interpreter runs all of them, once; each test has its own outcome there.
+    """
+    _ALONE.append(test.__name__)
 
     @functools.wraps(test)
     def run(**arguments):
         if "KVBENCH_TEST_ALONE" in os.environ:
             return test(**arguments)
         name = os.environ["PYTEST_CURRENT_TEST"].split("::")[-1].split(" ")[0]
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{name}"],
-            env={**kept, "KVBENCH_TEST_ALONE": "1"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout
+        outcomes, told = _outcomes()
+        assert outcomes.get(name) == "PASSED", told
         return None
 
     return run
+
+
+@functools.cache
+def _outcomes():
+    """The outcome of each of these tests by name, and what pytest told."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "COV"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *(f"{__file__}::{n}" for n in _ALONE)],
+        env={**kept, "KVBENCH_TEST_ALONE": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = re.findall(r"^([A-Z]+) \S*::(\S+)", done.stdout, flags=re.MULTILINE)
+    return {name: outcome for outcome, name in found}, done.stdout + done.stderr
 
 
 def killed(pid):
@@ -314,14 +331,15 @@ class Short(Task):
         return len(prediction) % 5 / 4
 
 
-def real_run(path):
-    """A run of a policy on a tiny model, the same in every process."""
+def real_run(path, ready=None):
+    """A run of a policy on a tiny model, the same in every process; says when it has begun."""
     registry().classes["task"]["short"] = Short
     tokenizer = make_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
     loaded = LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
     request = runner.Request("snapkv", {"window": 8}, Budget(ratio=0.5), "short", {}, 128, 3, 1, probe_examples=1)
-    print("ready", flush=True)
+    if ready is not None:
+        ready.set()
     return runner.execute([runner.plan(request, loaded)], loaded, Path(path), lambda *_: None)[0]
 
 
@@ -332,15 +350,17 @@ def test_real_runs_killed_at_random_moments_end_in_the_same_examples_and_traces(
     real_run(tmp_path / "timed")
     duration = time.monotonic() - began
     rng = random.Random(3)
-    # Processes of their own: a fork of this one would inherit locks that its other threads hold.
-    command = [sys.executable, "-c", f"import test_results; test_results.real_run({str(tmp_path / 'killed')!r})"]
+    # Forks of a process that has imported and done nothing else: one of this process would inherit its threads' locks.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     for _ in range(4):
-        process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
+        ready = context.Event()
+        process = context.Process(target=real_run, args=(tmp_path / "killed", ready))
+        process.start()
+        assert ready.wait(300)
         time.sleep(rng.uniform(0, duration))
         process.kill()
-        process.communicate()
+        process.join()
     folder = real_run(tmp_path / "killed").path
     left, right = content(folder), content(reference)
     assert left.keys() == right.keys()

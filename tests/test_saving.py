@@ -170,7 +170,7 @@ def test_an_index_reads_the_keys_of_the_store_after_loading_too(tmp_path):
         held = session.cache.bytes()
     with kvbench.resume(model, tmp_path / "state") as session:
         for cached in session.cache.governed:
-            for layer in cached.groups:
+            for layer in cached.by_lane:
                 assert layer.state["index"].keys.array.ctypes.data == layer.store.aside_keys.data_ptr()
     assert size < 1.5 * sum(held.values()) + 100_000  # the description
 

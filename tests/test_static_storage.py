@@ -70,11 +70,11 @@ def test_what_is_kept_is_attended_to_as_its_codes_say(policy, allocator, monkeyp
     monkeypatch.setattr(KVStore, "__init__", _noting(KVStore.__init__, whole))
     with attach(model, policy, allocator=allocator) as session:
         model(ids)
-        kept = [layer.groups[0].store.static_ids.clone() for layer in session.cache.governed]
+        kept = [layer.by_lane[0].store.static_ids.clone() for layer in session.cache.governed]
     whole.clear()
     with attach(model, f"{policy}+kivi", allocator=allocator) as session:
         model(ids)
-        store = [layer.groups[0].store for layer in session.cache.governed]
+        store = [layer.by_lane[0].store for layer in session.cache.governed]
         assert all(torch.equal(one.static_ids, before) for one, before in zip(store, kept, strict=True))
         seen = note_attention(session)
         new = []
@@ -148,7 +148,7 @@ def test_the_right_tokens_leave_codes_too(monkeypatch):
                 for token in tokens(1, 45, seed=3)[0]:
                     with torch.inference_mode():
                         model(token[None, None], past_key_values=session.cache)
-                layer = session.cache.governed[0].groups[0]  # whose keys follow from the tokens alone
+                layer = session.cache.governed[0].by_lane[0]  # whose keys follow from the tokens alone
                 parts, ids = layer.store.static_parts(), layer.store.static_ids.expand(1, 2, -1)
                 order = ids.argsort(-1)
                 keys = torch.cat([part[0] for part in parts], dim=2)

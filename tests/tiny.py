@@ -44,6 +44,10 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+DATA_DEPENDENT = {"infinigen", "magicpig", "oracle_topp", "retroinfer", "squeezed_attention"}
+"""Policies whose number of tokens depends on the data, with the budget as its upper bound."""
+
+
 @functools.cache
 def shared_model(architecture: str = "llama") -> Any:
     """The tiny model of an architecture, for tests that leave it as it is."""

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 
 from kvbench import figures
-from kvbench.analysis.index_sweep import SweepConfig, load_vectors, warm_up
+from kvbench.analysis.index_benchmark import IndexBenchmark, load_vectors, warm_up
 from kvbench.capture.files import Capture
 from kvbench.contract.analysis import Analysis, Counts, Names, Row, Tables
 from kvbench.contract.errors import KVBenchError
@@ -66,7 +66,7 @@ class Construction(Analysis):
                 f"Contexts of {', '.join(map(str, contexts))} tokens do not fit a captured prompt of {prompt}, where "
                 f"{least} are sinks and window: choose others, or capture more."
             )
-        config = SweepConfig(options.indexes, heads=tuple(heads), sinks=0, window=0)
+        config = IndexBenchmark(options.indexes, heads=tuple(heads), sinks=0, window=0)
         rows: list[Row] = []
         for number in layers:
             vectors = load_vectors(capture.layer(number), config, capture.manifest.heads, capture.manifest.kv_heads)

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from kvbench import figures
-from kvbench.analysis.index_sweep import SweepConfig, Vectors, exact_top_k, load_vectors, one_thread, warm_up
+from kvbench.analysis.index_benchmark import IndexBenchmark, Vectors, exact_top_k, load_vectors, one_thread, warm_up
 from kvbench.analysis.studies.vectors import spread
 from kvbench.capture.files import Capture
 from kvbench.contract.analysis import Analysis, Counts, Names, Panel, Row, Tables
@@ -84,7 +84,7 @@ class RecallOverSteps(Analysis):
                     f"A prompt of {prompt} tokens, with {options.sinks} sinks and a window of {options.window}, leaves "
                     f"nothing to index or to decode in a context of {context}: choose another prompt or window."
                 )
-        config = SweepConfig(options.indexes, k=options.k, heads=tuple(heads), sinks=0, window=0)
+        config = IndexBenchmark(options.indexes, k=options.k, heads=tuple(heads), sinks=0, window=0)
         tables: Tables = {"rows": [], "times": []}
         for number in layers:
             vectors = load_vectors(capture.layer(number), config, capture.manifest.heads, capture.manifest.kv_heads)

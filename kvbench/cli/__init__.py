@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import os
 import sys
+from typing import Annotated
+
+import typer
 
 from kvbench.cli import (  # noqa: F401  importing them registers the commands
     analyze,
@@ -18,11 +22,27 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     report,
     run,
     sweep,
+    verify,
 )
 from kvbench.cli.common import app, err
 from kvbench.contract.errors import KVBenchError, out_of_memory, sentence
 
 __all__ = ["app", "main"]
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvbench {importlib.metadata.version('kvbench')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_tell_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

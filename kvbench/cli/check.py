@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from kvbench.cli.common import Device, Dtype, Json, Model, app, interruptible, load_registry, out, pairs
+from kvbench.cli.common import Device, Dtype, Json, Model, app, interruptible, listed, load_registry, out, pairs
 from kvbench.cli.run import policy_options
 from kvbench.contract.errors import KVBenchError
 
@@ -24,7 +24,8 @@ COLOURS = {"passed": "green", "failed": "red", "skipped": "yellow"}
 def check(
     model: Model = "smollm2-135m",
     policy: Annotated[
-        list[str] | None, typer.Option(help="Policy to check too, again for more, or `all`; none by default.")
+        list[str] | None,
+        typer.Option(help="Policy to check too, several separated by commas, or `all`; none by default."),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of the policy, name=value.")
@@ -35,7 +36,7 @@ def check(
 ) -> None:
     """Prove that a model runs as in transformers, and that policies keep what they promise on it."""
     found = load_registry()
-    names = list(dict.fromkeys(name.strip() for part in policy or () for name in part.split(",") if name.strip()))
+    names = listed(policy)
     if names == ["all"]:
         names = list(found.classes["policy"])
     options = pairs(option)

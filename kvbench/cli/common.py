@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
@@ -94,6 +95,31 @@ def grouped(values: dict[str, str], into: str) -> dict[str, Any]:
         if dot:
             parts.setdefault(part, {})[name] = text
     return {**found, into: parts} if parts else found
+
+
+def listed(values: str | Sequence[str] | None) -> list[str]:
+    """Names separated by commas, of an option given once or again and again; each once, in order."""
+    given = [values] if isinstance(values, str) else values or ()
+    return list(dict.fromkeys(name.strip() for value in given for name in value.split(",") if name.strip()))
+
+
+def allocation(text: str) -> tuple[str, dict[str, Any]]:
+    """An allocator and a size: `pyramid`, `pyramid:512` (tokens), `pyramid:10%`, `pyramid:64MiB`, or a size alone."""
+    name, colon, size = (part.strip() for part in text.partition(":"))
+    if not colon and name[:1].isdigit():
+        name, size = "uniform", name
+    elif not colon:
+        return name, {}
+    if re.fullmatch(r"[0-9]+", size) and int(size) > 0:
+        return name, {"tokens": int(size)}
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", size) and 0 < float(size[:-1]) <= 100:
+        return name, {"ratio": float(size[:-1]) / 100}
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)? ?[A-Za-z]+", size):
+        return name, {"bytes": byte_size("--budget", size)}
+    raise KVBenchError(
+        f"--budget {text} has a size that is none: give tokens (512), a share of the context (10%) or bytes (64MiB), "
+        "as in pyramid:512, or an allocator alone."
+    )
 
 
 def numbers(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -18,13 +18,29 @@ from kvbench.cli.capture import (
     StoreDtype,
     captured,
 )  # fmt: skip
-from kvbench.cli.common import Device, Dtype, Json, Model, app, err, load_registry, mib, numbers, out, pairs, share
+from kvbench.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    app,
+    err,
+    listed,
+    load_registry,
+    mib,
+    numbers,
+    out,
+    pairs,
+    share,
+)
 from kvbench.contract.errors import KVBenchError, check_output
 
 
 @app.command()
 def index(
-    names: Annotated[str, typer.Option("--indexes", help="Indexes separated by commas; `kvbench indexes` lists them.")],
+    names: Annotated[
+        list[str], typer.Option("--indexes", help="Indexes separated by commas; `kvbench indexes` lists them.")
+    ],
     capture: Annotated[Path | None, typer.Option(help="Folder of a capture; without it one is made first.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="k of recall@k.")] = 100,
     layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all captured]")] = None,
@@ -54,16 +70,16 @@ def index(
 ) -> None:
     """Compare vector indexes on real queries and keys: recall, scanned keys, time, build and insertion time, bytes."""
     found = load_registry()
-    chosen = tuple(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    chosen = tuple(listed(names))
     if not chosen:
-        raise KVBenchError(f"--indexes '{names}' names no index: `kvbench indexes` lists them.")
+        raise KVBenchError(f"--indexes '{','.join(names)}' names no index: `kvbench indexes` lists them.")
     check_output(output)
     for name in chosen:
         found.find("index", name)
-    from kvbench.analysis import index_sweep  # noqa: PLC0415
+    from kvbench.analysis import index_benchmark, index_results  # noqa: PLC0415
     from kvbench.capture.files import load_capture  # noqa: PLC0415
 
-    config = index_sweep.SweepConfig(
+    config = index_benchmark.IndexBenchmark(
         chosen, k=k, layers=numbers("--layers", layers), heads=numbers("--heads", heads),
         efforts=_index_efforts(efforts, chosen), options=_index_options(option, chosen), sinks=sinks, window=window,
     )  # fmt: skip
@@ -76,10 +92,10 @@ def index(
             store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
         )  # fmt: skip
     with err.status("") as status:
-        rows = index_sweep.sweep(source, config, status.update)
-    content = index_sweep.document(source, config, rows)
-    folder = output / index_sweep.folder_name(source, config)
-    index_sweep.write(content, folder)
+        rows = index_benchmark.run(source, config, status.update)
+    content = index_results.document(source, config, rows)
+    folder = output / index_results.folder_name(source, config)
+    index_results.write(content, folder)
     if as_json:
         print(json.dumps({**content, "folder": str(folder)}, indent=1))
         return

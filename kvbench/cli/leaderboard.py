@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from kvbench.cli.common import Json, app, err, out
+from kvbench.cli.common import Json, app, err, listed, out
 
 
 @app.command()
@@ -21,8 +21,11 @@ def leaderboard(
             help="Condition, again for more: column=value, also != < <= > >= and ~ for a pattern with * and ?."
         ),
     ] = None,
-    sort: Annotated[str, typer.Option(help="Columns separated by commas, descending after a minus.")] = "-accuracy",
-    columns: Annotated[str | None, typer.Option(help="Columns to show, separated by commas, or all.")] = None,
+    sort: Annotated[
+        list[str] | None,
+        typer.Option(help="Columns separated by commas, descending after a minus. [default: -accuracy]"),
+    ] = None,
+    columns: Annotated[list[str] | None, typer.Option(help="Columns to show, separated by commas, or all.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows at most.")] = None,
     export: Annotated[Path | None, typer.Option(help="Write a .csv, .parquet or .md file.")] = None,
     as_json: Json = False,
@@ -30,11 +33,10 @@ def leaderboard(
     """List all runs below a folder, best first."""
     from kvbench.compare import leaderboard as board  # noqa: PLC0415  imports scipy and duckdb
 
-    def names(text: str) -> list[str]:
-        return [name.strip() for name in text.split(",") if name.strip()]
-
-    shown = list(board.COLUMNS) if columns == "all" else names(columns or "")
-    found, skipped = board.query(folder, where=where or (), sort=names(sort), columns=shown, limit=limit)
+    shown = list(board.COLUMNS) if columns == ["all"] else listed(columns)
+    found, skipped = board.query(
+        folder, where=where or (), sort=listed(sort or "-accuracy"), columns=shown, limit=limit
+    )
     for sentence in skipped:
         err.print(f"Warning: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     rows = found.fetchall()

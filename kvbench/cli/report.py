@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvbench.cli.common import Json, app, err, out
+from kvbench.cli.common import Json, app, err, listed, out
 
 
 @app.command()
@@ -19,14 +19,16 @@ def report(
         typer.Argument(metavar="DIR...", help="Folders of runs and analyses, or folders that hold such."),
     ],
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("kvbench-report"),
-    formats: Annotated[str, typer.Option("--format", help="html, md or pdf; several separated by commas.")] = "html",
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="html, md or pdf; several separated by commas. [default: html]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write a report of runs: leaderboard, figures and how each was made; HTML that opens without a network."""
     from kvbench.report import build  # noqa: PLC0415  torch takes seconds to import; --help stays quick
     from kvbench.report.page import count  # noqa: PLC0415
 
-    names = [name.strip() for name in formats.split(",") if name.strip()]
+    names = listed(formats or "html")
     command = shlex.join(
         ["kvbench", "report", *map(str, folders), "--format", ",".join(names), "--output", str(output)]
     )

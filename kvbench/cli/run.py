@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvbench.cli.common import Json, app, byte_size, err, interruptible, load_registry, mib, out, pairs
+from kvbench.cli.common import (
+    Json,
+    allocation,
+    app,
+    byte_size,
+    err,
+    interruptible,
+    listed,
+    load_registry,
+    mib,
+    out,
+    pairs,
+)
 from kvbench.cli.table import MOST_COLUMNS, results_table
 from kvbench.contract.errors import KVBenchError, check_output, sentence
 from kvbench.contract.extension import option_names
@@ -24,9 +36,11 @@ DECODINGS = ("auto", "graph", "fixed", "eager")
 @interruptible
 def run(
     policy: Annotated[
-        str, typer.Option(help="Policy, several separated by commas, or `all`; `kvbench policies` lists them.")
+        list[str], typer.Option(help="Policy, several separated by commas, or `all`; `kvbench policies` lists them.")
     ],
-    budget: Annotated[str, typer.Option(help="Allocator that shares the budget over the layers.")] = "uniform",
+    budget: Annotated[
+        str, typer.Option(help="Allocator that shares the budget over the layers; with its size, too: pyramid:512.")
+    ] = "uniform",
     tokens: Annotated[int | None, typer.Option(help="Tokens attended at a step, static set included.")] = None,
     ratio: Annotated[float | None, typer.Option(help="The same as a share of the context. [default: 0.1]")] = None,
     size_bytes: Annotated[
@@ -79,7 +93,7 @@ def run(
     ] = 1,
     probe: Annotated[
         list[str] | None,
-        typer.Option(help="Probe beyond the standard ones, again for more; `kvbench probes` lists them."),
+        typer.Option(help="Probe beyond the standard ones, several separated by commas; `kvbench probes` lists them."),
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Run `full` on the same examples.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
@@ -94,8 +108,9 @@ def run(
 
     A policy that fails leaves the others alone, is told at the end, and makes the exit code 2.
     """
-    if sum(size is not None for size in (tokens, ratio, size_bytes)) > 1:
-        raise KVBenchError("A budget has one size: give one of --tokens, --ratio and --bytes.")
+    allocator, size = allocation(budget)
+    if len(size) + sum(given is not None for given in (tokens, ratio, size_bytes)) > 1:
+        raise KVBenchError("A budget has one size: give one of --tokens, --ratio, --bytes and --budget NAME:SIZE.")
     if tokens is not None and tokens < 1:
         raise KVBenchError(f"--tokens {tokens} is not a positive number of tokens.")
     if compress_every is not None and compress_every < 1:
@@ -107,18 +122,18 @@ def run(
     if decoding not in DECODINGS:
         raise KVBenchError(f"--decoding {decoding} is none of {', '.join(DECODINGS)}.")
     found = load_registry()
-    names = list(dict.fromkeys(name.strip() for name in policy.split(",") if name.strip()))
+    names, probes = listed(policy), listed(probe)
     if not names:
         raise KVBenchError(
-            f"--policy '{policy}' names no policy: `kvbench policies` lists them; `full` is a policy, too."
+            f"--policy '{','.join(policy)}' names no policy: `kvbench policies` lists them; `full` is a policy, too."
         )
     check_output(output)
     every = names == ["all"]
     if every:
         names = [name for name, cls in found.classes["policy"].items() if cls.cached]
     task_class = found.find("task", task)
-    found.find("budget", budget)
-    for extra in probe or ():
+    found.find("budget", allocator)
+    for extra in probes:
         found.find("probe", extra)
     options = {name: policy_options(found, name, names, pairs(option)) for name in names}
     baseline_added = baseline and "full" not in names
@@ -131,15 +146,14 @@ def run(
     from kvbench.runs.results import over_budget_text, replace  # noqa: PLC0415
     from kvbench.runs.runner import Request, execute, plan  # noqa: PLC0415
 
-    shared = Budget(
-        tokens=tokens, bytes=byte_size("--bytes", size_bytes), allocator=budget, options=pairs(budget_option),
-        ratio=0.1 if ratio is None and tokens is None and size_bytes is None else ratio, compress_every=compress_every,
-    )  # fmt: skip
+    asked_for = {"tokens": tokens, "ratio": ratio, "bytes": byte_size("--bytes", size_bytes)}
+    given = {name: value for name, value in asked_for.items() if value is not None} | size or {"ratio": 0.1}
+    shared = Budget(allocator=allocator, options=pairs(budget_option), compress_every=compress_every, **given)
     requests = [
         Request(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
-            prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probe or ()),
+            prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probes),
             batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
             decoding=decoding,  # type: ignore[arg-type]
         )

@@ -60,6 +60,7 @@ _REST: list[tuple[str, str, Cell]] = [
     ("  on the device, p50", "", lambda m: seconds((m.get("device_tpot_s") or {}).get("p50"), 1000)),
     ("  steps", "steps", lambda m: m.get("mode") or "–"),
     ("  floor, ms", "", lambda m: seconds(m.get("floor_s"), 1000)),
+    ("  hot set's hit rate", "", lambda m: _figure(m.get("hot_hit_rate"))),
     ("  times the floor", "x\nfloor", lambda m: _figure(m.get("floor_ratio"))),
     ("peak memory, MiB", "", lambda m: mib(m["peak_memory_bytes"])),
 ]

@@ -57,6 +57,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "device_tpot_p95_s": ("DOUBLE", "metrics.device_tpot_s.p95"),
     "floor_s": ("DOUBLE", "metrics.floor_s"),
     "floor_ratio": ("DOUBLE", "metrics.floor_ratio"),
+    "hot_hit_rate": ("DOUBLE", "metrics.hot_hit_rate"),
     "peak_memory_bytes": ("BIGINT", "metrics.peak_memory_bytes"),
     "device": ("VARCHAR", "environment.device_name"),
     "dtype": ("VARCHAR", "config.dtype"),

@@ -98,8 +98,6 @@ class KVCachePolicy(Pluggable):
     """True for a policy that looks at the inputs of attention layers while decoding (`Layer.hidden`, `queries_for`)."""
     grows: ClassVar[bool] = False
     """True for a policy that attends to all generated tokens in any case, so that long answers outgrow its budget."""
-    adaptive: ClassVar[bool] = False
-    """True for a policy whose number of tokens depends on the data, with the budget as its upper bound."""
     head_budgets: ClassVar[bool] = False
     """True for a policy that honours `LayerBudget.heads`; others are refused with head-wise budgets, never averaged."""
     across_layers: ClassVar[bool] = False

@@ -91,6 +91,13 @@ class FixedStep(ABC):
         `device` from the device's memory, `host` from the host's.
         """
 
+    def hits(self) -> tuple[int, int]:
+        """Of the tokens that steps chose from the host: how many a hot set on the device had, and how many there were.
+
+        Both are 0 for a step without one.
+        """
+        return 0, 0
+
     @abstractmethod
     def changed(self) -> Sequence[Tensor]:
         """The tensors that a step changes otherwise than by writing the same token to the same place again."""
@@ -126,6 +133,9 @@ class SplitStep(FixedStep):
         self.beside()
         self.search()
         return self.after()
+
+    def ended(self) -> None:
+        """After a step, or several: let go of what only a step needs, such as threads that wait for its work."""
 
     def spent(self) -> dict[str, float]:
         """Seconds that the host spent since the last call, by what it did (`search`, `attention`, `insertion`)."""

@@ -105,7 +105,7 @@ class Attending(Governor):
                 self._prompt_attended(cached, attends, query)
             return output
         cached.attended += query.shape[2] if first else 0
-        layers = cached.groups if first else cached.readers_of(attends)
+        layers = cached.by_lane if first else cached.readers_of(attends)
         if self.policy.exact:
             return self._exact_step(layers[0], query, key, value, first, lambda: own()[0]), None
         self._check_mask(mask, cached)

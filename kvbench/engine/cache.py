@@ -18,7 +18,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.governor import Governor
 from kvbench.engine.lanes import Lane, last_queries
-from kvbench.engine.prompt import Attends
+from kvbench.engine.prompt import Attends, finite
 from kvbench.engine.rotary import Rotary
 
 _NO_COPY = (
@@ -108,8 +108,8 @@ class PolicyCache(Cache):
         return next((layer for layer in self.governed if layer.returned is not None and layer.returned() is key), None)
 
     def stores(self) -> list[KVStore]:
-        """The stores of all governed layers and groups of rows."""
-        return [layer.store for cached in self.governed for layer in cached.groups]
+        """The stores of all governed layers and lanes."""
+        return [layer.store for cached in self.governed for layer in cached.by_lane]
 
     def bytes(self) -> dict[str, int]:
         """Bytes held now: `resident` on the device, `offloaded` on the host, `index` in the policy's structures."""
@@ -158,7 +158,8 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.seen = 0
         self.prompt: TokenBuffer | None = None
         self.prompt_queries: list[Tensor] = []
-        self.groups: list[Layer] = []
+        self.by_lane: list[Layer] = []
+        """The layer as policies see it, for the rows of each lane; empty until the policy takes over the prompt."""
         self.attended = 0
         """Tokens that came through the attention function, to notice a model that goes around it."""
         self.new: tuple[Tensor, Tensor] | None = None
@@ -203,7 +204,8 @@ class PolicyCacheLayer(CacheLayerMixin):
 
         A policy attends to what is in the cache: a model that repeats, shares or changes it afterwards would silently
         get another attention than its own. Copies are compared number by number; the same tensors cost nothing.
-        Where the survey found that keys and values are made of what the cache holds, tokens must be as many.
+        Where the survey found that keys and values are made of what the cache holds, tokens must be as many, and the
+        first and the last be what they are made alone.
         """
         given, self.given = self.given, None
         if self.session.policy.exact and not self.session.probes:
@@ -219,6 +221,12 @@ class PolicyCacheLayer(CacheLayerMixin):
                 f"gave ({came}, {list(theirs.shape)} reached the attention), so no policy can govern it: choose "
                 "another model, or policy 'full' without probes."
             )
+        if self.expand is not None and given is not None and not self.expand.gives(*given, keys, values):
+            raise KVBenchError(
+                f"{type(self.session.model).__name__} makes other keys or values of what the cache of layer "
+                f"{self.number} holds at this length of the context ({self.seen} tokens) than at its start, so no "
+                "policy can govern it: choose a shorter context, another model, or policy 'full' without probes."
+            )
 
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Do `update`'s work, whoever asks."""
@@ -230,7 +238,7 @@ class PolicyCacheLayer(CacheLayerMixin):
                 f"Layer {self.number} of {type(self.session.model).__name__} has a window of {self.longest} tokens and "
                 f"the context has {self.seen}: a policy governs it only where the window holds everything."
             )
-        self.in_prompt, self.pending = not self.groups, True
+        self.in_prompt, self.pending = not self.by_lane, True
         taken = self._take_prompt if self.in_prompt else self._take_step
         keys, values = taken(key_states, value_states)
         self.returned = weakref.ref(keys)
@@ -240,7 +248,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         self.new = keys, values
         if not self.session.policy.exact:
             return keys, values
-        store = self.groups[0].store
+        store = self.by_lane[0].store
         store.append(keys, values)
         return store.raw()
 
@@ -263,7 +271,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         session = self.session
         keys, values = self.prompt.keys, self.prompt.values
         self.waiting = attends
-        if not session.policy.exact and not bool(torch.isfinite(keys).all() and torch.isfinite(values).all()):
+        if not session.policy.exact and not (finite(keys) and finite(values)):
             raise KVBenchError(
                 f"Layer {self.number} of {type(session.model).__name__} gave keys or values that are NaN or infinite: "
                 "load the model in another dtype (--dtype float32), or check its weights."
@@ -297,7 +305,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         return PromptLayer(self.index, self.number, self.waiting.scaling, queries, keys, hidden)
 
     def finish_prompt(self) -> None:
-        """Split the prompt into groups of equally long rows; each gets its budget and is taken over by the policy."""
+        """Split the prompt into its lanes; each gets its budget and is taken over by the policy."""
         assert self.prompt is not None and self.waiting is not None
         session, window = self.session, self.session.query_window(self.number)
         attends, keys, values = self.waiting, self.prompt.keys, self.prompt.values
@@ -322,7 +330,7 @@ class PolicyCacheLayer(CacheLayerMixin):
             layer.store = KVStore(*held) if self.expand is None else LatentStore(*held, self.expand, groups)
             layer.state = self.prompt_states.pop(None if lane.rows is None else tuple(lane.rows.tolist()), {})
             layer.store.room = budget.every
-            self.groups.append(layer)
+            self.by_lane.append(layer)
             if session.query_window(self.number, policy=False) != 0:
                 layer.prompt_queries = lane_queries
             asked = session.policy.query_window
@@ -335,7 +343,7 @@ class PolicyCacheLayer(CacheLayerMixin):
     def new_layer(
         self, attends: Attends, budget: LayerBudget, rows: int, kv_heads: int, head_dim: int, tokens: int
     ) -> Layer:
-        """The layer of the next group of rows, for a prompt of `tokens` tokens; its store is yet to be set."""
+        """The layer of the next lane, for a prompt of `tokens` tokens; its store is yet to be set."""
         session = self.session
         store: Any = None
         return Layer(
@@ -346,12 +354,12 @@ class PolicyCacheLayer(CacheLayerMixin):
             rotary=Rotary(
                 session.model, session.config, attends.module, self.number, latent=self.expand is not None
             ),
-            previous=self.cache.governed[self.index - 1].groups[len(self.groups)] if self.index else None,
+            previous=self.cache.governed[self.index - 1].by_lane[len(self.by_lane)] if self.index else None,
             most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense), apart=session.overlaps,
         )  # fmt: skip
 
     def readers_of(self, attends: Attends) -> list[Layer]:
-        """The layers, one for each group of rows, of another attention module that reads this layer's tokens.
+        """The layers, one for each lane, of another attention module that reads this layer's tokens.
 
         They share store and state with this layer's own, whose hooks `prefill` and `insert` speak for all.
         """
@@ -360,7 +368,7 @@ class PolicyCacheLayer(CacheLayerMixin):
             self.readers[module] = [
                 replace(layer, number=module.layer_idx, module=module, heads=attends.heads, scaling=attends.scaling,
                         softcap=attends.softcap, sink_logits=attends.sink_logits)
-                for layer in self.groups
+                for layer in self.by_lane
             ]  # fmt: skip
         return self.readers[module]
 

@@ -191,6 +191,8 @@ class FixedDecoder:
                 for tensor, old in zip(changed, kept, strict=True):
                     tensor.copy_(old)
         torch.cuda.current_stream().wait_stream(stream)
+        for step in self._split:
+            step.ended()
         del kept
         if self._split:
             self._cut(stream)
@@ -227,18 +229,26 @@ class FixedDecoder:
             start.record()
         for step in self._between:
             step.between(self._taken)
-        waited = 0.0
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._segments is not None:
-            waited = self._segments.replay()
-        else:
-            self._forward()
+        try:
+            waited = self._run()
+        finally:
+            for step in self._split:
+                step.ended()
         if self._split:
             self.parts.append(_summed([{"wait": waited}, self._apart, *(step.spent() for step in self._split)]))
         if start is not None and end is not None:
             end.record()
             self._events.append((start, end))
+
+    def _run(self) -> float:
+        """Take a step as it was captured; the seconds that the host waited for the device in its midst."""
+        if self._segments is not None:
+            return self._segments.replay()
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._forward()
+        return 0.0
 
     def device_s(self) -> list[float]:
         """Each step's seconds by events on the GPU, after waiting for the last; empty on a CPU."""
@@ -275,6 +285,11 @@ class FixedDecoder:
             "host": sum(each["host"] for each in found),
         }
 
+    def hot_hit_rate(self) -> float | None:
+        """The share of the tokens chosen from the host that hot sets on the device had; None without such sets."""
+        found, asked = (sum(part) for part in zip(*(step.hits() for step in self._steps.values()), strict=True))
+        return found / asked if asked else None
+
 
 def _summed(found: Sequence[dict[str, float]]) -> dict[str, float]:
     total: dict[str, float] = defaultdict(float)
@@ -303,9 +318,9 @@ def fixed_decoder(
     reason = _unfit(governor, cache) or unfollowed(type(governor.policy))
     if reason:
         return reason
-    device = cache.governed[0].groups[0].store.static_ids.device
-    positions = torch.zeros(sum(layer.rows for layer in cache.governed[0].groups), dtype=torch.int32, device=device)
-    for lane, layer in zip(cache.lanes, cache.governed[0].groups, strict=True):
+    device = cache.governed[0].by_lane[0].store.static_ids.device
+    positions = torch.zeros(sum(layer.rows for layer in cache.governed[0].by_lane), dtype=torch.int32, device=device)
+    for lane, layer in zip(cache.lanes, cache.governed[0].by_lane, strict=True):
         positions[slice(None) if lane.rows is None else lane.rows.to(device)] = layer.tokens
     padding = left_padding(cache.mask) if governor.policy.exact else None
     if padding is not None:  # the one lane of a policy that keeps everything holds the padding, too
@@ -313,7 +328,7 @@ def fixed_decoder(
     clock = Clock(positions, new_tokens, inputs=inputs)
     steps: dict[int, FixedStep] = {}
     for cached in cache.governed:
-        parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.groups, strict=True)]
+        parts = [Part(layer, lane.rows) for lane, layer in zip(cache.lanes, cached.by_lane, strict=True)]
         step = policy_step(governor, parts, clock, padding, cached.number)
         if not isinstance(step, FixedStep):
             if steps:
@@ -353,13 +368,13 @@ def _unfit(governor: Governor, cache: PolicyCache) -> str:
     if any(kind in _BY_LENGTH for kind in kinds):
         return f"the rotary embedding '{kinds[0]}' changes with the length"
     if governor.survey.shares or any(
-        layer.expand is not None or layer.groups[0].module.layer_idx != layer.number
+        layer.expand is not None or layer.by_lane[0].module.layer_idx != layer.number
         or isinstance(layer, HybridCacheLayer) for layer in cache.governed
     ):  # fmt: skip
         return "the model's layers hold more or less than the keys and values of their own attention"
-    if len({layer.groups[0].store.static_ids.device for layer in cache.governed}) > 1:
+    if len({layer.by_lane[0].store.static_ids.device for layer in cache.governed}) > 1:
         return "the model lies on several devices"
-    layers = [layer.groups[0] for layer in cache.governed]
+    layers = [layer.by_lane[0] for layer in cache.governed]
     if any(layer.softcap is not None or layer.sink_logits is not None for layer in layers):
         return "the model's attention has terms of its own"
     return ""

@@ -52,6 +52,8 @@ class Generation:
     """With `Budget.compress_every`: tokens held per layer and head, on average, after each step."""
     parts_s: list[dict[str, float]] = field(default_factory=list)
     """Parts of each step that the host takes part in (`FixedDecoder.parts`); empty for others."""
+    hot_hit_rate: float | None = None
+    """The share of the tokens chosen from the host that a hot set on the device had; None without such a set."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def generate_batch(
         device_s, parts_s = decoder.device_s(), decoder.parts
         about = {"mode": decoder.mode, "capture_s": capture_s, "reads": decoder.reads(halfway)}
         held_bytes = [sum(whole.values())]  # memory for all steps is there from the first on
+        about["hot_hit_rate"] = decoder.hot_hit_rate()
     index_s = session.cache.index_s - (recorder.seconds if recorder is not None else 0.0)
     if held_bytes:
         peak, mean = max(held_bytes), sum(held_bytes) / len(held_bytes)

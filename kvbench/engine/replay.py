@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class ReplayCache(Cache):
-    """What a replay attends to: one group of rows of a `PolicyCache`, read and never written.
+    """What a replay attends to: one lane of a `PolicyCache`, read and never written.
 
     Governed layers give the store's tokens and the replayed ones; sliding-window layers are copies that go their own
     way.

@@ -94,7 +94,7 @@ class Session(Attending):
         """Keep what the allocator needs of a layer's hidden states [B, m, D] while the prompt passes."""
         assert self.cache is not None and self.allocator is not None
         cached = self.cache.layers[number]
-        if isinstance(cached, PolicyCacheLayer) and not cached.groups:
+        if isinstance(cached, PolicyCacheLayer) and not cached.by_lane:
             cached.hidden.append(self.allocator.reduce_hidden(before, after))
 
     def __exit__(
@@ -192,7 +192,7 @@ class Session(Attending):
         return torch.zeros(rows, dtype=torch.int64) if padding is None and self.defers else padding
 
     def _complete(self, cache: PolicyCache) -> None:
-        if not cache.complete and all(layer.groups for layer in cache.governed):
+        if not cache.complete and all(layer.by_lane for layer in cache.governed):
             cache.complete = True
             self._finish_prompt(cache)
 
@@ -276,7 +276,7 @@ class Session(Attending):
     # -- running ---------------------------------------------------------------------------------------------------
 
     def _finish_prompt(self, cache: PolicyCache) -> None:
-        """Let the policy take over the whole prompt of each group of rows."""
+        """Let the policy take over the whole prompt of each lane."""
         parts, cache.prompt_ids = cache.prompt_ids, []
         if not self.hook.after_prompt.get_hookimpls() or not cache.governed:
             return
@@ -287,7 +287,7 @@ class Session(Attending):
             )
         ids = torch.cat([part for part in parts if part is not None], dim=1)
         for number, lane in enumerate(cache.lanes):
-            layers = [cached.groups[number] for cached in cache.governed]
+            layers = [cached.by_lane[number] for cached in cache.governed]
             own = ids if lane.rows is None else ids[lane.rows.to(ids.device)]
 
             def replay(more: Tensor, observe: Observe, lane: Lane = lane, layers: list[Layer] = layers) -> None:

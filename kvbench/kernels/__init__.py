@@ -10,6 +10,8 @@ from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
 from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
+from kvbench.kernels.hashing import centred_cosines, hash_buckets, keep_collisions
+from kvbench.kernels.hot import HotSlots, fetch, hold_hot
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_blocks import attend_kivi_blocks
@@ -17,7 +19,7 @@ from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.lots import lots
 from kvbench.kernels.low_rank import LowRankKeys, rebuild
 from kvbench.kernels.merge import merge
-from kvbench.kernels.pq import pq_scores
+from kvbench.kernels.pq import pq_encode, pq_scores
 from kvbench.kernels.score import page_scores, scores
 from kvbench.kernels.select import select_top
 from kvbench.kernels.support import compiled, using
@@ -28,6 +30,7 @@ from kvbench.kernels.weigh import weigh
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
+    "HotSlots",
     "KIVICodes",
     "LowRankKeys",
     "Segment",
@@ -35,19 +38,25 @@ __all__ = [
     "attend_kivi",
     "attend_kivi_blocks",
     "attention_weights",
+    "centred_cosines",
     "cluster_sums",
     "column_sums",
     "compiled",
     "decode",
+    "fetch",
     "gather",
     "group_weights",
+    "hash_buckets",
+    "hold_hot",
     "insert",
+    "keep_collisions",
     "key_differences",
     "lots",
     "merge",
     "nearest",
     "page_bounds",
     "page_scores",
+    "pq_encode",
     "pq_scores",
     "ragged",
     "rebuild",

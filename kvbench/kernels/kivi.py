@@ -30,7 +30,7 @@ except ImportError:
     tl = None
 
 
-_WARPS, _STAGES = 4, 2
+_WARPS, _STAGES = 2, 2  # on an H200 at 128K: 150 us; 181 with 4 warps, 174 with 1 stage, 535 token by token
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from kvbench.contract.errors import KVBenchError
 from kvbench.kernels.support import (
     check_grouped,
+    check_rows,
     compiled,
     device_of,
     empty_or,
@@ -142,3 +143,49 @@ def _twin(
         beyond = torch.arange(count, device=codes.device) >= counts[..., None]
         total = total.masked_fill(beyond[..., None], -torch.inf)
     output.copy_(total.transpose(2, 3).flatten(1, 2))
+
+
+@jit
+def _encode(
+    keys: tl.tensor, centroids: tl.tensor, halves: tl.tensor, codes: tl.tensor, positions: tl.tensor, kb: int, kg: int,
+    cb: int, cg: int, cm: int, first: int, G: tl.constexpr, M: tl.constexpr, CODES: tl.constexpr,
+    BLOCK_CODES: tl.constexpr, SUB: tl.constexpr, BLOCK_SUB: tl.constexpr,
+) -> None:  # fmt: skip
+    """The nearest centroid of one sub-space of one key."""
+    program = tl.program_id(0)
+    row, group, part = (program // (G * M)).to(tl.int64), program // M % G, program % M
+    i, c = tl.arange(0, BLOCK_CODES), tl.arange(0, BLOCK_SUB)
+    place = program.to(tl.int64) * CODES + i
+    known = tl.load(
+        centroids + place[:, None] * SUB + c[None, :], mask=(i < CODES)[:, None] & (c < SUB)[None, :], other=0.0
+    )
+    point = tl.load(keys + row * kb + group * kg + part * SUB + c, mask=c < SUB, other=0.0).to(tl.float32)
+    near = tl.sum(known * point[None, :], 1) - tl.load(halves + place, mask=i < CODES, other=float("inf"))
+    slot = tl.load(positions + row) - first
+    tl.store(codes + row * cb + group * cg + part * cm + slot, tl.argmax(near, 0).to(tl.uint8))
+
+
+@kernel
+def pq_encode(keys: Tensor, centroids: Tensor, halves: Tensor, codes: Tensor, positions: Tensor, first: int) -> None:
+    """Write the codes of `keys` [B, G, 1, d] at `positions` − `first`, int32 [B], into `codes`, uint8 [B, G, m, n].
+
+    `centroids`, contiguous float32 [B, G, m, c, d/m]; `halves`, half of their squared lengths, contiguous float32
+    [B, G, m, c], ∞ where there is no centroid. Raises KVBenchError where shapes do not fit.
+    """
+    batch, groups, parts, known, sub = centroids.shape
+    check_rows("keys", keys, batch, groups, parts * sub)
+    if tuple(halves.shape) != (batch, groups, parts, known) or tuple(codes.shape[:3]) != (batch, groups, parts):
+        raise KVBenchError(
+            f"lengths {list(halves.shape)} and codes {list(codes.shape)} do not fit centroids {list(centroids.shape)}."
+        )
+    if not compiled(keys):
+        points = keys.float().view(batch, groups, parts, sub, 1)
+        found = ((centroids @ points).squeeze(-1) - halves).argmax(-1, keepdim=True).to(torch.uint8)
+        place = (positions - first).long()[:, None, None, None]
+        codes.scatter_(3, place.expand_as(found), found)
+        return
+    with device_of(keys):
+        _encode[(batch * groups * parts,)](
+            keys, centroids, halves, codes, positions, *keys.stride()[:2], *codes.stride()[:3], first, groups, parts,
+            known, next_power_of_2(known), sub, next_power_of_2(sub), num_warps=8,
+        )  # fmt: skip

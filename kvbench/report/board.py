@@ -131,6 +131,8 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
                                 run.metrics.get("mode_reason") or ""), "text", "ascending"),
         metric("floor_ratio", "Times the floor", "Median step over the time that the bytes it must read take",
                "{:.2f}".format, "ascending"),
+        metric("hot_hit_rate", "Hot set's hits", "Share of the tokens chosen from the host that a hot set on the "
+               "device had", "{:.2f}".format, "descending"),
         metric("peak_memory_bytes", "Peak memory, MiB", "Weights included on a CPU", mib, "ascending"),
     ]  # fmt: skip
     return columns

@@ -92,7 +92,7 @@ class ReportRun:
 
 
 @dataclass
-class Analysis:
+class AnalysisResult:
     """The output of `kvbench analyze`: its rows, the few that sum them up, options, and where they came from."""
 
     path: Path
@@ -114,7 +114,7 @@ class Collection:
     """All that the folders hold, and what could not be shown (`problems`, a sentence each)."""
 
     runs: list[ReportRun] = field(default_factory=list)
-    analyses: list[Analysis] = field(default_factory=list)
+    analyses: list[AnalysisResult] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def settings(self, runs: Iterable[ReportRun] | None = None) -> dict[Setting, list[ReportRun]]:
@@ -215,7 +215,7 @@ def _add_analysis(found: Collection, file: Path) -> None:
         found.problems.append(str(error))
         return
     found.analyses.append(
-        Analysis(
+        AnalysisResult(
             file.parent,
             file.stem,
             stored.source or {},

@@ -59,11 +59,13 @@ _SHAPES: dict[str, str] = {
     "probes": "numbers?", "info": "object", "trace": "text", "mode": "text", "mode_reason": "text",
     "device_step_s": "list", "capture_s": "number", "floor_s": "number", "read_bytes": "numbers",
     "step_parts_s": "numbers", "answer_bytes": "numbers", "held_tokens": "list",
+    "hot_hit_rate": "number",
 }  # fmt: skip
 """What the values of an example's row are; a question mark allows None, for an object inside it."""
 _OPTIONAL = {
     "scores", "probed_step_s", "budget_tokens", "token_bytes", "reused_tokens", "probes", "info", "trace", "mode",
     "mode_reason", "device_step_s", "capture_s", "floor_s", "read_bytes", "step_parts_s", "answer_bytes", "held_tokens",
+    "hot_hit_rate",
 }  # fmt: skip
 
 
@@ -114,7 +116,7 @@ def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_timed(name: str) -> bool:
-    also = ("peak_memory_bytes", "reused_tokens", "mode", "mode_reason", "read_bytes")
+    also = ("peak_memory_bytes", "reused_tokens", "mode", "mode_reason", "read_bytes", "hot_hit_rate")
     return name.endswith("_s") or name in also
 
 

@@ -80,6 +80,7 @@ class StoredExample(_Open):
     floor_s: Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)] | None = None
     read_bytes: dict[str, Count] = Field(default_factory=dict)
     step_parts_s: dict[str, Number] = Field(default_factory=dict)
+    hot_hit_rate: Number | None = None
     probed_step_s: list[Number] = Field(default_factory=list)
     bytes: dict[str, Number] = Field(default_factory=dict)
     answer_bytes: dict[str, Number] = Field(default_factory=dict)

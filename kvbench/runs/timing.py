@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from kvbench.contract.policy import KVCachePolicy
     from kvbench.engine.generation import Decoding, Generation
 
-STEP_METRICS = ("mode", "mode_reason", "device_tpot_s", "step_parts_s", "capture_s", "floor_s", "floor_ratio")
+STEP_METRICS = (
+    "mode",
+    "mode_reason",
+    "device_tpot_s",
+    "step_parts_s",
+    "capture_s",
+    "floor_s",
+    "floor_ratio",
+    "hot_hit_rate",
+)
 """Names of what `step_metrics` gives."""
 
 
@@ -59,6 +68,8 @@ def step_row(result: Generation, device: torch.device) -> dict[str, Any]:
         found["device_step_s"] = result.device_step_s
     if result.parts_s:
         found["step_parts_s"] = step_parts(result)
+    if result.hot_hit_rate is not None:
+        found["hot_hit_rate"] = result.hot_hit_rate
     if result.reads:
         found |= {"capture_s": result.capture_s, "read_bytes": result.reads}
         rates = bandwidth(device)
@@ -103,6 +114,7 @@ def step_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "capture_s": _mean([row["capture_s"] for row in rows if row.get("capture_s") is not None]),
         "floor_s": _mean([row["floor_s"] for row in rows if row.get("floor_s") is not None]),
         "floor_ratio": _number(percentiles(ratios, 50)[0]),
+        "hot_hit_rate": _mean([row["hot_hit_rate"] for row in rows if row.get("hot_hit_rate") is not None]),
     }
 
 

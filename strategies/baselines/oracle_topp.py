@@ -29,7 +29,6 @@ class OracleTopP(SelectingPolicy):
     name = "oracle_topp"
     summary = "Yardstick: the fewest tokens whose exact attention weights reach a share p, per query head."
     reference = "Lin et al., Twilight: Adaptive Attention Sparsity with Hierarchical Top-p Pruning, arXiv 2502.02770"
-    adaptive = True
     head_budgets = True
     batch = 1
     query_window = 0

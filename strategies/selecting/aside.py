@@ -5,16 +5,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.contract.host import host_empty
 from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.contract.storage import TokenBuffer
 from kvbench.kernels.attention import Segment, attend
+from kvbench.kernels.hot import HotSlots, fetch, hold_hot
 from kvbench.kernels.insert import insert
 from kvbench.kernels.score import scores
 from kvbench.kernels.select import IN_REGISTERS, select_top
@@ -24,6 +26,7 @@ class SettingAside(Protocol):
     """What a step asks of its policy (`SelectingPolicy`)."""
 
     offload: ClassVar[bool]
+    options: Any
 
     def period(self, layer: Layer, most: int) -> int:
         """How many tokens leave the window at a time."""
@@ -122,6 +125,7 @@ class AsideStep(FixedStep):
         room = int(self.start.budget.max()) - self.sinks - self.recent
         self.most = max(min(room, self.capacity), 1)
         self._all = all(part.layer.budget.covers_all for part in parts)
+        self._hot = _Fetched(self, clock, getattr(policy.options, "hot", 0)) if offload and not self._all else None
 
     def _host_memory(self, parts: Sequence[Part], sample: Sequence[Tensor]) -> Sequence[Tensor]:
         """The memory of the tokens on the host: what holds them already, where that is all rows' and has the room."""
@@ -166,8 +170,8 @@ class AsideStep(FixedStep):
     def observe(self, keys: Tensor, values: Tensor) -> None:
         """See the step's token before anything is chosen."""
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Take the token in, choose, and attend."""
+    def _take_in(self, keys: Tensor, values: Tensor) -> Segment:
+        """Take the token in; gives the static tokens."""
         if self._first:
             self.window.update()
         if self._ring is None:
@@ -176,9 +180,14 @@ class AsideStep(FixedStep):
             insert(self.keys, self.values, keys, values, self._clock.positions, sinks=self.sinks, window=self._ring)
             insert(self.aside_keys, self.aside_values, keys, values, self._clock.positions - self.sinks)
         self.observe(keys, values)
-        slots = self.window.slots.expand(-1, self.kv_heads, -1)
+        return Segment(self.keys, self.values, ids=self.window.slots.expand(-1, self.kv_heads, -1))
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Take the token in, choose, and attend."""
+        static = self._take_in(keys, values)
         chosen = [self.everything()] if self._all else self.choose(queries)
-        static = Segment(self.keys, self.values, ids=slots)
+        if self._hot is not None:
+            chosen = [self._hot(segment) if segment.keys is self.aside_keys else segment for segment in chosen]
         return attend(queries, static, *chosen, scaling=self.scaling, dtype=queries.dtype)[0]
 
     def everything(self) -> Segment:
@@ -196,8 +205,12 @@ class AsideStep(FixedStep):
     def bytes(self) -> dict[str, int]:
         """Keys and values on the device and the host, and the index."""
         offloaded = sum(part.nbytes for part in self._host)
-        resident = self.keys.nbytes + self.values.nbytes
+        resident = self.keys.nbytes + self.values.nbytes + (0 if self._hot is None else self._hot.nbytes)
         return {"resident": resident, "offloaded": offloaded, "index": self.index_bytes()}
+
+    def hits(self) -> tuple[int, int]:
+        """Tokens found in the hot set, and those looked up in it."""
+        return (0, 0) if self._hot is None else self._hot.hits()
 
     def reads(self, tokens: int) -> dict[str, int]:
         """The static set, the tokens chosen (once for each key/value head), and what finding them reads."""
@@ -209,11 +222,68 @@ class AsideStep(FixedStep):
         found = {"device": 0, "host": 0} if self._all else self.index_reads(aside / self.capacity)
         found["device"] += static * token
         found[tier] += chosen
-        return found
+        return self._with_hits(found, chosen)
+
+    def _with_hits(self, reads: dict[str, int], chosen: int) -> dict[str, int]:
+        """Bytes read, of which the hot set has its share of those of the `chosen` tokens."""
+        found, asked = self.hits()
+        had = chosen * found // asked if asked else 0
+        return {"device": reads["device"] + had, "host": reads["host"] - had}
 
     def changed(self) -> Sequence[Tensor]:
-        """Nothing on the host; the ring loses a token at each step."""
-        return [] if self._ring is None else [self.keys, self.values]
+        """Nothing on the host; the ring loses a token at each step, and the hot set changes."""
+        hot = [] if self._hot is None else self._hot.changed()
+        return hot if self._ring is None else [self.keys, self.values, *hot]
+
+
+class _Fetched:
+    """Brings the tokens chosen from the host to the device: to memory that all layers share, or to a hot set."""
+
+    def __init__(self, step: AsideStep, clock: Clock, hot: int) -> None:
+        sets = step.heads if step.per_head else step.kv_heads
+        self._positions = clock.positions
+        self._slots: HotSlots | None = None
+        if hot and hot < step.most:
+            raise KVBenchError(
+                f"A hot set of {hot} tokens has no room for the {step.most} tokens that a step chooses: ask for at "
+                "least so many with -o hot, or for 0."
+            )
+        room = hot or step.most
+        shape, held = (clock.batch, sets, room), (step.keys, step.values)
+        key = "fetched", *shape, *((part.shape[3], part.dtype) for part in held)
+        if hot:
+            self._slots = HotSlots.empty(clock.batch, sets, step.capacity, room, clock.positions.device)
+            self._held = [part.new_zeros(*shape, part.shape[3]) for part in held]
+        else:
+            if key not in clock.shared:
+                clock.shared[key] = [part.new_zeros(*shape, part.shape[3]) for part in held]
+            self._held = clock.shared[key]
+        # query heads of a group look into one store
+        self._store = [part.view(clock.batch, step.kv_heads, -1, part.shape[3]) for part in self._held]
+
+    def __call__(self, segment: Segment) -> Segment:
+        ids, slots = segment.ids, None
+        assert ids is not None and segment.unit == 1
+        if self._slots is not None:
+            slots, ids = hold_hot(ids, self._slots, self._positions)
+        places = fetch(ids, segment.keys, segment.values, self._held[0], self._held[1], slots)
+        return Segment(self._store[0], self._store[1], ids=places, bias=segment.bias)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a hot set: tokens and their table; memory that layers share does not count."""
+        return 0 if self._slots is None else self._slots.nbytes + sum(part.nbytes for part in self._held)
+
+    def hits(self) -> tuple[int, int]:
+        """Tokens found in the hot set, and those looked up in it."""
+        if self._slots is None:
+            return 0, 0
+        _, found, asked = self._slots.turn.sum((0, 1)).tolist()
+        return found, asked
+
+    def changed(self) -> list[Tensor]:
+        """The hot set's table."""
+        return [] if self._slots is None else self._slots.tensors()
 
 
 def best_of(found: Tensor, counts: Tensor, most: int) -> Tensor:

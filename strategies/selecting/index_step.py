@@ -18,7 +18,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, Part, SplitStep
 from kvbench.indexes.base import Index
 from kvbench.indexes.storage import as_bits, from_bits, rows_in_place
-from kvbench.indexes.threads import on_threads
+from kvbench.indexes.threads import assemble, dismiss, on_threads
 from kvbench.indexes.weighing import score_rows, weigh_rows
 from kvbench.kernels.attention import Segment, attend
 from kvbench.kernels.insert import insert
@@ -109,10 +109,15 @@ class IndexStep(AsideStep, SplitStep):
         ]
         super().__init__(policy, placed, clock)
         assert self._ring is not None, "an index searches the host's memory"
+        # on a CPU torch's own threads need the cores
+        self._leads = device.type == "cuda" and clock.shared.setdefault("crew", self) is self
+        if self._leads:
+            assemble()
         self._parts = [
             _Searched(index, layer, rows, self.aside_keys, self.aside_values)
             for index, layer, rows in zip(indexes, layers, self._rows, strict=True)
         ]
+        self.ended()
         longest = self.sinks + self._ring
         key = ("numbers", self.sinks, self._ring, tuple(self._turns), tuple(order))
         self._first = key not in clock.shared
@@ -145,6 +150,13 @@ class IndexStep(AsideStep, SplitStep):
         self._taken = taken
         if self._first:
             self._numbers.look(taken)
+        if self._leads:
+            assemble()
+
+    def ended(self) -> None:
+        """Let the searching threads sleep."""
+        if self._leads:
+            dismiss()
 
     def before(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Take the token in, in the ring and in the host's store, and send the queries."""
@@ -219,6 +231,7 @@ class _Searched:
         assert found is not None
         self._values, self._stride = found
         index.keys.move(self._keys[:, : index.keys.n])
+        index.reserve(self._keys.shape[1] - index.keys.n)
         share = layer.heads // layer.kv_heads
         own = layer.budget.heads
         each = np.full((layer.rows, layer.heads), layer.budget.most) if own is None else (

@@ -20,6 +20,7 @@ from kvbench.kernels.score import scores
 from kvbench.kernels.steps import GrowingStep
 from kvbench.kernels.weights import group_weights
 from kvbench.strategies.selecting.aside import AsideStep, best_of
+from kvbench.strategies.selecting.static_set import HOT
 
 
 class InfiniGen(KVCachePolicy):
@@ -42,7 +43,6 @@ class InfiniGen(KVCachePolicy):
     )
     uses_hidden = True
     offload: ClassVar[bool] = True
-    adaptive = True
     head_budgets = True
 
     class Options(extension.Options):
@@ -50,6 +50,7 @@ class InfiniGen(KVCachePolicy):
 
         partial_weight_ratio: float = Field(0.2, gt=0, le=1, description="share of the dimensions that speculate")
         alpha: float = Field(4.0, gt=0, description="how far below the highest score a token may lie; 4 or 5 published")
+        hot: int = HOT
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The newest token."""
@@ -167,5 +168,7 @@ class _SpeculatingStep(AsideStep):
         found = super().reads(tokens)
         if self._chosen is not None and not self._all:
             token = (self.keys.nbytes + self.values.nbytes) // self.keys.shape[2]
-            found["host"] = int(self._chosen.float().mean() * token)
+            chosen = int(self._chosen.float().mean() * token)
+            index = self.index_reads(max(tokens - 1, 0) / self.capacity)["device"]
+            found = self._with_hits({"device": index + token, "host": chosen}, chosen)
         return found

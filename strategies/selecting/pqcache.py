@@ -12,10 +12,10 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.kmeans import kmeans, nearest
-from kvbench.kernels.pq import pq_scores
+from kvbench.kernels.pq import pq_encode, pq_scores
 from kvbench.kernels.weights import group_weights
 from kvbench.strategies.selecting.aside import TopStep
-from kvbench.strategies.selecting.static_set import StaticSetOptions
+from kvbench.strategies.selecting.static_set import HOT, StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy
 
 
@@ -42,6 +42,7 @@ class PQCache(SelectingPolicy):
         subspaces: int = Field(2, ge=1, description="m: parts that a key is cut into")
         bits: int = Field(6, ge=1, le=8, description="b: bits of a part's code")
         rounds: int = Field(10, ge=1, le=10_000, description="k-means rounds")
+        hot: int = HOT
 
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Learn the centroids [B·G·m, 2^b, d/m] and code the keys."""
@@ -136,9 +137,8 @@ class _PQStep(TopStep):
 
     def observe(self, keys: Tensor, values: Tensor) -> None:
         """Code the token; it is looked at once it is set aside."""
-        codes = self._nearest(keys, self._centroids.flatten(0, 2), self._offset).view(*self._codes.shape[:3], 1)
-        place = (self._clock.positions - self.sinks).long()[:, None, None, None]
-        self._codes.scatter_(3, place.expand_as(codes), codes)
+        halves = self._offset.view(self._centroids.shape[:4])
+        pq_encode(keys, self._centroids, halves, self._codes, self._clock.positions, self.sinks)
 
     def scores(self, queries: Tensor) -> Tensor:
         """Each query head's softmax over all tokens, summed over the group."""

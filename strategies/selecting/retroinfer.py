@@ -16,7 +16,7 @@ from kvbench.kernels.take import take_clusters
 from kvbench.kernels.weights import group_weights
 from kvbench.strategies.selecting.aside import AsideStep
 from kvbench.strategies.selecting.clusters import Clusters
-from kvbench.strategies.selecting.static_set import StaticSetOptions
+from kvbench.strategies.selecting.static_set import HOT, StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy, padded_ids
 
 
@@ -35,7 +35,6 @@ class RetroInfer(SelectingPolicy):
     reference = (
         "Chen et al., RetroInfer: A Vector-Storage Approach for Scalable Long-Context LLM Inference, arXiv 2505.02922"
     )
-    adaptive = True
     head_budgets = True
     offload = True
     query_window = 0
@@ -54,6 +53,7 @@ class RetroInfer(SelectingPolicy):
             description="tokens that leave the window for new clusters at a time; at most a quarter of what the budget "
             "leaves beside the steady zone",
         )  # fmt: skip
+        hot: int = HOT
 
     def moves(self, layer: Layer, beyond: int) -> bool:
         """Every `update_every` tokens, or sooner where the window would take too much of the budget."""

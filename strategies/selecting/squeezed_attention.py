@@ -37,7 +37,6 @@ class SqueezedAttention(SelectingPolicy):
         "Attends to clusters of keys whose centroid exceeds a calibrated threshold; keeps everything on the device."
     )
     reference = "Hooper et al., Squeezed Attention: Accelerating Long Context Length LLM Inference, arXiv 2411.09688"
-    adaptive = True
     grows = True
     head_budgets = True
     query_window = CALIBRATION

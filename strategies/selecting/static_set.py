@@ -10,6 +10,12 @@ PRESETS = {"small": (4, 64), "published": (128, 512)}
 """Sinks and window: four sinks (StreamingLLM) and 64 recent tokens, or RetrievalAttention's 128 + 512."""
 
 
+HOT = Field(
+    0, ge=0, description="tokens of each head that a hot set on the device keeps of those fetched from the host, in "
+    "decoding steps of fixed shapes; 0 for none, else at least as many as a step chooses",
+)  # fmt: skip
+
+
 class StaticSetOptions(Options):
     """Sizes of the static set."""
 

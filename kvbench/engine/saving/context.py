@@ -87,7 +87,7 @@ def save_context(governor: Governor, cache: PolicyCache | None, before: Attribut
             tensors, views = pack(writer.views)
         except ValueError as error:
             raise KVBenchError(f"{named(policy)} keeps {error}, which cannot be saved.") from None
-        rows = sum(layer.rows for layer in cache.governed[0].groups)
+        rows = sum(layer.rows for layer in cache.governed[0].by_lane)
         write(path, about(governor, int(tree["tokens"]), rows), tree, views, tensors)
 
 

@@ -93,8 +93,8 @@ def _device(governor: Governor, number: int, known: torch.device) -> torch.devic
 def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
     policy = cached.session.policy
     groups = []
-    for place, layer in enumerate(cached.groups):
-        where = f"layer {layer.number}" + (f", rows {place}" if len(cached.groups) > 1 else "")
+    for place, layer in enumerate(cached.by_lane):
+        where = f"layer {layer.number}" + (f", rows {place}" if len(cached.by_lane) > 1 else "")
         known = _named(cached, layer)
         around = Surroundings(layer.store.device, {**known, "layer.store": layer.store})
         with cached.session.named_errors("save_state", layer):
@@ -152,7 +152,7 @@ def read_state(governor: Governor, tree: Any, views: Views) -> PolicyCache:
         if len(part["groups"]) != len(cache.lanes):
             raise ValueError("its groups of rows do not fit together")
         for group in part["groups"]:
-            cached.groups.append(_read_layer(cached, reader, group))
+            cached.by_lane.append(_read_layer(cached, reader, group))
         cached.seen = cached.attended = cached.before_step = int(part["seen"])
         cached.checked, cached.in_prompt = bool(part["checked"]), False
     cache.complete = True

@@ -111,7 +111,7 @@ def construct(model: Any, name: str, tokens: int, chunk: int | None) -> dict[str
         whole = time.perf_counter() - began
         assert session.cache is not None
         index = session.cache.index_s
-        held = [group.store for layer in session.cache.governed for group in layer.groups]
+        held = [group.store for layer in session.cache.governed for group in layer.by_lane]
         sizes = {
             "index": sum(store.index_bytes for store in held),
             "held": sum(store.resident_bytes + store.offloaded_bytes for store in held),

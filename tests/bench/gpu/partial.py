@@ -11,7 +11,6 @@ import copy
 import gc
 import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ import faiss
 import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from kvbench.contract.budget import Budget
 from kvbench.engine.generation import generate_batch
@@ -33,14 +30,19 @@ from kvbench.plugins import registry
 
 def check(policies: list[str]) -> None:
     """Captured steps against the hooks, on a tiny model of random weights."""
-    from tiny import small_options, tiny_model, tokens
-
-    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (61, 40, 61)]
-    model = tiny_model(pad_token_id=None).cuda()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 97, (length,), generator=generator).tolist() for length in (61, 40, 61)]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=16, initializer_range=0.4, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval().cuda()
+    model.generation_config.eos_token_id = None
     for name in policies:
         for where in ("host", "device"):
             for batch in (prompts[:1], prompts):
-                options = {**small_options(registry().find("policy", name)), "attention": where}
+                options = {"sinks": 2, "window": 8, "attention": where}
                 policy = registry().make("policy", name, options)
                 with Session(model, policy, Budget(tokens=24)) as session:
                     hooks = generate_batch(session, batch, max_new_tokens=[20] * len(batch), decoding="eager")
@@ -65,6 +67,17 @@ def prompt_of(model: Any, tokens: int) -> Prefill:
     return Prefill(ids, None, tokens, layers, {}, torch.zeros(1, config.vocab_size, device=device), 0.0)
 
 
+def copied(first: Any) -> Any:
+    """The index with arrays of its own, so that what is inserted into one is in no other."""
+    index = copy.copy(first)
+    for name, value in vars(first).items():
+        if isinstance(value, np.ndarray):
+            setattr(index, name, value.copy())
+        elif isinstance(value, list):
+            setattr(index, name, [faiss.clone_index(one) if isinstance(one, faiss.Index) else one for one in value])
+    return index
+
+
 def building_once(policy: Any, known: dict[str, Any]) -> None:
     """Let the policy build its first index and copy it for the further layers."""
     build = policy.build
@@ -73,16 +86,10 @@ def building_once(policy: Any, known: dict[str, Any]) -> None:
         if policy.name not in known:
             began = time.perf_counter()
             build(layer, queries, keys, values)
-            known[policy.name] = layer.state["index"]
+            known[policy.name] = copied(layer.state["index"])
             print(f"{policy.name}: a layer's index built in {time.perf_counter() - began:.1f} s", flush=True)
             return
-        first = known[policy.name]
-        index = copy.copy(first)
-        for name, value in vars(first).items():
-            if isinstance(value, np.ndarray):
-                setattr(index, name, value.copy())
-            elif isinstance(value, list):
-                setattr(index, name, [faiss.clone_index(one) if isinstance(one, faiss.Index) else one for one in value])
+        index = copied(known[policy.name])
         index.keys = KeyStore(layer.store.aside_keys.flatten(0, 1))
         layer.state["index"] = index
         layer.store.index_bytes = index.nbytes

@@ -10,21 +10,16 @@ from test_capture import TEXT, Letters
 from tiny import tiny_model
 from typer.testing import CliRunner
 
-from kvbench.analysis.index_sweep import (
+from kvbench.analysis.index_benchmark import (
     COLUMNS,
-    Point,
-    SweepConfig,
-    at_recall,
-    check_sweep,
-    curves,
-    document,
+    IndexBenchmark,
+    check_benchmark,
     exact_top_k,
-    folder_name,
     load_vectors,
     recall_at_k,
-    sweep,
-    write,
+    run,
 )
+from kvbench.analysis.index_results import Point, at_recall, curves, document, folder_name, write
 from kvbench.capture.record import capture, plan_capture
 from kvbench.contract.errors import KVBenchError
 from kvbench.models import LoadedModel
@@ -37,12 +32,12 @@ def captured(tmp_path_factory):
     return capture(config, loaded, TEXT, tmp_path_factory.mktemp("captures") / "c")
 
 
-SMALL = SweepConfig(("flat", "ivf"), k=10, efforts={"ivf": (1, 3, 1000, 2000)}, passes=1)
+SMALL = IndexBenchmark(("flat", "ivf"), k=10, efforts={"ivf": (1, 3, 1000, 2000)}, passes=1)
 
 
 @pytest.fixture(scope="module")
 def rows(captured):
-    return sweep(captured, SMALL)
+    return run(captured, SMALL)
 
 
 def test_rows_have_the_promised_columns_for_every_layer_head_and_effort(rows):
@@ -60,7 +55,7 @@ def test_the_whole_index_is_described(captured, rows):
     flat, ivf = ([row for row in rows if row["index"] == name] for name in ("flat", "ivf"))
     assert all(row["recall_grown"] == 1 for row in flat) and all(0 < row["recall_grown"] <= 1 for row in ivf)
     assert all(row["parallel_efficiency"] > 0 and row["unreached"] == 0 for row in rows)
-    graph = sweep(captured, SweepConfig(("vamana",), k=10, layers=(2,), efforts={"vamana": (10,)}, passes=1,
+    graph = run(captured, IndexBenchmark(("vamana",), k=10, layers=(2,), efforts={"vamana": (10,)}, passes=1,
                                         options={"vamana": {"degree": 1}}))  # fmt: skip
     assert 0 < graph[0]["unreached"] < 1
 
@@ -93,11 +88,11 @@ def test_exact_search_and_recall_by_hand():
 
 def test_heads_read_the_keys_of_their_group(captured):
     layer = captured.layer(0)
-    vectors = load_vectors(layer, SweepConfig(("flat",), heads=(3, 5)), 6, 2)
+    vectors = load_vectors(layer, IndexBenchmark(("flat",), heads=(3, 5)), 6, 2)
     assert np.array_equal(vectors.keys, layer.prompt.keys[1:2, 4:-64].numpy())
     assert np.array_equal(vectors.queries, layer.decode.queries[[3, 5]].numpy())
     assert np.array_equal(vectors.training, layer.prompt.queries[[3, 5]].numpy())
-    row = sweep(captured, SweepConfig(("flat",), k=10, heads=(3, 5), layers=(0,), passes=1))[0]
+    row = run(captured, IndexBenchmark(("flat",), k=10, heads=(3, 5), layers=(0,), passes=1))[0]
     assert (row["head"], row["recall"]) == (3, 1)
 
 
@@ -116,9 +111,9 @@ def test_heads_read_the_keys_of_their_group(captured):
     ],
 )
 def test_what_cannot_be_measured_is_refused(captured, changes, message):
-    config = SweepConfig(**{"indexes": ("flat", "ivf"), "k": 10, **changes})
+    config = IndexBenchmark(**{"indexes": ("flat", "ivf"), "k": 10, **changes})
     with pytest.raises(KVBenchError, match=message):
-        check_sweep(captured, config)
+        check_benchmark(captured, config)
 
 
 def point(recall, scanned):
@@ -152,7 +147,7 @@ def test_results_are_written_as_json_tables_and_figures(captured, rows, tmp_path
     assert len(lines) == len(rows)
     assert json.loads((tmp_path / "index.json").read_text())["rows"] == json.loads(json.dumps(rows))
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert folder_name(captured, SMALL) != folder_name(captured, SweepConfig(("flat",), k=10))
+    assert folder_name(captured, SMALL) != folder_name(captured, IndexBenchmark(("flat",), k=10))
 
 
 def test_the_command_prints_a_table_or_json(captured, tmp_path):
