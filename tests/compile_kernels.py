@@ -88,11 +88,13 @@ def main() -> int:
     compile_only()
     model = tiny_model(pad_token_id=None, head_dim=64).to(torch.bfloat16)
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (61, 50)]
-    for name in sys.argv[1:] or sorted(registry().classes["policy"]):
+    names = sys.argv[1:] or [*sorted(registry().classes["policy"]), "pqcache hot=30"]
+    for name, *given in map(str.split, names):
         found = registry().find("policy", name)
         budget = Budget(tokens=24) if found.takes_budget else None
+        options = small_options(found) | dict(option.split("=") for option in given)
         try:
-            with kvbench.attach(model, policy=name, budget=budget, options=small_options(found)) as session:
+            with kvbench.attach(model, policy=name, budget=budget, options=options) as session:
                 generate_batch(session, prompts, max_new_tokens=[3, 3], decoding="fixed")
         except KVBenchError as error:
             print(f"# {name}: {error}")

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.transformers
 OPTIONS = {
     "kvzip": {"instruction": "", "continuation": ""}, "kivi": {"group": 8, "residual": 16}, "ivfpq": {"subspaces": 4},
     "vamana": {"degree": 8}, "robust_vamana": {"degree": 8},
+    "cagra": {"degree": 8, "intermediate": 16},
 }  # fmt: skip
 NEVER_EXACT = {"kivi", "think"}
 TINY = tiny_model()
@@ -412,6 +413,50 @@ def test_keys_and_values_that_a_model_makes_of_its_caches_are_governed_exactly(n
         with kvbench.attach(model, policy=policy, budget=1.0):
             torch.testing.assert_close(steps(model, ids), plain, rtol=1e-4, atol=1e-4)
     assert [check.status for check in Conformance(model).check_model().checks] == ["passed"] * 4
+
+
+def longer(keys, values):
+    """As a rotation of cached keys by frequencies that change with the length of the context."""
+    return keys * (1.5 if keys.shape[2] > 30 else 1.01), values
+
+
+def at_a_length(limit):
+    """A model that makes other keys of its cache from a position on, as the arguments of its attention tell it."""
+
+    class Changing(LlamaAttention):
+        def forward(self, hidden_states, position_embeddings, *args, past_key_values=None, **kwargs):
+            late = bool((position_embeddings[0][..., -1] < limit).any())
+            change = Altering(past_key_values, lambda keys, values: (keys * (1.5 if late else 1.01), values))
+            return super().forward(hidden_states, position_embeddings, *args, past_key_values=change, **kwargs)
+
+    model = tiny_model()
+    model.model.layers[1].self_attn.__class__ = Changing
+    return model
+
+
+def test_keys_that_a_model_makes_otherwise_in_a_longer_context_are_refused():
+    model, ids = altered(longer), torch.randint(3, 97, (2, 60))
+    for policy, probes in (("streaming_llm", ()), ("full", ("recovery",))):
+        budget = None if policy == "full" else 0.5
+        with kvbench.attach(model, policy=policy, budget=budget, probes=probes), torch.no_grad():
+            model(ids[:, :20], use_cache=True)
+            with pytest.raises(
+                KVBenchError, match=r"makes other keys .* of layer 1 holds at this length .*\(60 tokens"
+            ):
+                model(ids, use_cache=True)
+    with kvbench.attach(model, policy="full"), torch.no_grad():
+        model(ids, use_cache=True)
+
+
+def test_keys_that_change_while_decoding_are_refused_at_that_step():
+    cosines = tiny_model().model.rotary_emb(torch.zeros(1), torch.arange(400)[None])[0][0, :, -1]
+    model, ids = at_a_length(float(cosines[200:220].mean())), torch.randint(3, 97, (1, 230))
+    with kvbench.attach(model, policy="snapkv", budget=0.5), torch.no_grad():
+        past = model(ids[:, :150], use_cache=True).past_key_values
+        with pytest.raises(KVBenchError, match="makes other keys or values of what the cache of layer 1 holds at this"):
+            for place in range(150, 230):
+                past = model(ids[:, place : place + 1], past_key_values=past, use_cache=True).past_key_values
+    assert place in range(195, 225)
 
 
 def steps(model, ids):

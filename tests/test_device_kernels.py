@@ -264,3 +264,43 @@ def test_pq_encode(dtype, parts, known, sub):
     assert torch.equal(codes, expected)
     with pytest.raises(KVBenchError, match="do not fit centroids"):
         kernels.pq_encode(keys, centroids, halves[:1], codes, ints([9, 14]), 4)
+
+
+@pytest.mark.parametrize(("dtype", "dim", "bits", "tables"), [(torch.float32, 40, 10, 7), (torch.bfloat16, 8, 16, 40)])
+def test_buckets_and_collisions(dtype, dim, bits, tables):
+    groups, share, n = 2, 3, 30
+    planes, mean = randn(dim, tables * bits), randn(2, groups, 1, dim)
+    keys, queries = randn(2, groups, n, dim, dtype=dtype), randn(2, groups * share, 1, dim, dtype=dtype)
+    codes = torch.full((2, groups, tables, n + 4), 7, dtype=torch.int16, device=DEVICE)
+    for token in range(n):
+        kernels.hash_buckets(keys[:, :, token : token + 1], planes, bits, codes, ints([token, token + 4]), mean)
+    asked = torch.zeros(2, groups * share, tables, dtype=torch.int16, device=DEVICE)
+    kernels.hash_buckets(queries, planes, bits, asked)
+
+    def expected(vector, middle):
+        signs = ((vector.double() - middle.double()) @ planes.double() > 0).view(tables, bits).tolist()
+        return [sum(bit << i for i, bit in enumerate(row)) for row in signs]
+
+    for b, g, token in itertools.product(range(2), range(groups), range(0, n, 7)):
+        found = codes[b, g, :, token + 4 * b].int().tolist()
+        assert [code % 2**16 for code in found] == expected(keys[b, g, token], mean[b, g, 0])
+    for b, h in itertools.product(range(2), range(groups * share)):
+        found = asked[b, h].int().tolist()
+        assert [code % 2**16 for code in found] == expected(queries[b, h, 0], torch.zeros(dim, device=DEVICE))
+    codes = torch.randint(0, 3, codes.shape, dtype=torch.int16).to(DEVICE)
+    asked = torch.randint(0, 3, asked.shape, dtype=torch.int16).to(DEVICE)
+    scores = randn(2, groups * share, n + 4)
+    common = (codes.repeat_interleave(share, dim=1) == asked[..., None]).sum(2)
+    kept = scores.masked_fill(common < tables // 3, -torch.inf)
+    kernels.keep_collisions(scores, codes, asked, tables // 3)
+    assert torch.equal(scores, kept)
+    with pytest.raises(KVBenchError, match="do not fit scores"):
+        kernels.keep_collisions(scores, codes[..., 1:], asked, 2)
+
+
+def test_centred_cosines():
+    queries, keys, mean = randn(2, 6, 1, 40), randn(2, 6, 35, 40), randn(2, 2, 1, 40)
+    keys[0, 0, 0] = mean[0, 0, 0]
+    centred = keys.double() - mean.double().repeat_interleave(3, dim=1)
+    expected = torch.cosine_similarity(centred, queries.double(), dim=-1)
+    assert error(kernels.centred_cosines(queries, keys, mean), expected) < 1e-6

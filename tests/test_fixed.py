@@ -1,6 +1,7 @@
 """Steps of fixed shapes give what the hooks give, step by step: the same policy, written for a CUDA graph."""
 
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tiny import small_options, tiny_model, tokens
 import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.host import Slabs
+from kvbench.contract.host import Pool, Slabs
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.generation import generate, generate_batch
 from kvbench.plugins import registry
@@ -17,7 +18,7 @@ from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
-INDEXES = ("retrieval", "robust_vamana", "vamana", "hnsw", "ivf", "ivfpq", "sq8")
+INDEXES = ("retrieval", "robust_vamana", "vamana", "cagra", "hnsw", "ivf", "ivfpq", "sq8")
 SET_ASIDE = (
     "flat",
     "oracle_topk",
@@ -28,6 +29,7 @@ SET_ASIDE = (
     "shadowkv",
     "infinigen",
     "oracle_topp",
+    "magicpig",
 )
 FIXED = (
     "full",
@@ -45,6 +47,7 @@ OPTIONS = {
     "pqcache": {"subspaces": 4},  # with fewer of them keys have equal codes, and which of them are taken is open
     "retroinfer": {"cluster_size": 4, "estimated": 0.4},
     "shadowkv": {"rank": 9},
+    "magicpig": {"bits": 3, "tables": 6},
     "squeezed_attention": {"clusters": 0.3},
 }
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
@@ -132,7 +135,10 @@ def test_a_hot_set_changes_nothing_but_where_tokens_come_from(policy):
     assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
-    assert 0 < fixed[0].hot_hit_rate < 1 and hooks[0].hot_hit_rate is None
+    rate = fixed[0].hot_hit_rate
+    assert 0 < rate < 1 and hooks[0].hot_hit_rate is None
+    if policy != "infinigen":  # 14 tokens of each row and layer are chosen, for both heads
+        assert fixed[0].reads["host"] == pytest.approx(len(PROMPTS) * 14 * 3 * 2 * 2 * 8 * 4 * (1 - rate), abs=3)
     with (
         kvbench.attach(model, policy=policy, budget=24, options=options | {"hot": 3}) as session,
         pytest.raises(KVBenchError, match=r"hot set of 3 tokens has no room for the \d+ tokens"),
@@ -195,6 +201,45 @@ def test_slabs_are_cut_in_pieces_that_overlap_nowhere():
         piece.fill_(number)
     assert all(bool((piece == number).all()) for number, piece in enumerate(pieces))
     assert {piece.untyped_storage().nbytes() for piece in pieces} == {1024, 8000}
+
+
+def test_a_piece_of_pinned_memory_is_handed_out_again_once_its_last_tensor_is_gone():
+    made = []
+
+    def pages(size):
+        made.append(mmap.mmap(-1, size))
+        return made[-1]
+
+    pool = Pool(4096, pages)
+    first, second = pool.take(), pool.take()
+    first.fill_(1)
+    second.fill_(2)
+    part = first[10:20]
+    address = first.data_ptr()
+    del first
+    third = pool.take()
+    assert address not in (second.data_ptr(), third.data_ptr())
+    assert (part == 1).all()
+    del part
+    again = pool.take()
+    assert again.data_ptr() == address
+    assert (second == 2).all()
+    assert len(made) in (3, 4)  # the next is prepared ahead
+
+
+def test_an_error_of_pinning_ahead_reaches_the_one_who_needs_it():
+    def pages(size):
+        if len(made):
+            raise RuntimeError("no more")
+        made.append(mmap.mmap(-1, size))
+        return made[-1]
+
+    made = []
+    pool = Pool(4096, pages)
+    kept = pool.take()
+    with pytest.raises(RuntimeError, match="no more"):
+        pool.take()
+    assert kept.shape == (4096,)
 
 
 def test_a_second_generation_begins_anew_and_the_model_is_restored():
@@ -324,6 +369,11 @@ def check_tiers(policy, held, reads, token):
         assert held == {"resident": token, "offloaded": 69 * token, "index": partial + projection}
         assert reads["host"] == 23 * token
         assert reads["device"] == pytest.approx(token + (partial * 60 / 69 + projection) / 8, abs=3)
+    elif policy == "magicpig":
+        codes, rest = 3 * 2 * 6 * 67 * 2, 3 * (8 * 18 + 2 * 8) * 4  # 6 tables of 3 bits; hyperplanes and means
+        assert held == {"resident": 18 * token, "offloaded": 67 * token, "index": codes + rest}
+        assert reads["host"] == 14 * token
+        assert reads["device"] == pytest.approx(10 * token + codes * 51 / 67 + 3 * 8 * 18 * 4, abs=3)
     elif policy == "shadowkv":
         # 13 chunks of 4, 1 of them exact, 9 static tokens and 8 more; the rank is 9, of two heads together
         low = 3 * (52 * 9 + 2 * 2 * 9 * 8 + 2 * 4 * 8 + 2 * 13) * 4

@@ -204,7 +204,8 @@ class PolicyCacheLayer(CacheLayerMixin):
 
         A policy attends to what is in the cache: a model that repeats, shares or changes it afterwards would silently
         get another attention than its own. Copies are compared number by number; the same tensors cost nothing.
-        Where the survey found that keys and values are made of what the cache holds, tokens must be as many.
+        Where the survey found that keys and values are made of what the cache holds, tokens must be as many, and the
+        first and the last be what they are made alone.
         """
         given, self.given = self.given, None
         if self.session.policy.exact and not self.session.probes:
@@ -219,6 +220,12 @@ class PolicyCacheLayer(CacheLayerMixin):
                 f"{type(self.session.model).__name__} attends in layer {self.number} to other {name} than its cache "
                 f"gave ({came}, {list(theirs.shape)} reached the attention), so no policy can govern it: choose "
                 "another model, or policy 'full' without probes."
+            )
+        if self.expand is not None and given is not None and not self.expand.gives(*given, keys, values):
+            raise KVBenchError(
+                f"{type(self.session.model).__name__} makes other keys or values of what the cache of layer "
+                f"{self.number} holds at this length of the context ({self.seen} tokens) than at its start, so no "
+                "policy can govern it: choose a shorter context, another model, or policy 'full' without probes."
             )
 
     def take(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,6 +46,19 @@ class Expansion:
             found = capture(self._module, args, kwargs)
         return found.key, found.value
 
+    def gives(self, held_keys: Tensor, held_values: Tensor, keys: Tensor, values: Tensor) -> bool:
+        """Whether `keys` and `values` are what is made of what is held, looking at the first and the last token.
+
+        The model made them together with the tokens between, so rounding may differ.
+        """
+        places = sorted({0, keys.shape[2] - 1})
+        near = 1e-2 if held_keys.element_size() < 4 else 1e-3
+        made = self(held_keys[:, :, places], held_values[:, :, places])
+        return all(
+            torch.allclose(one.float(), other.float(), rtol=near, atol=near * float(other.float().abs().max()))
+            for one, other in zip(made, (keys[:, :, places], values[:, :, places]), strict=True)
+        )
+
 
 class _Holding(Cache):
     """A cache that returns given tokens, whatever it is updated with."""

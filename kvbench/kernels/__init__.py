@@ -10,9 +10,11 @@ from kvbench.kernels.bounds import page_bounds, update_bounds
 from kvbench.kernels.columns import column_sums
 from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
+from kvbench.kernels.hashing import centred_cosines, hash_buckets, keep_collisions
 from kvbench.kernels.hot import HotSlots, fetch, hold_hot
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_blocks import attend_kivi_blocks
 from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.lots import lots
 from kvbench.kernels.low_rank import LowRankKeys, rebuild
@@ -34,7 +36,9 @@ __all__ = [
     "Segment",
     "attend",
     "attend_kivi",
+    "attend_kivi_blocks",
     "attention_weights",
+    "centred_cosines",
     "cluster_sums",
     "column_sums",
     "compiled",
@@ -42,8 +46,10 @@ __all__ = [
     "fetch",
     "gather",
     "group_weights",
+    "hash_buckets",
     "hold_hot",
     "insert",
+    "keep_collisions",
     "key_differences",
     "lots",
     "merge",

@@ -48,10 +48,19 @@ def lots(heads: Tensor, steps: Tensor, counts: Tensor, n: int) -> Tensor:
             _lots[(-(-n // block), batch * number)](heads, steps, counts, found, number, n, block, num_warps=4)
         return found
     slots = torch.arange(n, device=steps.device)
+    return lots_of(heads, steps, slots).masked_fill(slots >= counts[:, None, None], -torch.inf)
+
+
+def lots_of(heads: Tensor, steps: Tensor, slots: Tensor) -> Tensor:
+    """The numbers of `lots` for some slots, integers [n] or [B, H, n]."""
     drawn = mixed(mixed(heads) ^ mixed(steps.long())[:, None])[..., None] ^ slots
     # the bits of positive floats, so that hardly any two are equal
-    found = (mixed(drawn) % 0x7F800000).int().view(torch.float32)
-    return found.masked_fill(slots >= counts[:, None, None], -torch.inf)
+    return (mixed(drawn) % 0x7F800000).int().view(torch.float32)
+
+
+def seeds(seed: int, layer: int, heads: int, device: torch.device) -> Tensor:
+    """What tells the draws of each of a layer's heads from others, int64 [H]."""
+    return torch.arange(heads, device=device) + (seed * 1_000_003 + layer) * 1_009
 
 
 def mixed(numbers: Tensor) -> Tensor:

@@ -152,7 +152,8 @@ def select_top(
         _select[(batch * heads,)](
             scores, counts, counts if also is None else also, ids, n, k, columns,
             scores.stride(0), scores.stride(1), *counts.stride(), heads,
-            block, -(-n // block), next_power_of_2(k), also is not None, num_warps=8 if block >= 4096 else 4,
+            block, -(-n // block), next_power_of_2(k), also is not None,
+            num_warps=16 if block >= 16384 else 8 if block >= 4096 else 4,
         )  # fmt: skip
     return ids
 

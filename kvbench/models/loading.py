@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import plain
 from kvbench.models.cards import DEFAULT_MODEL, MODELS
 from kvbench.models.embedded import CONVERSION_VERSION, GGUF_SHA256, embedded_model
 from kvbench.models.local import locate
 from kvbench.models.places import check_device, device_named, dtype_named
 from kvbench.models.quiet import quiet
+from kvbench.models.sanity import check_config, check_model, check_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -72,11 +74,7 @@ def load_model(
         arguments["gguf_file"] = gguf
     with _readable_errors(name):
         config = AutoConfig.from_pretrained(source, **arguments)
-        if getattr(config, "is_encoder_decoder", False):
-            raise KVBenchError(
-                f"{name} is an encoder-decoder model ({config.model_type}), and kvbench governs decoder-only models: "
-                "choose one that reads its prompt into its own key-value cache."
-            )
+        check_config(name, config)
         extended = ""
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         if rope_scaling and context_length and limit and context_length > limit:
@@ -87,6 +85,7 @@ def load_model(
         lasting = bool(fingerprint or commit)
         fingerprint = (fingerprint or f"commit:{commit}") + extended
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
+        check_tokenizer(name, tokenizer)
         if weights:
             model = _with_weights(name, source, config, number_type, arguments).to(place)
         else:
@@ -94,6 +93,7 @@ def load_model(
 
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=number_type, trust_remote_code=False)
+        check_model(name, model)
         model = model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -185,6 +185,6 @@ def _readable_errors(name: str) -> Iterator[None]:
             ) from error
         names = ", ".join(MODELS)
         raise KVBenchError(
-            f"The model {name} could not be loaded ({reason[:300]}): give a name from `kvbench models` ({names}), a "
+            f"The model {name} could not be loaded ({plain(reason)}): give a name from `kvbench models` ({names}), a "
             "local folder or a Hugging Face id."
         ) from error

@@ -9,7 +9,7 @@ from torch import Tensor
 from kvbench.contract.layer import Layer
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
-from kvbench.kernels.lots import lots
+from kvbench.kernels.lots import lots, seeds
 from kvbench.strategies.selecting.aside import TopStep
 from kvbench.strategies.selecting.static_set import StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy
@@ -37,7 +37,7 @@ class Random(SelectingPolicy):
         step, count = torch.tensor(
             [[layer.tokens - 1], [store.aside_stop - store.aside_start]], dtype=torch.int32, device=queries.device
         )
-        heads = seeds(self.options.seed, layer, queries.device)
+        heads = seeds(self.options.seed, layer.index, layer.heads, queries.device)
         found = lots(heads, step, count, store.aside_stop - store.aside_start)
         drawn = found.topk(wanted, dim=-1).indices + store.aside_start
         return Selection(drawn.expand(layer.rows, -1, -1), evaluations=0.0)
@@ -50,12 +50,8 @@ class Random(SelectingPolicy):
 class _RandomStep(TopStep):
     def __init__(self, policy: Random, parts: Sequence[Part], clock: Clock) -> None:
         super().__init__(policy, parts, clock)
-        self._heads = seeds(policy.options.seed, parts[0].layer, clock.positions.device)
+        layer = parts[0].layer
+        self._heads = seeds(policy.options.seed, layer.index, layer.heads, clock.positions.device)
 
     def scores(self, queries: Tensor) -> Tensor:
         return lots(self._heads, self._clock.positions, self.window.aside, self.capacity)
-
-
-def seeds(seed: int, layer: Layer, device: torch.device) -> Tensor:
-    """What tells each head's draws from others, int64 [H]."""
-    return torch.arange(layer.heads, device=device) + (seed * 1_000_003 + layer.index) * 1_009

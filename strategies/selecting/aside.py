@@ -170,8 +170,8 @@ class AsideStep(FixedStep):
     def observe(self, keys: Tensor, values: Tensor) -> None:
         """See the step's token before anything is chosen."""
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Take the token in, choose, and attend."""
+    def _take_in(self, keys: Tensor, values: Tensor) -> Segment:
+        """Take the token in; gives the static tokens."""
         if self._first:
             self.window.update()
         if self._ring is None:
@@ -180,11 +180,14 @@ class AsideStep(FixedStep):
             insert(self.keys, self.values, keys, values, self._clock.positions, sinks=self.sinks, window=self._ring)
             insert(self.aside_keys, self.aside_values, keys, values, self._clock.positions - self.sinks)
         self.observe(keys, values)
-        slots = self.window.slots.expand(-1, self.kv_heads, -1)
+        return Segment(self.keys, self.values, ids=self.window.slots.expand(-1, self.kv_heads, -1))
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Take the token in, choose, and attend."""
+        static = self._take_in(keys, values)
         chosen = [self.everything()] if self._all else self.choose(queries)
         if self._hot is not None:
             chosen = [self._hot(segment) if segment.keys is self.aside_keys else segment for segment in chosen]
-        static = Segment(self.keys, self.values, ids=slots)
         return attend(queries, static, *chosen, scaling=self.scaling, dtype=queries.dtype)[0]
 
     def everything(self) -> Segment:
@@ -219,7 +222,13 @@ class AsideStep(FixedStep):
         found = {"device": 0, "host": 0} if self._all else self.index_reads(aside / self.capacity)
         found["device"] += static * token
         found[tier] += chosen
-        return found
+        return self._with_hits(found, chosen)
+
+    def _with_hits(self, reads: dict[str, int], chosen: int) -> dict[str, int]:
+        """Bytes read, of which the hot set has its share of those of the `chosen` tokens."""
+        found, asked = self.hits()
+        had = chosen * found // asked if asked else 0
+        return {"device": reads["device"] + had, "host": reads["host"] - had}
 
     def changed(self) -> Sequence[Tensor]:
         """Nothing on the host; the ring loses a token at each step, and the hot set changes."""

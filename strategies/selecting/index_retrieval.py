@@ -53,13 +53,14 @@ class IndexRetrieval(SelectingPolicy):
         self.query_window = None if self.index.uses_queries else 0
 
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Index the offloaded keys."""
-        index = self.index(self._index_options)
-        index.build(
-            layer.store.aside_keys.flatten(0, 1),
-            queries.flatten(0, 1).cpu() if self.index.uses_queries else None,
-            heads=layer.rows * layer.heads,
-        )
+        """Index the offloaded keys, on a GPU that has them where the index can."""
+        index, heads = self.index(self._index_options), layer.rows * layer.heads
+        asked = queries.flatten(0, 1) if self.index.uses_queries else None
+        offloaded = layer.store.aside_keys.flatten(0, 1)
+        if keys.is_cuda:
+            index.build_beside(offloaded, keys.flatten(0, 1), asked, heads=heads)
+        else:
+            index.build(offloaded, asked, heads=heads)
         layer.state["index"] = index
         layer.store.index_bytes = index.nbytes
 

@@ -168,5 +168,7 @@ class _SpeculatingStep(AsideStep):
         found = super().reads(tokens)
         if self._chosen is not None and not self._all:
             token = (self.keys.nbytes + self.values.nbytes) // self.keys.shape[2]
-            found["host"] = int(self._chosen.float().mean() * token)
+            chosen = int(self._chosen.float().mean() * token)
+            index = self.index_reads(max(tokens - 1, 0) / self.capacity)["device"]
+            found = self._with_hits({"device": index + token, "host": chosen}, chosen)
         return found

@@ -103,7 +103,8 @@ def eager(session: Session, model: Any, batch: int, steps: int) -> float:
 @torch.inference_mode()
 def measure(model: Any, prompt: Prefill, name: str, budget: int, steps: int, arguments: Any) -> dict[str, Any]:
     """One policy on one prompt."""
-    policy = registry().make("policy", name)
+    kind, *chosen = name.split(":")
+    policy = registry().make("policy", kind, dict(option.split("=", 1) for option in chosen))
     given = Budget(tokens=budget) if policy.takes_budget else None
     batch, tokens = prompt.ids.shape
     row: dict[str, Any] = {"policy": name, "batch": batch, "tokens": tokens, "budget": budget if given else None}
@@ -128,6 +129,8 @@ def measure(model: Any, prompt: Prefill, name: str, budget: int, steps: int, arg
         row |= {"mode": decoder.mode, "capture_s": time.perf_counter() - began}
         row |= timed(decoder, steps) | {f"read_{tier}": size for tier, size in decoder.reads(tokens).items()}
         row |= {f"{tier}_bytes": size for tier, size in decoder.bytes().items()}
+        rate = decoder.hot_hit_rate()
+        row |= {} if rate is None else {"hot_hit_rate": rate}
         if arguments.profile:
             row["kernels"] = profiled(decoder)
     return row
@@ -136,7 +139,7 @@ def measure(model: Any, prompt: Prefill, name: str, budget: int, steps: int, arg
 def main() -> None:
     """Measure every policy at every length and batch, print a table and write the JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--policies", default=POLICIES)
+    parser.add_argument("--policies", default=POLICIES, help="names, with options behind colons: pqcache:hot=4096")
     parser.add_argument("--contexts", default="8192,32768,131072")
     parser.add_argument("--batches", default="1")
     parser.add_argument("--budget", type=int, default=2048)
