@@ -97,7 +97,10 @@ def _entries(metrics: Mapping[str, str], main: str | None) -> list[tuple[str, st
 
 
 def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[str, str], main: str | None) -> Table:
-    """Make the table; `metrics` are the task's, by name with their labels, or empty for accuracy."""
+    """Make the table; `metrics` are the task's, by name with their labels, or empty for accuracy.
+
+    Without rows that would be empty for every policy.
+    """
     entries = _entries(metrics, main)
     if not any(document["metrics"].get("prefix") for document in documents):
         entries = [entry for entry in entries if entry[0] not in _OF_PREFIXES]
@@ -111,7 +114,9 @@ def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[
         for name in names:
             table.add_column(name, justify="right")
         for label, _, cell in entries:
-            table.add_row(label, *(cell(document["metrics"]) for document in documents))
+            cells = [cell(document["metrics"]) for document in documents]
+            if set(cells) != {"–"}:  # what nothing here measures, such as a GPU's times on a CPU
+                table.add_row(label, *cells)
         return table
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True, style="bold")
