@@ -29,6 +29,11 @@ def _prefix(metrics: dict[str, Any], name: str) -> float | None:
     return found
 
 
+def _break_even(metrics: dict[str, Any]) -> str:
+    value = _prefix(metrics, "break_even_requests")
+    return "none" if value is None and metrics.get("prefix") else _figure(value)
+
+
 def _interval(metric: str, cell: Callable[[float | None], str]) -> Cell:
     return lambda m: " to ".join(cell(end) for end in m[metric]["ci95"])
 
@@ -64,7 +69,7 @@ _REST: list[tuple[str, str, Cell]] = [
     ("  load", "", lambda m: seconds(_prefix(m, "load_s"))),
     ("  new tokens", "", lambda m: seconds(_prefix(m, "extend_s"))),
     ("construction and saving, s", "once\ns", lambda m: seconds(_prefix(m, "construct_s"))),
-    ("  break-even requests", "break\neven", lambda m: _figure(_prefix(m, "break_even_requests"))),
+    ("  break-even requests", "break\neven", _break_even),
     ("  saved state, MiB", "MiB\nsaved", lambda m: mib(_prefix(m, "state_bytes"))),
     ("accuracy without the hit", "without\nhit", lambda m: share(_prefix(m, "miss_score"))),
     ("recall before the new tokens", "", lambda m: share(_prefix(m, "recall_before"))),
