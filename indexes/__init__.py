@@ -3,6 +3,7 @@
 import pluggy
 
 from kvbench.indexes.base import Index, SearchResult
+from kvbench.indexes.cagra import Cagra
 from kvbench.indexes.flat import Flat
 from kvbench.indexes.hnsw import HNSW
 from kvbench.indexes.ivf import IVF
@@ -17,6 +18,7 @@ __all__ = [
     "IVF",
     "IVFPQ",
     "SQ8",
+    "Cagra",
     "Flat",
     "Index",
     "RoarGraph",
@@ -32,4 +34,4 @@ hookimpl = pluggy.HookimplMarker("kvbench")
 @hookimpl
 def kvbench_indexes() -> list[type[Index]]:
     """The indexes that come with kvbench."""
-    return [Flat, IVF, HNSW, IVFPQ, SQ8, Vamana, RobustVamana, RoarGraph]
+    return [Flat, IVF, HNSW, IVFPQ, SQ8, Vamana, RobustVamana, Cagra, RoarGraph]

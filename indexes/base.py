@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import Extension
@@ -90,12 +91,7 @@ class Index(Extension, Saveable, ABC):
         Keys are float32, float16 or bfloat16 on the CPU and are read in place: do not overwrite them.
         Raises KVBenchError for other dtypes or shapes, for NaN or infinity, and for missing queries.
         """
-        self.keys = KeyStore(keys)
-        self.heads = heads or (self.keys.groups if queries is None else int(queries.shape[0]))
-        if self.heads % self.keys.groups:
-            raise KVBenchError(f"{self.heads} query heads are no multiple of {self.keys.groups} key/value heads.")
-        if self.heads > MOST_HEADS:
-            raise KVBenchError(f"{self.heads} query heads are more than the {MOST_HEADS} of one index.")
+        self._hold(KeyStore(keys), heads or (keys.shape[0] if queries is None else int(queries.shape[0])))
         training = None
         if self.uses_queries:
             if queries is None or (self.keys.n and not queries.shape[1]):
@@ -105,6 +101,25 @@ class Index(Extension, Saveable, ABC):
             self._build(training)
         else:
             self._waiting = training
+
+    def build_beside(self, keys: Vectors, device_keys: Tensor, queries: Tensor | None, *, heads: int) -> None:
+        """As `build`, where a device has the same keys [G, n, d] and the queries, and constructs what it can.
+
+        Raises KVBenchError as `build` does.
+        """
+        finite = self.builds_on_device and bool(device_keys.abs().amax() <= BEYOND) if device_keys.shape[1] else False
+        if not finite or (self.uses_queries and (queries is None or not queries.shape[1])):
+            self.build(keys, None if queries is None else queries.cpu(), heads=heads)
+            return
+        self._hold(KeyStore(keys, checked=True), heads)
+        self._build_on(device_keys, queries)
+
+    def _hold(self, keys: KeyStore, heads: int) -> None:
+        self.keys, self.heads = keys, heads
+        if heads % keys.groups:
+            raise KVBenchError(f"{heads} query heads are no multiple of {keys.groups} key/value heads.")
+        if heads > MOST_HEADS:
+            raise KVBenchError(f"{heads} query heads are more than the {MOST_HEADS} of one index.")
 
     def search(self, queries: Vectors, k: int, *, effort: int | None = None) -> SearchResult:
         """Find about the k largest inner products of each query in queries [H, q, d].
@@ -234,7 +249,7 @@ class Index(Extension, Saveable, ABC):
     @classmethod
     def _whole(cls, about: _About, tensors: State, keys: Vectors, told: str) -> Self:
         """Put an index together; KVBenchError, ValueError or KeyError where the parts, of `told`, do not fit."""
-        index = cls(cls.Options(**about.options), about.seed)
+        index = cls(cls.Options(**cls.saved_options(about.options)), about.seed)
         index.keys = KeyStore(keys)
         stored = index.keys
         if (stored.groups, stored.n, stored.d) != about.shape or stored.dtype != about.dtype:
@@ -250,6 +265,11 @@ class Index(Extension, Saveable, ABC):
                 {name[len("index.") :]: array for name, array in tensors.items() if name.startswith("index.")}
             )
         return index
+
+    @classmethod
+    def saved_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a saved index; those that an older version did not know get the value that it had."""
+        return options
 
     def _effort(self, effort: int | None) -> int:
         if effort is not None:
@@ -269,6 +289,15 @@ class Index(Extension, Saveable, ABC):
     @abstractmethod
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         """Build over `self.keys` (at least one key), replacing what was there."""
+
+    @property
+    def builds_on_device(self) -> bool:
+        """Whether `build_beside` constructs on the device of the keys, as `_build_on` says."""
+        return False
+
+    def _build_on(self, keys: Tensor, queries: Tensor | None) -> None:
+        """As `_build`, from keys [G, n, d] and queries [H, m, d] on a device."""
+        raise NotImplementedError
 
     @abstractmethod
     def _search(self, queries: NDArray[np.float32], k: int, effort: int, result: SearchResult) -> None:

@@ -8,9 +8,11 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
 from kvbench.contract.extension import Options
 from kvbench.indexes.base import Index, SearchResult, State, expect_finite, expect_ids
+from kvbench.indexes.kmeans import kmeans
 from kvbench.indexes.lists import arrange_lists, place_keys, search_lists
 from kvbench.indexes.storage import KeyStore
 from kvbench.indexes.threads import each_head, on_threads
@@ -58,9 +60,35 @@ class IVF(Index):
         groups, number, d = map(int, self.centroids.shape)
         return groups * (4 * number * (d + 1) + 4 * self.keys.n + 4 * room(self.keys.n, number) + 8 * (2 * number + 1))
 
+    @property
+    def _number(self) -> int:
+        """Number of lists."""
+        return min(self.options.lists or max(1, self.keys.n // 64), self.keys.n)
+
+    @property
+    def builds_on_device(self) -> bool:
+        """The centroids and the keys' assignments to them."""
+        return True
+
+    def _build_on(self, keys: Tensor, queries: Tensor | None) -> None:
+        centroids, assigned = kmeans(keys, self._number, int(self.options.iterations))
+        self.centroids, self.assigned = centroids.cpu().numpy(), assigned.int().cpu().numpy()
+        self._prepare()
+        if not self._in_place:
+
+            def fill(group: int) -> None:
+                block = self.keys.float32(group)
+                self._train(group, block)
+                self._add(group, block, self.assigned[group], 0)
+
+            each_head(self.keys.groups, fill)
+        self._arrange()
+
+    def _prepare(self) -> None:
+        """Make room for what the lists hold besides ids: nothing here."""
+
     def _build(self, queries: NDArray[np.float32] | None) -> None:
-        keys = self.keys
-        number = min(self.options.lists or max(1, keys.n // 64), keys.n)
+        keys, number = self.keys, self._number
         self.centroids = np.empty((keys.groups, number, keys.d), np.float32)
         self.assigned = np.empty((keys.groups, 0), np.int32)
 

@@ -35,12 +35,21 @@ class IVFPQ(IVF):
     codes: NDArray[np.uint8]
 
     def _build(self, queries: NDArray[np.float32] | None) -> None:
-        if self.keys.d % self.options.subspaces:
-            raise KVBenchError(f"subspaces={self.options.subspaces} does not divide the key dimension {self.keys.d}.")
+        self._check_subspaces()
         self.codebooks = np.empty((self.keys.groups, 256 * self.keys.d), np.float32)
         self.codes = np.empty((self.keys.groups, 0, self.options.subspaces), np.uint8)
         self.lists = [None] * self.keys.groups
         super()._build(queries)
+
+    def _check_subspaces(self) -> None:
+        if self.keys.d % self.options.subspaces:
+            raise KVBenchError(f"subspaces={self.options.subspaces} does not divide the key dimension {self.keys.d}.")
+
+    def _prepare(self) -> None:
+        self._check_subspaces()
+        self.codebooks = np.empty((self.keys.groups, 256 * self.keys.d), np.float32)
+        self.codes = np.empty((self.keys.groups, self.keys.n, self.options.subspaces), np.uint8)
+        self.lists = [None] * self.keys.groups
 
     @property
     def nbytes(self) -> int:

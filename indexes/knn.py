@@ -41,8 +41,13 @@ def draw(queries: NDArray[np.float32], sample: int, recent: float, seed: int) ->
     The share `recent` comes from the last quarter of the positions, and half of that share from the very last ones.
     """
     m = queries.shape[1]
+    return queries if m <= sample else np.ascontiguousarray(queries[:, drawn(m, sample, recent, seed)])
+
+
+def drawn(m: int, sample: int, recent: float, seed: int) -> NDArray[np.bool_]:
+    """Which of m positions, bool [m], `draw` takes."""
     if m <= sample:
-        return queries
+        return np.ones(m, bool)
     generator = np.random.default_rng(seed)
     last = min(round(sample * recent / 2), m // 4)
     late = min(round(sample * recent) - last, m // 4 - last)
@@ -52,4 +57,4 @@ def draw(queries: NDArray[np.float32], sample: int, recent: float, seed: int) ->
     chosen[quarter + generator.choice(m // 4 - last, late, replace=False)] = True
     free = np.flatnonzero(~chosen)
     chosen[generator.choice(free, sample - last - late, replace=False)] = True
-    return np.ascontiguousarray(queries[:, chosen])
+    return chosen

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
+from kvbench.contract.host import host_empty
+from kvbench.indexes import device_graph
 from kvbench.indexes.base import State, expect_finite, expect_ids
 from kvbench.indexes.graph import GraphIndex, GraphOptions, rows_of, starts
 from kvbench.indexes.insertion import LEAST_NEIGHBORS, find_worst, insert_heads
-from kvbench.indexes.knn import draw, nearest_keys
+from kvbench.indexes.knn import draw, drawn, nearest_keys
 from kvbench.indexes.links import move_links
 from kvbench.indexes.projection import build_by_cooccurrence, build_by_pivots
 from kvbench.indexes.threads import on_threads
+from kvbench.kernels.top_keys import top_keys
 
 # Places kept free at the end of each key's links, for keys inserted later.
 _SPARE = 4
 
-# Of the bipartite graph, what is kept for insertion: so many training queries of each head, and so many of their keys.
-_KEPT_QUERIES = 1024
+# Of the bipartite graph, what is kept for insertion: so many training queries of each graph, one for every 16 keys, and
+# so many of their keys.
+_LEAST_KEPT = 128
+_MOST_KEPT = 1024
+_KEYS_PER_KEPT = 16
 _KEPT_NEIGHBORS = 64
 
 
 class RoarGraph(GraphIndex):
-    """Graph whose links join keys that the same queries attend to, one per query head.
+    """Graph whose links join keys that the same queries attend to, one per key/value head or one per query head.
 
     1. Bipartite graph: the exact nearest keys of training queries drawn from the prompt, half of them from its last
        quarter, which decoding queries resemble most.
@@ -52,10 +60,11 @@ class RoarGraph(GraphIndex):
         degree: int = Field(48, ge=2, le=4096, description="most links of a key (2M)")
         eager: int = Field(16, ge=1, description="links of a key evaluated at once; the others need a second one")
         neighbors: int = Field(128, ge=2, description="nearest keys of a training query (N_q), n/32 at most")
-        sample: int = Field(4096, ge=1, description="training queries of each head; a sixth of all at most")
+        sample: int = Field(4096, ge=1, description="training queries of each graph; a sixth of all at most")
         recent: float = Field(0.5, ge=0, le=1, description="share of them drawn from the prompt's last quarter")
         projection: Literal["cooccurrence", "pivot"] = Field("cooccurrence", description="how links are chosen")
         construction_ef: int = Field(16, ge=1, description="candidate list of the connectivity enhancement (L)")
+        shared: bool = Field(True, description="one graph for the query heads of a group, from the queries of all")
         entries: int = Field(16, ge=1, description="keys where a search enters: those nearest to most queries")
 
     queries: NDArray[np.float32]
@@ -72,29 +81,81 @@ class RoarGraph(GraphIndex):
         return int(super().nbytes + self.queries.nbytes + self.knn.nbytes + worst)
 
     @property
+    def graphs(self) -> int:
+        """Number of graphs: one per key/value head where they are shared, else one per query head."""
+        return self.keys.groups if self.options.shared else self.heads
+
+    @property
     def _eager(self) -> int:
         if self.options.projection == "pivot":
             return self._degree
         return min(int(self.options.eager), self._degree)
 
+    @classmethod
+    def saved_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """Graphs of query heads, where the file says nothing."""
+        return {"shared": False} | options
+
     def _build(self, queries: NDArray[np.float32] | None) -> None:
         assert queries is not None
-        options = self.options
-        sample = min(options.sample, max(256, queries.shape[1] // 6))
-        neighbors = min(options.neighbors, max(LEAST_NEIGHBORS, self.keys.n // 32))
-        training = draw(queries, sample, options.recent, self.seed)
-        self.build_from_neighbors(training, nearest_keys(self.keys, training, neighbors))
+        training = self.training(queries)
+        self.build_from_neighbors(training, nearest_keys(self.keys, training, self.neighbors))
 
-    def build_from_neighbors(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
-        """Build over the present keys from training queries [H, m, d] and the ids [H, m, N_q] of their nearest keys."""
-        step = -(-queries.shape[1] // _KEPT_QUERIES)
-        self.queries = np.ascontiguousarray(queries[:, ::step])
-        self.knn = np.full((*self.queries.shape[:2], _KEPT_NEIGHBORS), -1, np.int32)
-        kept = knn[:, ::step, :_KEPT_NEIGHBORS]
-        self.knn[:, :, : kept.shape[2]] = kept
+    @property
+    def neighbors(self) -> int:
+        """Nearest keys of a training query."""
+        return min(int(self.options.neighbors), max(LEAST_NEIGHBORS, self.keys.n // 32))
+
+    def training(self, queries: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The training queries [S, m, d] of each graph among the prompt's queries [H, n, d]."""
+        chosen = draw(queries, self._sample(queries.shape[1]), self.options.recent, self.seed)
+        return chosen.reshape(self.graphs, -1, self.keys.d)
+
+    def _sample(self, prompt: int) -> int:
+        """Training queries of each query head among so many."""
+        share = self.heads // self.graphs
+        return -(-min(int(self.options.sample), max(256, prompt * share // 6)) // share)
+
+    @property
+    def builds_on_device(self) -> bool:
+        """The projection by co-occurrence."""
+        return bool(self.options.projection == "cooccurrence")
+
+    def _build_on(self, keys: Tensor, queries: Tensor | None) -> None:
+        assert queries is not None
+        m, options = queries.shape[1], self.options
+        chosen = drawn(m, self._sample(m), options.recent, self.seed)
+        places = torch.from_numpy(np.flatnonzero(chosen)).to(queries.device)
+        training = queries[:, places].reshape(self.graphs, -1, self.keys.d)
+        if self.graphs > self.keys.groups:
+            keys = keys.repeat_interleave(self.graphs // self.keys.groups, dim=0)
+        knn = top_keys(training, keys, self.neighbors)
+        graph = device_graph.build(
+            keys, knn, degree=self._degree, eager=self._eager, entries=min(options.entries, self.keys.n)
+        )
+        links, start = device_graph.packed(graph, _SPARE)
+        step = self._keep_every(training.shape[1])
+        self._keep(training[:, ::step].float().cpu().numpy(), knn[:, ::step, :_KEPT_NEIGHBORS].cpu().numpy())
+        self.links = host_empty(links.shape, torch.int32, links.device).copy_(links).numpy()
+        self.start, self.entries = start.cpu().numpy(), graph.entries.cpu().numpy()
+
+    def _keep_every(self, queries: int) -> int:
+        """Of the training queries every which one is kept for insertion."""
+        return -(-queries // min(max(self.keys.n // _KEYS_PER_KEPT, _LEAST_KEPT), _MOST_KEPT))
+
+    def _keep(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
+        """Keep queries [S, m, d] and their lists for insertion, and code the keys."""
+        self.queries = np.ascontiguousarray(queries)
+        self.knn = np.full((*queries.shape[:2], _KEPT_NEIGHBORS), -1, np.int32)
+        self.knn[:, :, : knn.shape[2]] = knn
         self._worst = None
         self._encode()
-        keys, options, heads = self.keys, self.options, self.heads
+
+    def build_from_neighbors(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
+        """Build over the present keys from training queries [S, m, d] and the ids [S, m, N_q] of their nearest keys."""
+        step = self._keep_every(queries.shape[1])
+        self._keep(queries[:, ::step], knn[:, ::step, :_KEPT_NEIGHBORS])
+        keys, options, heads = self.keys, self.options, self.graphs
         n, degree = keys.n, self._degree
         graph = np.empty((heads, n, degree), np.int32)
         self.entries = np.full((heads, min(options.entries, n)), -1, np.int32)
@@ -125,7 +186,7 @@ class RoarGraph(GraphIndex):
             self._worst = self._find_worst()
         on_threads(
             insert_heads,
-            self.heads,
+            self.graphs,
             keys.rows,
             keys.stride,
             keys.groups,
@@ -154,8 +215,8 @@ class RoarGraph(GraphIndex):
         super()._restore(state)
         if np.any(np.diff(self.start, axis=1) < 1):
             raise ValueError("start")
-        self.queries = expect_finite(state, "queries", (self.heads, None, self.keys.d))
-        self.knn = expect_ids(state, "knn", (self.heads, self.queries.shape[1], _KEPT_NEIGHBORS), self.keys.n)
+        self.queries = expect_finite(state, "queries", (self.graphs, None, self.keys.d))
+        self.knn = expect_ids(state, "knn", (self.graphs, self.queries.shape[1], _KEPT_NEIGHBORS), self.keys.n)
         # `enlist` counts on lists that hold a key or more, none twice, with -1 at their ends alone.
         filled = self.knn >= 0
         ordered = np.sort(self.knn, axis=2)

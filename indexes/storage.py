@@ -65,7 +65,7 @@ def rows_in_place(array: Array) -> tuple[Array, int] | None:
     groups, n, d = array.shape
     size = array.itemsize
     row = d * size
-    viewable = (
+    viewable = array.size == 0 or (
         (n < 2 or array.strides[1] == row)
         and (d < 2 or array.strides[2] == size)
         and (groups < 2 or (array.strides[0] % row == 0 and array.strides[0] >= n * row))
@@ -83,10 +83,11 @@ class KeyStore:
     `rows` is two-dimensional and contiguous; key `i` of group `g` is row `g * stride + i`.
     """
 
-    def __init__(self, keys: Vectors) -> None:
+    def __init__(self, keys: Vectors, *, checked: bool = False) -> None:
+        """Read `keys`; they are known to be finite where `checked`."""
         self.owned = False
         self._capacity: Array
-        self._attach(keys, checked=0)
+        self._attach(keys, checked=int(keys.shape[1]) if checked else 0)
 
     groups: int
     n: int

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.transformers
 
 POLICIES = registry().classes["policy"]
 OPTIONS = {name: small_options(cls) for name, cls in POLICIES.items()}
-ALIKE = ("vamana", "robust_vamana", "ivf", "ivfpq", "hnsw")
+ALIKE = ("vamana", "robust_vamana", "cagra", "ivf", "ivfpq", "hnsw")
 """Policies that differ from `flat` and `retrieval` in their index alone."""
 HEAD_WISE = [name for name, cls in POLICIES.items() if cls.head_budgets and not cls.across_layers and name not in ALIKE]
 

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.transformers
 OPTIONS = {
     "kvzip": {"instruction": "", "continuation": ""}, "kivi": {"group": 8, "residual": 16}, "ivfpq": {"subspaces": 4},
     "vamana": {"degree": 8}, "robust_vamana": {"degree": 8},
+    "cagra": {"degree": 8, "intermediate": 16},
 }  # fmt: skip
 NEVER_EXACT = {"kivi", "think"}
 TINY = tiny_model()

@@ -1,6 +1,7 @@
 """Steps of fixed shapes give what the hooks give, step by step: the same policy, written for a CUDA graph."""
 
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -9,15 +10,16 @@ from tiny import small_options, tiny_model, tokens
 import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.host import Slabs
+from kvbench.contract.host import Pool, Slabs
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.generation import generate, generate_batch
+from kvbench.kernels import support, using
 from kvbench.plugins import registry
 from kvbench.strategies.selecting.aside import best_of
 
 pytestmark = pytest.mark.transformers
 
-INDEXES = ("retrieval", "robust_vamana", "vamana", "hnsw", "ivf", "ivfpq", "sq8")
+INDEXES = ("retrieval", "robust_vamana", "vamana", "cagra", "hnsw", "ivf", "ivfpq", "sq8")
 SET_ASIDE = (
     "flat",
     "oracle_topk",
@@ -123,6 +125,21 @@ def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy
         assert 0 < fixed[0].reads["host"] < len(PROMPTS) * 23 * (3 - dense_layers) * 2 * 2 * 8 * 4
 
 
+@pytest.mark.skipif(support.triton is None or not support.interpreting(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("policy", "options"), [("keydiff", {}), ("retroinfer", {"hot": 30}), ("infinigen", {})])
+@torch.inference_mode()
+def test_steps_with_interpreted_kernels_give_the_logits_of_the_hooks(policy, options):
+    """Tensors as steps hand them over: views, strides, types."""
+    model, found = tiny_model(pad_token_id=None, num_hidden_layers=2), registry().find("policy", policy)
+    options = small_options(found) | OPTIONS.get(policy, {}) | options
+    with kvbench.attach(model, policy=policy, budget=24, options=options) as session:
+        _, expected = logits(session, None, 3, "eager", PROMPTS[:1])
+        with using("triton"):
+            _, steps = logits(session, None, 3, "fixed", PROMPTS[:1])
+    for ours, theirs in zip(steps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("policy", ["pqcache", "retroinfer", "infinigen"])
 @torch.inference_mode()
 def test_a_hot_set_changes_nothing_but_where_tokens_come_from(policy):
@@ -200,6 +217,45 @@ def test_slabs_are_cut_in_pieces_that_overlap_nowhere():
         piece.fill_(number)
     assert all(bool((piece == number).all()) for number, piece in enumerate(pieces))
     assert {piece.untyped_storage().nbytes() for piece in pieces} == {1024, 8000}
+
+
+def test_a_piece_of_pinned_memory_is_handed_out_again_once_its_last_tensor_is_gone():
+    made = []
+
+    def pages(size):
+        made.append(mmap.mmap(-1, size))
+        return made[-1]
+
+    pool = Pool(4096, pages)
+    first, second = pool.take(), pool.take()
+    first.fill_(1)
+    second.fill_(2)
+    part = first[10:20]
+    address = first.data_ptr()
+    del first
+    third = pool.take()
+    assert address not in (second.data_ptr(), third.data_ptr())
+    assert (part == 1).all()
+    del part
+    again = pool.take()
+    assert again.data_ptr() == address
+    assert (second == 2).all()
+    assert len(made) in (3, 4)  # the next is prepared ahead
+
+
+def test_an_error_of_pinning_ahead_reaches_the_one_who_needs_it():
+    def pages(size):
+        if len(made):
+            raise RuntimeError("no more")
+        made.append(mmap.mmap(-1, size))
+        return made[-1]
+
+    made = []
+    pool = Pool(4096, pages)
+    kept = pool.take()
+    with pytest.raises(RuntimeError, match="no more"):
+        pool.take()
+    assert kept.shape == (4096,)
 
 
 def test_a_second_generation_begins_anew_and_the_model_is_restored():

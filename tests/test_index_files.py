@@ -16,7 +16,7 @@ from test_indexes import NAMES, by_name, make, split, vectors
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extension import LARGEST
 
-GRAPHS = ("vamana", "robust_vamana", "roargraph")
+GRAPHS = ("vamana", "robust_vamana", "cagra", "roargraph")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,14 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.indexes import IVF, Flat, Index, RoarGraph, Vamana, kvbench_indexes
 
 INDEXES = kvbench_indexes()
-GRAPHS = [index for index in INDEXES if index.name in ("vamana", "robust_vamana", "roargraph")]
+GRAPHS = [index for index in INDEXES if index.name in ("vamana", "robust_vamana", "cagra", "roargraph")]
 SMALL = {
     "ivf": {"lists": 4, "nprobe": 2},
     "ivfpq": {"lists": 4, "nprobe": 2, "subspaces": 2},
     "hnsw": {"degree": 4},
     "vamana": {"degree": 8, "construction_ef": 16},
     "robust_vamana": {"degree": 8, "construction_ef": 16},
+    "cagra": {"degree": 8, "intermediate": 16},
     "roargraph": {"degree": 8, "neighbors": 8},
 }
 NAMES = [index.name for index in INDEXES]
@@ -239,28 +240,29 @@ def test_codes_are_re_ranked_exactly_and_counted(name):
     assert coded.nbytes > plain.nbytes
 
 
-def test_roargraph_by_pivots_finds_the_best_keys():
+@pytest.mark.parametrize("shared", [True, False])
+def test_roargraph_by_pivots_finds_the_best_keys(shared):
     keys, queries = vectors(20, 2, 600), vectors(21, 4, 500)
-    index = RoarGraph(RoarGraph.Options(projection="pivot", degree=40))
+    index = RoarGraph(RoarGraph.Options(projection="pivot", degree=40, shared=shared))
     index.build(keys, queries[:, :400])
     result = index.search(queries[:, 400:], 10)
     best = -np.sort(-exact(keys, queries[:, 400:]), axis=2)[:, :, :10]
     assert np.mean(np.isclose(result.scores, best, rtol=1e-3)) > 0.9
-    assert index.unreached.shape == (4,) and np.all(index.unreached < 0.05)
+    assert index.unreached.shape == (2 if shared else 4,) and np.all(index.unreached < 0.05)
 
 
 @quick
 @given(
     st.integers(0, 2**16), st.integers(1, 40), st.lists(st.integers(1, 25), max_size=8), st.integers(1, 6),
-    st.integers(2, 9), st.sampled_from(["cooccurrence", "pivot"]), st.booleans(),
+    st.integers(2, 9), st.sampled_from(["cooccurrence", "pivot"]), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_roargraph_reaches_every_key_whatever_is_inserted(seed, n, batches, eager, degree, projection, ties):
+def test_roargraph_reaches_every_key_whatever_is_inserted(seed, n, batches, eager, degree, projection, ties, shared):
     keys = vectors(seed, 2, n + sum(batches))
     if ties:
         keys[:, ::3] = keys[:, :1]
         keys[:, 1::4] = 0
     queries = vectors(seed + 1, 4, 12)
-    index = RoarGraph(RoarGraph.Options(eager=eager, degree=degree, projection=projection, entries=2))
+    index = RoarGraph(RoarGraph.Options(eager=eager, degree=degree, projection=projection, entries=2, shared=shared))
     index.build(keys[:, :n], queries[:, :10])
     for count in [0, *batches]:
         index.insert(keys[:, n : n + count])
@@ -306,6 +308,60 @@ def test_1200_keys_inserted_one_by_one_are_found_as_after_a_fresh_build(prompt):
     assert at_cost[0] > recall - 0.05
     everything = grown.search(later[:, :3], steps, effort=steps).ids
     assert np.all(np.sort(everything, axis=2) == np.arange(steps))
+
+
+@pytest.mark.parametrize("name", ["roargraph", "ivf", "ivfpq"])
+@pytest.mark.parametrize("options", [{}, {"shared": False}])
+def test_what_a_device_builds_finds_as_much_for_as_few_comparisons(name, options):
+    if options and name != "roargraph":
+        return
+    keys, queries = clustered(5, 2, 3060)
+    keys, queries, later = keys[:, :3000], queries.repeat(2, 0)[:, :3000], queries.repeat(2, 0)[:, 3000:]
+    usual, beside = (by_name[name](by_name[name].Options(**options)) for _ in range(2))
+    usual.build(keys, queries)
+    on_device = torch.from_numpy(keys.copy())
+    beside.build_beside(keys, on_device, torch.from_numpy(queries) if usual.uses_queries else None, heads=4)
+    best = np.argpartition(-exact(keys, later), 50, axis=2)[:, :, :50]
+
+    def measured(index, effort):
+        found = index.search(later, 50, effort=effort)
+        check(found, keys, later, 50)
+        return recall_of(best, found.ids), found.evaluations.mean()
+
+    efforts = (60, 90, 130, 200) if name == "roargraph" else (2, 4, 8, 16)
+    curves = [np.array([measured(index, effort) for effort in efforts]).T for index in (usual, beside)]
+    at = np.linspace(curves[0][0].min(), min(curves[0][0].max(), curves[1][0].max()), 4)[1:]
+    costs = [np.interp(at, *curve) for curve in curves]
+    assert np.mean(costs[1] / costs[0]) < 1.1
+    assert curves[1][0].max() > curves[0][0].max() - 0.01
+    if name == "roargraph":
+        assert np.all(beside.unreached == 0)
+    beside.insert(keys[:, :40] + 0.01)
+    assert measured_ids(beside, later)[0] > 0
+
+
+def measured_ids(index, later):
+    ids = index.search(later, 50).ids
+    return (ids >= 3000).sum(), ids
+
+
+def recall_of(best, ids):
+    hits = [np.isin(true, got) for true, got in zip(best.reshape(-1, 50), ids.reshape(-1, 50), strict=True)]
+    return np.mean(hits)
+
+
+@quick
+@given(st.integers(0, 2**16), st.integers(1, 90), st.integers(1, 6), st.integers(2, 9), st.booleans())
+def test_a_graph_built_on_a_device_reaches_every_key(seed, n, eager, degree, ties):
+    keys, queries = vectors(seed, 2, n), vectors(seed + 1, 4, 14)
+    if ties:
+        keys[:, ::3] = keys[:, :1]
+        keys[:, 1::4] = 0
+    index = RoarGraph(RoarGraph.Options(eager=eager, degree=degree, entries=2))
+    index.build_beside(keys, torch.from_numpy(keys), torch.from_numpy(queries[:, :12]), heads=4)
+    found = index.search(queries[:, 12:], n, effort=n)
+    np.testing.assert_array_equal(np.sort(found.ids, axis=2), np.broadcast_to(np.arange(n), found.ids.shape))
+    assert np.all(index.unreached == 0)
 
 
 def test_roargraph_starts_from_a_handful_of_keys_and_queries():

@@ -71,7 +71,7 @@ def test_points_are_added_up_one_by_one():
 
 DRIVEN = [
     "flat", "hnsw", "ivf", "ivfpq", "magicpig", "oracle_topk", "oracle_topp", "pqcache", "quest", "random", "retrieval",
-    "retroinfer", "robust_vamana", "squeezed_attention", "vamana",
+    "retroinfer", "robust_vamana", "squeezed_attention", "vamana", "cagra",
 ]  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def test_exact_top_k(vectors, policy):
                 assert static == [step.now - 1]
 
 
-@pytest.mark.parametrize("policy", ["retrieval", "robust_vamana", "vamana", "hnsw", "ivf", "ivfpq"])
+@pytest.mark.parametrize("policy", ["retrieval", "robust_vamana", "vamana", "cagra", "hnsw", "ivf", "ivfpq"])
 def test_indexes_find_most_of_the_exact_top(policy):
     """So few keys that a search sees most of them: what a policy hands to its index and takes from it is right."""
     vectors, hits, total = random_vectors(prompt=150), 0, 0

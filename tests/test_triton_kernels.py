@@ -370,6 +370,29 @@ def test_kivi(dtype, dim, groups, share, bits, group, value_group, lengths):
     )
 
 
+@pytest.mark.parametrize("sets", ["each head", "each group"])
+@pytest.mark.parametrize(("bits", "unit", "softcap"), [(2, 16, None), (4, 5, 3.0), (8, 1, None)])
+def test_kivi_blocks(bits, unit, softcap, sets):
+    options = KIVI.Options(bits=bits, group=16, residual=32)
+    keys, values = torch.randn(2, 2, 75, 32), torch.randn(2, 2, 75, 32)
+    buffer = kivi.KIVIBuffer(options, keys, values)
+    held = kivi.KIVITokens(options, buffer, ints([75, 75]).cpu(), 80).codes
+    buffer.hand_over(held, range(2))
+    moved = {name: getattr(held, name).to(DEVICE) for name in vars(held) if torch.is_tensor(getattr(held, name))}
+    store = kernels.KIVICodes(**moved, bits=bits, group=16, value_group=16)
+    queries, blocks = randn(2, 6, 1, 32), -(-75 // unit)
+    ids = torch.stack([torch.randperm(blocks) for _ in range(2 * (6 if sets == "each head" else 2))])
+    ids = ids.view(2, -1, blocks)[..., : max(blocks // 2, 1)].contiguous()
+    ids[:, :, -1] = -1
+    ids[1, 0] = -1  # a head without a token
+    rows = gathered(buffer.keys, buffer.values, ids, unit, torch.tensor([75, 75]))
+    expected = attention64(queries, [(*rows, None)], softcap=softcap)
+    found = kernels.attend_kivi_blocks(queries, store, ids.int().to(DEVICE), unit=unit, softcap=softcap)
+    check(found, expected, FULL)
+    with pytest.raises(KVBenchError, match=r"ids .* are not"):
+        kernels.attend_kivi_blocks(queries, store, ids[:1].int().to(DEVICE), unit=unit)
+
+
 def test_kivi_reads_what_its_policy_writes():
     options = KIVI.Options(bits=2, group=16, residual=32)
     keys, values = torch.randn(1, 2, 75, 64), torch.randn(1, 2, 75, 64)
@@ -564,10 +587,62 @@ def test_nearest_keys_are_exact_and_equal_ones_come_by_id(m, n, k, dim, dtype, t
             torch.testing.assert_close(got, best, rtol=1e-5, atol=1e-3)
 
 
-def test_queries_with_more_equal_scores_than_there_is_room_for_are_asked_again():
-    queries, keys = randn(2, 5, 16).round(), torch.zeros(1, 500, 16, device=DEVICE)
-    keys[:, 100:] = 1
-    found = kernels.top_keys(queries.abs(), keys, 3)
-    rows = queries.abs().sum(-1) > 0
-    assert (found[rows] == ints([100, 101, 102])).all()
-    assert (found[~rows] == ints([0, 1, 2])).all()
+@pytest.mark.parametrize(
+    ("n", "m", "width", "most", "count"), [(40, 30, 8, 4, 16), (25, 60, 5, 8, 32), (9, 3, 4, 2, 16)]
+)
+def test_candidates_are_the_keys_most_often_in_the_same_lists(n, m, width, most, count):
+    from kvbench.kernels.cooccur import NEARER, candidates, lists_of
+
+    knn = torch.stack([torch.stack([torch.randperm(n)[:width] for _ in range(m)]) for _ in range(2)]).int().to(DEVICE)
+    ids, scores = candidates(lists_of(knn, n), most, count)
+    block = support.next_power_of_2(width)
+    for graph in range(2):
+        lists = knn[graph].tolist()
+        frequency = [sum(key in row for row in lists) for key in range(n)]
+        for node in range(n):
+            entries = [query for query in range(m) if node in lists[query]]
+            taken = min(len(entries), most)
+            mine = [entries[j * len(entries) // taken] for j in range(taken)]
+            found = {}
+            for other in {key for query in mine for key in lists[query]} - {node}:
+                times = sum(other in lists[query] for query in mine)
+                rank = min(lists[query].index(other) for query in mine if other in lists[query])
+                found[other] = times * frequency[other] ** -0.25 * (1 - rank * NEARER / block)
+            got = dict(zip(ids[graph, node].tolist(), scores[graph, node].tolist(), strict=True))
+            got.pop(-1, None)
+            assert len(got) == min(len(found), count)
+            assert sorted(got.values()) == pytest.approx(sorted(found.values())[-count:], rel=1e-5)
+            assert all(found[key] == pytest.approx(score, rel=1e-5) for key, score in got.items())
+
+
+@pytest.mark.parametrize("dtype", [FULL, BRAIN])
+def test_candidates_near_a_kept_one_are_passed_over(dtype):
+    from kvbench.kernels.occlude import occlude
+
+    n, d, c, degree = 12, 16, 16, 5
+    keys = randn(2, n, d, dtype=dtype)
+    ids = torch.stack([torch.randperm(n) for _ in range(2 * n)]).view(2, n, n)
+    ids = torch.nn.functional.pad(torch.where(ids == torch.arange(n)[None, :, None], -1, ids), (0, c - n), value=-1)
+    scores = torch.randint(1, 6, (2, n, c)).float()
+    most = torch.where(torch.arange(2 * n).view(2, n) % 3 == 0, -2, 4).int()
+    links, lengths = occlude(keys, ids.int().to(DEVICE), scores.to(DEVICE), most.to(DEVICE), degree)
+    points = keys.double().cpu()
+    for graph, node in itertools.product(range(2), range(n)):
+        limit = int(most[graph, node])
+        real = [i for i in range(c) if ids[graph, node, i] >= 0]
+
+        def distance(a, b, graph=graph):
+            return float((points[graph, a] - points[graph, b]).square().sum())
+
+        chosen = [int(ids[graph, node, i]) for i in real]
+        order = sorted(
+            range(len(real)),
+            key=lambda i: distance(chosen[i], node) if limit < 0 else -float(scores[graph, node, real[i]]),
+        )
+        kept = []
+        for i in order:
+            if all(distance(chosen[i], other) >= distance(chosen[i], node) for other in kept):
+                kept.append(chosen[i])
+        kept = kept[: min(abs(limit), degree)]
+        assert links[graph, node].tolist() == kept + [-1] * (degree - len(kept))
+        assert lengths[graph, node] == len(kept)

@@ -21,7 +21,7 @@ from kvbench.contract.buffers import (
     pick,
 )
 from kvbench.contract.coded import CodedBuffer, RaggedCodes
-from kvbench.contract.host import copy_to_host, pins
+from kvbench.contract.host import beside, copy_to_host, event, pins, wait
 from kvbench.contract.saved import Saveable
 
 __all__ = ["Expand", "KVStore", "RaggedBuffer", "Storage", "StorageFactory", "TokenBuffer", "pick"]
@@ -46,7 +46,8 @@ class KVStore(Saveable):
         self._static_ids = torch.arange(self.tokens, device=keys.device)
         self._ragged: RaggedBuffer | None = None
         self._ragged_kept: Tensor | None = None
-        self._aside: Storage | None = None
+        self._held_aside: Storage | None = None
+        self._arrived: torch.cuda.Event | None = None
         self.aside_start = self.aside_stop = 0
         self._offloaded = False
         self._device = keys.device
@@ -90,6 +91,18 @@ class KVStore(Saveable):
             return self._static_ids
         assert self._ragged_kept is not None
         return torch.cat([self._ragged_kept, self._static_ids.expand(*self._ragged_kept.shape[:2], -1)], dim=-1)
+
+    @property
+    def _aside(self) -> Storage | None:
+        """The set-aside tokens, once they have arrived."""
+        if self._arrived is not None:
+            wait(self._arrived)
+            self._arrived = None
+        return self._held_aside
+
+    @_aside.setter
+    def _aside(self, storage: Storage | None) -> None:
+        self._held_aside = storage
 
     @property
     def holds_aside(self) -> bool:
@@ -149,13 +162,14 @@ class KVStore(Saveable):
     def resident_bytes(self) -> int:
         """Bytes on the model's device."""
         ragged = self._ragged.nbytes if self._ragged is not None else 0
-        aside = 0 if self._aside is None else self._aside.nbytes - self.offloaded_bytes
+        aside = 0 if self._held_aside is None else self._held_aside.nbytes - self.offloaded_bytes
         return self._static.nbytes + ragged + aside
 
     @property
     def offloaded_bytes(self) -> int:
         """Bytes in the host's memory, the set-aside tier of policies that offload."""
-        return self._aside.nbytes - self._aside.resident_bytes if self._aside is not None and self._offloaded else 0
+        held = self._held_aside
+        return held.nbytes - held.resident_bytes if held is not None and self._offloaded else 0
 
     # -- what policies do --------------------------------------------------------------------------------------------
 
@@ -238,16 +252,21 @@ class KVStore(Saveable):
             moved = parts if storage is None else self.decode(*parts)
             pinned = offload and pins(ids.device)
             room = max(ROOM, (stop - start) // 16) if pinned and storage is None and type(self) is KVStore else 0
-            aside_keys, aside_values = (
-                copy_to_host(part, room) if pinned else part.to(device, copy=True) for part in moved
-            )
+            if pinned:
+                with beside(*moved):  # the device goes on meanwhile
+                    aside_keys, aside_values = (copy_to_host(part, room) for part in moved)
+                    arrived = event()
+                    arrived.record()
+            else:
+                aside_keys, aside_values = (part.to(device, copy=True) for part in moved)
             rest = torch.cat([ids[:start], ids[stop:]])
             self._static, self._static_ids = self._buffer(keys[:, :, rest], values[:, :, rest]), rest
-            if pinned:
-                torch.cuda.current_stream(ids.device).synchronize()
             if room:
+                self._arrived = arrived
                 self._aside = TokenBuffer(aside_keys, aside_values, length=stop - start)
             else:
+                if pinned:
+                    wait(arrived)
                 self._aside = (storage or self._buffer)(aside_keys, aside_values)
         else:
             slots = self._slots(torch.arange(start, stop, device=ids.device))

@@ -89,15 +89,16 @@ def _check(points: Tensor, sets: int, what: str) -> None:
 
 
 @kernel
-def nearest(points: Tensor, centroids: Tensor) -> Tensor:
+def nearest(points: Tensor, centroids: Tensor, *, offsets: Tensor | None = None) -> Tensor:
     """The nearest of centroids [b, c, d], by Euclidean distance, to each of points [b, n, d]: int64 [b, n].
 
-    Of equally near ones the first. Products are TF32 on a GPU. Nothing of n × c numbers is held by the kernel.
-    Raises KVBenchError where shapes or strides do not fit.
+    With `offsets` [b, c] the one with the largest inner product minus its offset. Of equally near ones the first.
+    Products are TF32 on a GPU. Nothing of n × c numbers is held by the kernel. Raises KVBenchError where shapes or
+    strides do not fit.
     """
     _check(points, centroids.shape[0], "points")
     centroids = centroids.float().contiguous()
-    halves = centroids.square().sum(-1) / 2
+    halves = centroids.square().sum(-1) / 2 if offsets is None else offsets.float().contiguous()
     if not compiled(points):
         return _twin(points.float(), centroids, halves)
     (sets, n, d), c = points.shape, centroids.shape[1]

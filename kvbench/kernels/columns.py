@@ -127,7 +127,7 @@ def _column_sums(
 
 
 # Queries and keys of a tile, warps and stages: of both passes.
-TILES = {"rows": (128, 128, 8, 3), "columns": (128, 128, 8, 3)}
+TILES = {"rows": (256, 64, 8, 3), "columns": (128, 64, 4, 3)}
 WIDE = {"rows": (128, 32, 8, 2), "columns": (32, 128, 8, 2)}  # rows of more than 128 numbers
 FULL = {"rows": (32, 32, 4, 2), "columns": (32, 32, 4, 2)}  # float32
 

@@ -159,7 +159,8 @@ def test_build_given_the_nearest_keys_against_hnsw(data, heads, ratio_gate):
     """One graph against one HNSW graph, and a group's: one for each of three query heads, where HNSW needs one."""
     keys, prompt, _ = data
     prompt = prompt[:heads]
-    roargraph, hnsw = INDEXES["roargraph"](), INDEXES["hnsw"]()
+    kind, hnsw = INDEXES["roargraph"], INDEXES["hnsw"]()
+    roargraph = kind(kind.Options(shared=False))
     roargraph.build(keys, prompt)
     training = draw(prompt, roargraph.options.sample, roargraph.options.recent, 0)
     nearest = nearest_keys(roargraph.keys, training, roargraph.options.neighbors)
