@@ -205,3 +205,63 @@ def test_a_storage_of_a_third_party_holds_the_static_set():
         for place in (0, 1):
             assert torch.equal(plain[place].half().float() * real, halves[place] * real)
         assert bytes_ < 0.6 * plain_bytes
+
+
+# -- selections from codes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "ada"])
+@pytest.mark.parametrize(("page", "kivi"), [(4, {}), (16, {}), (4, {"bits": 4, "residual": 8}), (3, {"residual": 24})])
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.inference_mode()
+def test_fixed_steps_select_pages_of_codes_as_the_hooks_do(page, kivi, allocator, rows):
+    model, options = tiny_model(pad_token_id=None), {"quest": {"page_size": page}, "kivi": {**KIVI, **kivi}}
+    logits, head = {}, model.lm_head.forward
+    with kvbench.attach(
+        model, policy="quest+kivi", options=options, budget=Budget(tokens=40, allocator=allocator)
+    ) as session:
+        for decoding in ("eager", "fixed"):
+            seen = logits[decoding] = []
+            model.lm_head.forward = lambda hidden, seen=seen: seen.append(head(hidden)[:, -1]) or head(hidden)
+            found = generate_batch(session, PROMPTS[:rows], max_new_tokens=[60] * rows, decoding=decoding)
+            assert {one.mode for one in found} == {decoding}
+    model.lm_head.forward = head
+    for step, (ours, theirs) in enumerate(zip(*logits.values(), strict=True)):
+        torch.testing.assert_close(ours, theirs, rtol=5e-3, atol=5e-3, msg=lambda text, step=step: f"{step}: {text}")
+    with kvbench.attach(model, policy="quest", options={"page_size": page}, budget=40) as session:
+        plain = generate_batch(session, PROMPTS[:rows], max_new_tokens=[60] * rows, decoding="fixed")
+    assert found[0].bytes["resident"] < plain[0].bytes["resident"]
+    assert found[0].reads["device"] < plain[0].reads["device"]
+
+
+@pytest.mark.parametrize("policy", ["retrieval", "infinigen", "oracle_topk"])
+def test_other_selections_from_codes_say_why_they_have_no_fixed_step(policy):
+    model = tiny_model(pad_token_id=None)
+    with (
+        attach(model, f"{policy}+kivi") as session,
+        pytest.raises(KVBenchError, match="selects from the codes of 'kivi'"),
+    ):
+        generate_batch(session, PROMPTS[:1], max_new_tokens=[3], decoding="fixed")
+
+
+# -- compression of codes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "ada"])
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "knorm"])
+def test_codes_are_compressed_while_decoding(policy, allocator):
+    model, found = tiny_model(pad_token_id=None), {}
+    for name in (policy, f"{policy}+kivi"):
+        options = small_options(registry().find("policy", policy))
+        if name.endswith("kivi"):
+            options = {policy: options, "kivi": {**KIVI, "bits": 8}}
+        budget = Budget(tokens=40, allocator=allocator, compress_every=16)
+        with kvbench.attach(model, policy=name, options=options, budget=budget) as session:
+            found[name] = generate_batch(session, PROMPTS[:1], max_new_tokens=[70], decoding="eager")[0]
+            if name.endswith("kivi"):
+                with pytest.raises(KVBenchError, match="compresses the codes of 'kivi'"):
+                    generate_batch(session, PROMPTS[:1], max_new_tokens=[3], decoding="fixed")
+    plain, codes = found.values()
+    assert codes.held_tokens == plain.held_tokens
+    assert codes.answer_bytes["peak"] < plain.answer_bytes["peak"]
+    assert codes.tokens[:2] == plain.tokens[:2]

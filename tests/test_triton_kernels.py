@@ -370,6 +370,29 @@ def test_kivi(dtype, dim, groups, share, bits, group, value_group, lengths):
     )
 
 
+@pytest.mark.parametrize("sets", ["each head", "each group"])
+@pytest.mark.parametrize(("bits", "unit", "softcap"), [(2, 16, None), (4, 5, 3.0), (8, 1, None)])
+def test_kivi_blocks(bits, unit, softcap, sets):
+    options = KIVI.Options(bits=bits, group=16, residual=32)
+    keys, values = torch.randn(2, 2, 75, 32), torch.randn(2, 2, 75, 32)
+    buffer = kivi.KIVIBuffer(options, keys, values)
+    held = kivi.KIVITokens(options, buffer, ints([75, 75]).cpu(), 80).codes
+    buffer.hand_over(held, range(2))
+    moved = {name: getattr(held, name).to(DEVICE) for name in vars(held) if torch.is_tensor(getattr(held, name))}
+    store = kernels.KIVICodes(**moved, bits=bits, group=16, value_group=16)
+    queries, blocks = randn(2, 6, 1, 32), -(-75 // unit)
+    ids = torch.stack([torch.randperm(blocks) for _ in range(2 * (6 if sets == "each head" else 2))])
+    ids = ids.view(2, -1, blocks)[..., : max(blocks // 2, 1)].contiguous()
+    ids[:, :, -1] = -1
+    ids[1, 0] = -1  # a head without a token
+    rows = gathered(buffer.keys, buffer.values, ids, unit, torch.tensor([75, 75]))
+    expected = attention64(queries, [(*rows, None)], softcap=softcap)
+    found = kernels.attend_kivi_blocks(queries, store, ids.int().to(DEVICE), unit=unit, softcap=softcap)
+    check(found, expected, FULL)
+    with pytest.raises(KVBenchError, match=r"ids .* are not"):
+        kernels.attend_kivi_blocks(queries, store, ids[:1].int().to(DEVICE), unit=unit)
+
+
 def test_kivi_reads_what_its_policy_writes():
     options = KIVI.Options(bits=2, group=16, residual=32)
     keys, values = torch.randn(1, 2, 75, 64), torch.randn(1, 2, 75, 64)

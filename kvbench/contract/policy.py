@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvbench.contract.held import HeldTokens
     from kvbench.contract.layer import Layer
     from kvbench.contract.selection import Pending
-    from kvbench.contract.step import Clock, FixedStep, Part
+    from kvbench.contract.step import Clock, FixedStep, FixedTokens, Part
     from kvbench.contract.storage import StorageFactory
 
 POLICY_HOOKS = ("attend_prompt", "prefill", "after_prompt", "select", "attend", "insert")
@@ -172,10 +172,20 @@ class KVCachePolicy(Pluggable):
 
         By default the holder's own step, where this policy leaves alone what it kept of the prompt.
         """
+        if parts[0].layer.budget.every:
+            return f"no step of fixed shapes compresses the codes of '{holder.name}'"
         if hasattr(self, "insert") or hasattr(self, "select"):
             does = "selects from" if hasattr(self, "select") else "evicts at every step from"
             return f"no step of fixed shapes {does} the codes of '{holder.name}' as '{self.name}' does"
         return holder.static_step(parts, clock)
+
+    def fixed_tokens(self, parts: Sequence[Part], clock: Clock, unit: int, capacity: int) -> FixedTokens | str:
+        """Give all tokens of a layer, `capacity` at most, for selections in fixed steps (`quest+this`), or why not.
+
+        The parts' set-aside tokens are in this policy's format, static ones follow them; `unit` tokens at a time leave
+        the window, once a further one has come.
+        """
+        return f"'{self.name}' has no step of fixed shapes for other policies' tokens"
 
     def static_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
         """Give steps that attend to static sets in this policy's format, and add to them (`other+this`)."""

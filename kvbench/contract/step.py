@@ -146,6 +146,29 @@ class SplitStep(FixedStep):
         return {}
 
 
+class FixedTokens(ABC):
+    """A layer's tokens, all that were ever set aside and the window behind them, in fixed shapes and some format.
+
+    What a policy that holds gives to one that selects (`KVCachePolicy.fixed_tokens`).
+    """
+
+    @abstractmethod
+    def insert(self, keys: Tensor, values: Tensor) -> None:
+        """Take in each row's token, `keys` and `values` [B, G, 1, d], at the clock's position."""
+
+    @abstractmethod
+    def attend(self, queries: Tensor, ids: Tensor, unit: int, lengths: Tensor, scaling: float) -> Tensor:
+        """Attend to the blocks `ids`, int32 [B, H, k], of `unit` tokens, −1 none: output [B, H, 1, d].
+
+        Each row has `lengths`, int32 [B], tokens, that of the step included.
+        """
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held, on the device."""
+
+
 @dataclass
 class Held:
     """Static sets of all rows in one place: `keys`, `values` [B, G, t, d], of which `lengths` int32 [B, G] count.

@@ -14,6 +14,7 @@ from kvbench.kernels.hashing import centred_cosines, hash_buckets, keep_collisio
 from kvbench.kernels.hot import HotSlots, fetch, hold_hot
 from kvbench.kernels.insert import insert
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_blocks import attend_kivi_blocks
 from kvbench.kernels.kivi_settle import settle_kivi
 from kvbench.kernels.lots import lots
 from kvbench.kernels.low_rank import LowRankKeys, rebuild
@@ -35,6 +36,7 @@ __all__ = [
     "Segment",
     "attend",
     "attend_kivi",
+    "attend_kivi_blocks",
     "attention_weights",
     "centred_cosines",
     "cluster_sums",

@@ -179,7 +179,7 @@ def attend_kivi(
     """
     batch, groups = store.key_codes.shape[:2]
     rows, heads, dim = check_grouped(queries, groups)
-    _check(store, rows, dim)
+    check_store(store, rows, dim)
     scaling = dim**-0.5 if scaling is None else scaling
     output = empty_or(output, (batch, heads, 1, dim), dtype, queries.device)
     lse = empty_or(lse, (batch, heads), torch.float32, queries.device)
@@ -225,7 +225,8 @@ def attend_kivi(
     return output, lse
 
 
-def _check(store: KIVICodes, batch: int, dim: int) -> None:
+def check_store(store: KIVICodes, batch: int, dim: int) -> None:
+    """Raise KVBenchError unless a store's tensors fit together, `batch` rows and heads of dimension `dim`."""
     groups, bits = store.key_codes.shape[1], store.bits
     if bits not in (1, 2, 4, 8) or dim * bits % 8 or store.group < 1 or dim % store.value_group:
         raise KVBenchError(
@@ -245,7 +246,7 @@ def _check(store: KIVICodes, batch: int, dim: int) -> None:
         raise KVBenchError(f"codes are {store.key_codes.dtype} and {store.value_codes.dtype}, not torch.uint8.")
 
 
-def _decoded(packed: Tensor, scales: Tensor, bits: int, numbers: int) -> Tensor:
+def decoded(packed: Tensor, scales: Tensor, bits: int, numbers: int) -> Tensor:
     """Groups [..., s, numbers] from their codes [..., bytes] and scales and minima [..., 2s]."""
     codes = torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)], dim=-1)
     steps, lows = scales.float().chunk(2, dim=-1)
@@ -267,8 +268,8 @@ def _twin(
         int(lengths.max()) if lengths.device.type == "cpu" else store.value_codes.shape[2] + store.late_values.shape[2]
     )
     place = torch.arange(longest, device=queries.device)
-    keys = _decoded(store.key_codes, store.key_scales, store.bits, store.group).transpose(3, 4).flatten(2, 3)
-    values = _decoded(store.value_codes, store.value_scales, store.bits, store.value_group).flatten(3)
+    keys = decoded(store.key_codes, store.key_scales, store.bits, store.group).transpose(3, 4).flatten(2, 3)
+    values = decoded(store.value_codes, store.value_scales, store.bits, store.value_group).flatten(3)
     rows = []
     for coded, late, count in ((keys, store.late_keys, coded_keys), (values, store.late_values, coded_values)):
         old = coded[:, :, place.clamp_max(max(coded.shape[2] - 1, 0))] if coded.shape[2] else coded.new_zeros(1)

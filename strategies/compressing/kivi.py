@@ -15,10 +15,10 @@ from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
-from kvbench.contract.step import Clock, FixedStep, Part, rows_of
+from kvbench.contract.step import Clock, FixedStep, FixedTokens, Part, rows_of
 from kvbench.contract.storage import StorageFactory, TokenBuffer
 from kvbench.kernels.merge import merge
-from kvbench.strategies.compressing.kivi_storage import KIVIBuffer, KIVITokens
+from kvbench.strategies.compressing.kivi_storage import KIVIBuffer, KIVIPages, KIVITokens
 
 
 class KIVI(KVCachePolicy):
@@ -58,6 +58,10 @@ class KIVI(KVCachePolicy):
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
         """Codes in place; late tokens in a ring."""
         return KIVIStep(parts, clock, self.options)
+
+    def fixed_tokens(self, parts: Sequence[Part], clock: Clock, unit: int, capacity: int) -> FixedTokens | str:
+        """Codes and late tokens in place."""
+        return KIVIPages(self.options, parts, clock, unit, capacity)
 
     def static_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
         """Codes in place, as many as the other policy kept and what is generated."""

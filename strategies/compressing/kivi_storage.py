@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from kvbench.contract import attention
+from kvbench.contract.step import Clock, FixedTokens, Part, rows_of
 from kvbench.contract.storage import Storage, TokenBuffer
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
+from kvbench.kernels.kivi_blocks import attend_kivi_blocks
 from kvbench.kernels.kivi_settle import settle_kivi
 
 
@@ -198,19 +200,24 @@ class KIVITokens:
             late(), late(), counts.clone(), counts // self._residual * self._residual,
             (counts - self._residual).clamp_min(0), bits, group, channels,
         )  # fmt: skip
-        self._settling = self.codes
 
     def insert(self, keys: Tensor, values: Tensor) -> None:
         """Take in a token of each row, which becomes the `counts`-th, and quantise what has waited long enough."""
-        settle_kivi(self._settling, keys, values, self.counts, self._residual)
+        settle_kivi(self.codes, keys, values, self.counts, self._residual)
 
-    def attend(self, queries: Tensor, scaling: float, **options: Any) -> tuple[Tensor, Tensor]:
-        """Attention to all tokens, or to the blocks `ids` of `unit` tokens; see `attend_kivi`."""
-        return attend_kivi(queries, self.codes, scaling=scaling, dtype=queries.dtype, **options)
+    def attend(self, queries: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """Attention to all tokens; see `attend_kivi`."""
+        return attend_kivi(queries, self.codes, scaling=scaling, dtype=queries.dtype)
 
-    def count_codes(self, keys: Tensor, values: Tensor) -> None:
-        """Attend to the codes of the first `keys` and `values`, int32 [B], tokens only, not of all that have codes."""
-        self.codes = replace(self.codes, quantised_keys=keys, quantised_values=values)
+    def feed(self, row: int, keys: Tensor, values: Tensor, first: int) -> None:
+        """Take in tokens that follow those held in a row, `keys` and `values` [G, m, d], the `first` and so on."""
+        one, store = slice(row, row + 1), self.codes
+        own: dict[str, Any] = {name: part[one] for name, part in vars(store).items() if isinstance(part, Tensor)}
+        mine = replace(store, **own)
+        for token in range(keys.shape[1]):
+            place = slice(token, token + 1)
+            positions = torch.full_like(store.lengths[one], first + token)
+            settle_kivi(mine, keys[None, :, place], values[None, :, place], positions, self._residual)
 
     def _coded(self) -> list[Tensor]:
         store = self.codes
@@ -228,3 +235,57 @@ class KIVITokens:
         coded = sum(part.nbytes // part.shape[2] * count for part, count in zip(self._coded(), counts, strict=True))
         late = self.codes.late_keys.nbytes // self.codes.late_keys.shape[2]
         return int(coded + late * (2 * tokens - keys - values))
+
+
+class KIVIPages(FixedTokens):
+    """All tokens of a layer in KIVI's format, for selections: those of the window, too, stay in full precision."""
+
+    def __init__(self, options: Any, parts: Sequence[Part], clock: Clock, unit: int, capacity: int) -> None:
+        first = parts[0].layer.store.aside
+        assert isinstance(first, KIVIBuffer)
+        self._tokens = KIVITokens(options, first, clock.positions, capacity, options.residual + unit + 1)
+        for part in parts:
+            aside = part.layer.store.aside
+            assert isinstance(aside, KIVIBuffer)
+            aside.hand_over(self._tokens.codes, rows_of(part))
+        for part in parts:
+            store = part.layer.store
+            keys, values, _ = store.static_parts()[0]
+            for own, row in enumerate(rows_of(part)):
+                self._tokens.feed(row, keys[own], values[own], store.aside_stop)
+        key = "kivi", options.residual, unit
+        self._leads = key not in clock.shared
+        self._counts: _Counts = clock.shared.setdefault(key, _Counts(clock.positions, options.residual, unit))
+        counted = {"quantised_keys": self._counts.keys, "quantised_values": self._counts.values}
+        self._codes = replace(self._tokens.codes, **counted)
+
+    def insert(self, keys: Tensor, values: Tensor) -> None:
+        """Take in a token; codes that are ripe are made, and read once their page has left the window."""
+        if self._leads:
+            self._counts.count()
+        self._tokens.insert(keys, values)
+
+    def attend(self, queries: Tensor, ids: Tensor, unit: int, lengths: Tensor, scaling: float) -> Tensor:
+        """Attend to the blocks' codes and late tokens."""
+        return attend_kivi_blocks(queries, self._codes, ids, unit=unit, scaling=scaling, dtype=queries.dtype)[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Codes, scales and late tokens."""
+        return self._tokens.nbytes
+
+
+class _Counts:
+    """How many keys and values are codes, counted once a step for all layers."""
+
+    def __init__(self, positions: Tensor, residual: int, unit: int) -> None:
+        self._positions, self._residual, self._unit = positions, residual, unit
+        self.keys, self.values = torch.zeros_like(positions), torch.zeros_like(positions)
+
+    def count(self) -> None:
+        """Count at the step's position: of the tokens that have left the window, whole pages."""
+        torch.div(self._positions, self._unit, rounding_mode="floor", out=self.values)
+        self.values.mul_(self._unit)
+        torch.div(self.values, self._residual, rounding_mode="floor", out=self.keys)
+        self.keys.mul_(self._residual)
+        self.values.sub_(self._residual).clamp_min_(0)

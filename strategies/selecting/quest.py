@@ -11,9 +11,9 @@ from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
-from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.step import Clock, FixedStep, FixedTokens, Part
 from kvbench.kernels.attention import Segment, attend
-from kvbench.kernels.bounds import page_bounds, update_bounds
+from kvbench.kernels.bounds import update_bounds
 from kvbench.kernels.insert import insert
 from kvbench.kernels.score import page_scores
 from kvbench.kernels.select import select_top
@@ -68,7 +68,21 @@ class Quest(KVCachePolicy):
         paged = {"low" in part.layer.state for part in parts}
         if len(paged) > 1:
             return None
-        return QuestStep(parts, clock, self.options.page_size) if paged.pop() else GrowingStep(parts, clock)
+        if not paged.pop():
+            return GrowingStep(parts, clock)
+        return QuestStep(parts, clock, self.options.page_size, _PlainTokens(parts, clock, self._capacity(parts, clock)))
+
+    def held_step(self, parts: Sequence[Part], clock: Clock, holder: KVCachePolicy) -> FixedStep | str | None:
+        """Pages of tokens that another policy holds."""
+        if any("low" not in part.layer.state for part in parts):
+            return "a prompt of a page holds no codes"
+        size = self.options.page_size
+        tokens = holder.fixed_tokens(parts, clock, size, self._capacity(parts, clock))
+        return tokens if isinstance(tokens, str) else QuestStep(parts, clock, size, tokens)
+
+    def _capacity(self, parts: Sequence[Part], clock: Clock) -> int:
+        longest, size = max(part.layer.tokens for part in parts), int(self.options.page_size)
+        return -(-(longest + clock.new_tokens) // size) * size
 
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
         """Take the best pages of each query head by Σ_c max(q_c·min_c, q_c·max_c)."""
@@ -87,35 +101,27 @@ class Quest(KVCachePolicy):
 class QuestStep(FixedStep):
     """Quest's step in fixed shapes: tokens and bounds of all pages lie in one place, the page being filled included."""
 
-    def __init__(self, parts: Sequence[Part], clock: Clock, page_size: int) -> None:
+    def __init__(self, parts: Sequence[Part], clock: Clock, page_size: int, tokens: FixedTokens) -> None:
         layer = parts[0].layer
-        self._size, self._positions, self._scaling = page_size, clock.positions, layer.scaling
-        longest = max(part.layer.tokens for part in parts)
-        pages = -(-(longest + clock.new_tokens) // page_size)
-        sample_keys, sample_values = layer.store.aside_keys, layer.store.aside_values
-        shape = (clock.batch, layer.kv_heads)
-        self._keys = sample_keys.new_zeros(*shape, pages * page_size, sample_keys.shape[3])
-        self._values = sample_values.new_zeros(*shape, pages * page_size, sample_values.shape[3])
+        self._tokens, self._size, self._positions, self._scaling = tokens, page_size, clock.positions, layer.scaling
+        self._pages_held = pages = -(-(max(part.layer.tokens for part in parts) + clock.new_tokens) // page_size)
+        low, shape = layer.state["low"], (clock.batch, layer.kv_heads)
+        self._low, self._high = (low.new_zeros(*shape, pages, low.shape[3]) for _ in range(2))
         budget = torch.zeros(shape, dtype=torch.int32, device=clock.positions.device)
         for part in parts:
-            store = part.layer.store
+            store, state = part.layer.store, part.layer.state
             rows = slice(None) if part.rows is None else part.rows.to(budget.device)
-            current_keys, current_values, _ = store.static_parts()[0]
-            for target, aside, current in (
-                (self._keys, store.aside_keys, current_keys),
-                (self._values, store.aside_values, current_values),
-            ):
-                target[rows, :, : store.aside_stop] = aside
-                target[rows, :, store.aside_stop : store.tokens] = current
+            full = store.aside_stop // page_size
+            current = store.static_parts()[0][0].aminmax(dim=2)
+            for bounds, known, mine in ((self._low, state["low"], current[0]), (self._high, state["high"], current[1])):
+                bounds[rows, :, :full], bounds[rows, :, full] = known, mine
             own = part.layer.budget
-            tokens = pages * page_size if own.covers_all else own.tokens if own.heads is None else own.heads
-            budget[rows] = torch.as_tensor(tokens).to(budget)
+            count = pages * page_size if own.covers_all else own.tokens if own.heads is None else own.heads
+            budget[rows] = torch.as_tensor(count).to(budget)
             store.release_static(0)
             store.release_aside()
-            part.layer.state.clear()
+            state.clear()
         self._budget = budget.repeat_interleave(layer.heads // layer.kv_heads, dim=1)
-        self._low, self._high = (sample_keys.new_zeros(*shape, pages, sample_keys.shape[3]) for _ in range(2))
-        page_bounds(self._keys, clock.positions, page_size, self._low, self._high)
         most = max(min((int(budget.max()) - 1) // page_size, pages), 1)
         key = "quest", page_size, tuple(self._budget.flatten().tolist())
         self._leads = key not in clock.shared
@@ -128,17 +134,16 @@ class QuestStep(FixedStep):
         shared, positions = self._pages, self._positions
         if self._leads:
             shared.count()
-        insert(self._keys, self._values, keys, values, positions)
+        self._tokens.insert(keys, values)
         update_bounds(keys, positions, self._size, self._low, self._high)
         bounds = page_scores(queries, self._low, self._high, shared.full, output=self._bounds)
         ids = select_top(bounds, shared.wanted, shared.most, also=shared.full, output=self._ids)
-        chosen = Segment(self._keys, self._values, shared.tokens, ids, self._size)
-        return attend(queries, chosen, scaling=self._scaling, dtype=queries.dtype)[0]
+        return self._tokens.attend(queries, ids, self._size, shared.tokens, self._scaling)
 
     def bytes(self) -> dict[str, int]:
         """Tokens on the device; the bounds are the index."""
         return {
-            "resident": self._keys.nbytes + self._values.nbytes,
+            "resident": self._tokens.nbytes,
             "offloaded": 0,
             "index": self._low.nbytes + self._high.nbytes,
         }
@@ -146,13 +151,46 @@ class QuestStep(FixedStep):
     def reads(self, tokens: int) -> dict[str, int]:
         """All bounds of full pages, once for each key/value head, and the chosen tokens of each query head's group."""
         share = min(tokens / (self._low.shape[2] * self._size), 1.0)
-        token = (self._keys.nbytes + self._values.nbytes) // (self._keys.shape[1] * self._keys.shape[2])
-        chosen = int(self._budget.clamp_max(tokens).float().mean()) * token * self._keys.shape[1]
+        token = self._tokens.nbytes // (self._pages_held * self._size)
+        chosen = int(self._budget.clamp_max(tokens).float().mean()) * token
         return {"device": int((self._low.nbytes + self._high.nbytes) * share) + chosen, "host": 0}
 
     def changed(self) -> Sequence[Tensor]:
         """Nothing: a step writes the same token, and the same bounds, to the same place again."""
         return []
+
+
+class _PlainTokens(FixedTokens):
+    """All tokens as they are."""
+
+    def __init__(self, parts: Sequence[Part], clock: Clock, capacity: int) -> None:
+        first, self._positions = parts[0].layer.store, clock.positions
+        shape = (clock.batch, parts[0].layer.kv_heads, capacity)
+        self._keys, self._values = (like.new_zeros(*shape, like.shape[3]) for like in first.aside.decoded())
+        for part in parts:
+            store = part.layer.store
+            rows = slice(None) if part.rows is None else part.rows.to(clock.positions.device)
+            current_keys, current_values, _ = store.static_parts()[0]
+            for target, aside, current in (
+                (self._keys, store.aside_keys, current_keys),
+                (self._values, store.aside_values, current_values),
+            ):
+                target[rows, :, : store.aside_stop] = aside
+                target[rows, :, store.aside_stop : store.tokens] = current
+
+    def insert(self, keys: Tensor, values: Tensor) -> None:
+        """Append."""
+        insert(self._keys, self._values, keys, values, self._positions)
+
+    def attend(self, queries: Tensor, ids: Tensor, unit: int, lengths: Tensor, scaling: float) -> Tensor:
+        """Attend to the blocks, read in place."""
+        chosen = Segment(self._keys, self._values, lengths, ids, unit)
+        return attend(queries, chosen, scaling=scaling, dtype=queries.dtype)[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Keys and values."""
+        return self._keys.nbytes + self._values.nbytes
 
 
 class _Pages:
