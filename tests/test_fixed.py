@@ -13,6 +13,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.host import Pool, Slabs
 from kvbench.contract.storage import KVStore, TokenBuffer
 from kvbench.engine.generation import generate, generate_batch
+from kvbench.kernels import support, using
 from kvbench.plugins import registry
 from kvbench.strategies.selecting.aside import best_of
 
@@ -122,6 +123,21 @@ def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
     if policy == "infinigen":  # what the steps chose is less than the budget
         assert 0 < fixed[0].reads["host"] < len(PROMPTS) * 23 * (3 - dense_layers) * 2 * 2 * 8 * 4
+
+
+@pytest.mark.skipif(support.triton is None or not support.interpreting(), reason="needs Triton's interpreter")
+@pytest.mark.parametrize(("policy", "options"), [("keydiff", {}), ("retroinfer", {"hot": 30}), ("infinigen", {})])
+@torch.inference_mode()
+def test_steps_with_interpreted_kernels_give_the_logits_of_the_hooks(policy, options):
+    """Tensors as steps hand them over: views, strides, types."""
+    model, found = tiny_model(pad_token_id=None, num_hidden_layers=2), registry().find("policy", policy)
+    options = small_options(found) | OPTIONS.get(policy, {}) | options
+    with kvbench.attach(model, policy=policy, budget=24, options=options) as session:
+        _, expected = logits(session, None, 3, "eager", PROMPTS[:1])
+        with using("triton"):
+            _, steps = logits(session, None, 3, "fixed", PROMPTS[:1])
+    for ours, theirs in zip(steps, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4)
 
 
 @pytest.mark.parametrize("policy", ["pqcache", "retroinfer", "infinigen"])

@@ -71,6 +71,10 @@ OTHERS = {
         "policy": "retrieval", "options": {"sinks": 2, "window": 8},
         "budget": kvbench.Budget(tokens=24, allocator="ada"),
     },
+    "compressed again and again": {
+        "policy": "snapkv", "options": {"window": 8}, "budget": kvbench.Budget(tokens=24, compress_every=8)
+    },
+    "compressed by running scores": {"policy": "h2o", "budget": kvbench.Budget(tokens=24, compress_every=8)},
     "measured": {"policy": "streaming_llm", "budget": kvbench.Budget(tokens=24, allocator="squeeze")},
     "composed": {
         "policy": "quest+kivi", "options": {"quest.page_size": 4, "kivi.group": 8, "kivi.residual": 8}, "budget": 24
@@ -123,9 +127,9 @@ def resumed(model, given, prompt, path):
     with kvbench.attach(model, **given) as session:
         ids, mask = read(session, *prompt)
         session.save(path)
-        expected, _ = go_on(model, session.cache, ids, mask, 12)
+        expected, _ = go_on(model, session.cache, ids, mask, 20)
     with kvbench.resume(model, path) as session:
-        assert torch.equal(go_on(model, session.cache, ids, mask, 12)[0], expected)
+        assert torch.equal(go_on(model, session.cache, ids, mask, 20)[0], expected)
     return expected
 
 

@@ -60,6 +60,16 @@ def run(
         str,
         typer.Option(help="aware: the question is part of the prompt; agnostic: it goes through the policy after it."),
     ] = "aware",
+    prefix: Annotated[
+        str,
+        typer.Option(
+            help="cached: read and save each context once, and go on from it with every question about it; times to "
+            "first token with this hit and without, and what the saved context costs. none: as usual."
+        ),
+    ] = "none",
+    new_tokens: Annotated[
+        int, typer.Option(min=0, help="Last tokens of the context that come after the cached prefix.")
+    ] = 0,
     prefill_chunk: Annotated[
         int | None, typer.Option(min=1, help="Compute the prompt this many tokens at a time.")
     ] = None,
@@ -119,6 +129,8 @@ def run(
         raise KVBenchError(f"--ratio {ratio} is not between 0 and 1.")
     if question not in ("aware", "agnostic"):
         raise KVBenchError(f"--question {question} is neither 'aware' nor 'agnostic'.")
+    if prefix not in ("none", "cached"):
+        raise KVBenchError(f"--prefix {prefix} is neither 'none' nor 'cached'.")
     if decoding not in DECODINGS:
         raise KVBenchError(f"--decoding {decoding} is none of {', '.join(DECODINGS)}.")
     found = load_registry()
@@ -155,7 +167,7 @@ def run(
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
             prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probes),
             batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
-            decoding=decoding,  # type: ignore[arg-type]
+            decoding=decoding, prefix=prefix, new_tokens=new_tokens,  # type: ignore[arg-type]
         )
         for name in names
     ]  # fmt: skip
@@ -217,6 +229,11 @@ def _print_runs(documents: list[dict[str, Any]], task: type[Any], setting: str) 
             out.print(
                 f"{document['policy']} decoded hook by hook: {reason}", style="dim", highlight=False, markup=False
             )
+        if aware := document["metrics"].get("query_aware"):
+            out.print(
+                f"{document['policy']} {aware}: its prefix was compressed without the question.", style="dim",
+                highlight=False, markup=False,
+            )  # fmt: skip
     out.print(_provenance(documents), style="dim", highlight=False)
     for document in documents:
         out.print(f"{document['policy']}: {document['folder']}", style="dim", highlight=False, soft_wrap=True)

@@ -24,6 +24,16 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
 
 
+def _prefix(metrics: dict[str, Any], name: str) -> float | None:
+    found: float | None = (metrics.get("prefix") or {}).get(name)
+    return found
+
+
+def _break_even(metrics: dict[str, Any]) -> str:
+    value = _prefix(metrics, "break_even_requests")
+    return "none" if value is None and metrics.get("prefix") else _figure(value)
+
+
 def _interval(metric: str, cell: Callable[[float | None], str]) -> Cell:
     return lambda m: " to ".join(cell(end) for end in m[metric]["ci95"])
 
@@ -55,6 +65,15 @@ _REST: list[tuple[str, str, Cell]] = [
     ("TTFT, s", "TTFT\ns", lambda m: seconds(m["ttft_s"]["total"])),
     ("  prefill", "", lambda m: seconds(m["ttft_s"]["prefill"])),
     ("  index construction", "", lambda m: seconds(m["ttft_s"]["index"])),
+    ("  without the hit", "miss\ns", lambda m: seconds(_prefix(m, "ttft_miss_s"))),
+    ("  load", "", lambda m: seconds(_prefix(m, "load_s"))),
+    ("  new tokens", "", lambda m: seconds(_prefix(m, "extend_s"))),
+    ("construction and saving, s", "once\ns", lambda m: seconds(_prefix(m, "construct_s"))),
+    ("  break-even requests", "break\neven", _break_even),
+    ("  saved state, MiB", "MiB\nsaved", lambda m: mib(_prefix(m, "state_bytes"))),
+    ("accuracy without the hit", "without\nhit", lambda m: share(_prefix(m, "miss_score"))),
+    ("recall before the new tokens", "", lambda m: share(_prefix(m, "recall_before"))),
+    ("  and after", "", lambda m: share(_prefix(m, "recall_after"))),
     ("TPOT p50, ms", "TPOT\nms", lambda m: seconds(m["tpot_s"]["p50"], 1000)),
     ("TPOT p95, ms", "", lambda m: seconds(m["tpot_s"]["p95"], 1000)),
     ("  on the device, p50", "", lambda m: seconds((m.get("device_tpot_s") or {}).get("p50"), 1000)),
@@ -65,6 +84,10 @@ _REST: list[tuple[str, str, Cell]] = [
     ("peak memory, MiB", "", lambda m: mib(m["peak_memory_bytes"])),
 ]
 """Label, heading where policies are rows (none: left out there), and the cell."""
+_OF_PREFIXES = {
+    "  without the hit", "  load", "  new tokens", "construction and saving, s", "  break-even requests",
+    "  saved state, MiB", "accuracy without the hit", "recall before the new tokens", "  and after",
+}  # fmt: skip
 
 
 def _entries(metrics: Mapping[str, str], main: str | None) -> list[tuple[str, str, Cell]]:
@@ -84,6 +107,8 @@ def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[
     Without rows that would be empty for every policy.
     """
     entries = _entries(metrics, main)
+    if not any(document["metrics"].get("prefix") for document in documents):
+        entries = [entry for entry in entries if entry[0] not in _OF_PREFIXES]
     names = [
         document["policy"] + (" (over budget)" if document["metrics"].get("over_budget") else "")
         for document in documents

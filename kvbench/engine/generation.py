@@ -104,12 +104,15 @@ def generate_batch(
     prefilled: Prefill | None = None,
     border: int | None = None,
     recorder: PromptRecorder | None = None,
+    begun: bool = False,
     decoding: Decoding = "auto",
 ) -> list[Generation]:
     """Generate after several prompts at once, each up to its own number of tokens; see `generate`.
 
     `prompt_tokens` is for a single prompt, and so are `border`, the first tokens that are a pass of their own, as in
     `prefill`, and `recorder`, one of the session's probes, which notes the prompt for others; its time is left out.
+    With `begun` the session's cache has the prompts' first tokens already (`Session.load`): the others are read and
+    timed, as tokens that follow a prompt.
     Rows that ended go on unseen until the last one ends.
     """
     check_prompts(session.model, prompts, max_new_tokens)
@@ -122,7 +125,7 @@ def generate_batch(
         reason = _hooks_because(session, decoding, "it keeps no cache")
         return [_generate_uncached(session, prompt, limit, stop, reason) for prompt, limit in pairs]
     ids, mask = pad(prompts, input_device(session.model))
-    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder)
+    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder, begun)
     assert session.cache is not None
     found = logits.argmax(-1)
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -240,14 +243,18 @@ def _hooks_because(session: Session, decoding: Decoding, reason: str) -> str:
 
 def _prompt(
     session: Session, ids: Tensor, mask: Tensor | None, prompt_tokens: int | None, chunk: int | None,
-    prefilled: Prefill | None, border: int | None, recorder: PromptRecorder | None,
+    prefilled: Prefill | None, border: int | None, recorder: PromptRecorder | None, begun: bool,
 ) -> tuple[Tensor, float]:  # fmt: skip
     """Let the policy take over the prompt and the question follow; the last logits [B, V] and the prefill's seconds."""
     whole = ids.shape[1]
     tokens = whole if prompt_tokens is None or session.policy.exact else prompt_tokens
     earlier = 0.0
     began = session.now()
-    if prefilled is None:
+    if begun:
+        assert session.cache is not None and prefilled is None
+        tokens, logits = session.cache.get_seq_length(), ids.new_empty(0)
+        assert tokens < whole, "a token is left to be read"
+    elif prefilled is None:
         # exact attention is the same on either side of the border, so `full` needs none
         first = min(border or tokens, tokens)
         prompt, prompt_mask = ids[:, :tokens], None if mask is None else mask[:, :tokens]

@@ -15,7 +15,8 @@ FLAGS = {
     "model": "--model", "task": "--task", "context_length": "--context-length", "examples": "--examples",
     "seed": "--seed", "question": "--question", "prefill_chunk": "--prefill-chunk", "recall_k": "--recall-k",
     "probe_examples": "--probe-examples", "batch_size": "--batch-size", "dense_layers": "--dense-layers",
-    "decoding": "--decoding", "device": "--device", "dtype": "--dtype",
+    "decoding": "--decoding", "prefix": "--prefix", "new_tokens": "--new-tokens",
+    "device": "--device", "dtype": "--dtype",
 }  # fmt: skip
 """Options of `kvbench run`, by the field of the configuration that they set as it is."""
 

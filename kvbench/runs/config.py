@@ -16,7 +16,7 @@ SCHEMA = 2
 """Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
 LARGEST = 2**31 - 1
 """Of the numbers that a run is asked for."""
-LATER = ("dense_layers", "prompt_attention", "decoding")
+LATER = ("dense_layers", "prompt_attention", "decoding", "prefix", "new_tokens")
 """Fields of a configuration that earlier versions did not have, and whose defaults are what these did."""
 
 
@@ -51,6 +51,10 @@ class RunConfig(BaseModel):
     prompt_attention: Literal["exact", "policy"] = "exact"
     """Whose the prompt's attention is: the model's own, or the policy's (`attend_prompt`)."""
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
+    prefix: Literal["none", "cached"] = "none"
+    """`cached`: each context is read and saved once, and every request about it goes on from there."""
+    new_tokens: int = Field(0, ge=0, le=LARGEST)
+    """Last tokens of the context that are not part of the cached prefix; the question comes on top."""
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
 

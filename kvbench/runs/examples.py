@@ -22,6 +22,7 @@ from kvbench.plugins import registry
 from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, release
 from kvbench.runs.planning import AnyTask
+from kvbench.runs.prefixed import forget, generate_prefixed, recall_around
 from kvbench.runs.results import Run, RunConfig
 from kvbench.runs.sharing import SharedPrompt, is_probed, probe_passes, prompt_of, prompt_tokens, session_of
 from kvbench.runs.timing import can_be_fixed, step_row
@@ -43,12 +44,14 @@ def extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample]
         if all(example.id in there for example in part):
             continue
         shared = prompt if len(part) == len(batch) else None
-        for example, row, answer in _measure(config, loaded, task, part, shared):
+        for example, row, answer in _measure(run, loaded, task, part, shared):
             if example.id in there:
                 continue
             if is_probed(run):
                 row |= _probe(run, loaded, task, example, answer, shared)  # noqa: PLW2901
             run.append(row)
+    if config.prefix == "cached" and len(run.rows) == config.examples:
+        forget(run)
 
 
 def batches(examples: Iterator[AnyExample], config: RunConfig, loaded: LoadedModel) -> Iterator[list[AnyExample]]:
@@ -118,10 +121,10 @@ def _exact(config: RunConfig, loaded: LoadedModel, example: TokenExample) -> tor
 
 
 def _measure(
-    config: RunConfig, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], shared: SharedPrompt | None
+    run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], shared: SharedPrompt | None
 ) -> Iterator[tuple[AnyExample, dict[str, Any], list[int]]]:
     """Generate a batch's answers, or predict given tokens, undisturbed; each example's row, and the answer's tokens."""
-    prompts = [prompt_of(loaded, example) for example in batch]
+    config, prompts = run.config, [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
     policy = registry().make("policy", config.policy, config.policy_options)
@@ -133,8 +136,15 @@ def _measure(
     elif shared is not None:
         prefilled = shared.prefill()
     release()
-    with PeakMemory(loaded.device) as peak:
-        results = _generate(config, loaded, batch, [], shared, prefilled, recorder)
+    if config.prefix == "cached":
+        (first,) = batch
+        assert isinstance(first, Example)
+        prefixed = generate_prefixed(run, loaded, first, stop_tokens(loaded))
+        results, most = [prefixed.hit], prefixed.peak
+    else:
+        with PeakMemory(loaded.device) as peak:
+            prefixed, results = None, _generate(config, loaded, batch, [], shared, prefilled, recorder)
+        most = peak.bytes
     if shared is not None and recorder is not None:
         shared.take(recorder)
     for example, prompt, result in zip(batch, prompts, results, strict=True):
@@ -153,11 +163,16 @@ def _measure(
             "bytes": result.bytes,
             **({"answer_bytes": result.answer_bytes} if result.answer_bytes else {}),
             **({"held_tokens": result.held_tokens} if result.held_tokens else {}),
-            "peak_memory_bytes": peak.bytes if prefilled is None else None,
+            "peak_memory_bytes": most if prefilled is None else None,
             "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
         }
         if prefilled is not None:
             row["reused_tokens"] = prefilled.reused
+        if prefixed is not None:
+            other = loaded.tokenizer.decode(prefixed.miss.tokens, skip_special_tokens=True)
+            row |= prefixed.measured
+            row["miss_score"] = _scored(config, loaded, task, example, other, prefixed.miss)["score"]
+            row["prefill_s"] = row["load_s"] + row["extend_s"]
         yield example, row, result.tokens
 
 
@@ -192,6 +207,8 @@ def _probe(
         name = next(name for name in (f"traces/{number:06d}.safetensors" for number in count()) if name not in taken)
         write_trace(run.path / name, trace, example=example.id, prompt_tokens=len(prompt.input_ids))
         measured["trace"] = name
+    if config.prefix == "cached":
+        measured |= recall_around(trace, prompt_tokens(config, prompt), len(prompt.input_ids))
     return measured
 
 
@@ -205,11 +222,15 @@ def _generate(
     with session:
         if isinstance(batch[0], TokenExample):
             given = batch[0]
-            prompt_tokens, chunk = len(prompts[0].input_ids), config.prefill_chunk
-            return [force(session, given.input_ids, prompt_tokens=prompt_tokens, prefill_chunk=chunk)]
+            read, chunk = len(prompts[0].input_ids), config.prefill_chunk
+            return [force(session, given.input_ids, prompt_tokens=read, prefill_chunk=chunk)]
         return generate_batch(
             session, [prompt.input_ids for prompt in prompts],
-            prompt_tokens=None if config.question == "aware" else prompts[0].context_tokens,
+            prompt_tokens=(
+                prompt_tokens(config, prompts[0])
+                if config.question == "agnostic" or config.prefix == "cached"
+                else None
+            ),
             max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
             stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
             border=None if shared is None else shared.border, recorder=recorder,

@@ -46,6 +46,8 @@ class Request:
     share_prefill: bool | None = None
     """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
     decoding: Decoding = "auto"
+    prefix: Literal["none", "cached"] = "none"
+    new_tokens: int = 0
 
 
 @validating(lambda reason: f"There is no such run ({reason}): change that value.")
@@ -65,9 +67,10 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
             f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
             "and prompts unshared."
         )
+    _check_prefix(request, policy, forced)
     wanted = request.batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
     own_prompt = hasattr(policy, "attend_prompt")
-    share_prefill = wanted and policy.cached and not own_prompt
+    share_prefill = wanted and policy.cached and not own_prompt and request.prefix == "none"
     if budget is not None:
         allocator = found.make("budget", budget.allocator, budget.options)
         check_head_budgets(policy, allocator)
@@ -79,8 +82,9 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     if budget is not None and budget.compress_every is not None:
         check_compression(own, budget.compress_every)
     if budget is not None:
-        size = budget.size(request.context_length, token_bytes(loaded.model, layers))
-        _check_size(own, request.context_length, size)
+        length = request.context_length - request.new_tokens
+        size = budget.size(length, token_bytes(loaded.model, layers))
+        _check_size(own, length, size)
     check_context(loaded, request.context_length)
     if request.batch_size > 1 and request.question == "agnostic":
         raise KVBenchError(
@@ -98,8 +102,30 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
         batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
         prompt_attention="policy" if own_prompt else "exact", decoding=request.decoding,
-        plugins=_plugins(request, budget),
+        prefix=request.prefix, new_tokens=request.new_tokens, plugins=_plugins(request, budget),
     )  # fmt: skip
+
+
+def _check_prefix(request: Request, policy: type[KVCachePolicy], forced: bool) -> None:
+    """Refuse what goes with no cached prefix."""
+    if request.prefix == "none":
+        if request.new_tokens:
+            raise KVBenchError(
+                f"{request.new_tokens} new tokens come after a cached prefix: give --prefix cached, or leave them out."
+            )
+        return
+    if request.new_tokens >= request.context_length:
+        raise KVBenchError(
+            f"{request.new_tokens} new tokens leave no prefix of a context of {request.context_length}: give fewer, or "
+            "a longer --context-length."
+        )
+    if not policy.cached:
+        raise KVBenchError(f"Policy '{policy.name}' keeps no cache, so no prefix of it can be: leave --prefix out.")
+    if forced or request.batch_size > 1 or request.share_prefill:
+        raise KVBenchError(
+            "A cached prefix is for tasks of questions, one request at a time, each with prompts of its own: leave "
+            "--batch-size at 1 and prompts unshared, and choose a task that asks something."
+        )
 
 
 def _check_size(policy: KVCachePolicy, context: int, size: int) -> None:

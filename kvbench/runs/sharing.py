@@ -31,6 +31,8 @@ def prompt_of(loaded: LoadedModel, example: Example | TokenExample) -> Prompt:
 
 def prompt_tokens(config: RunConfig, prompt: Prompt) -> int:
     """How many of its tokens the policy takes over at once."""
+    if config.prefix == "cached":
+        return max(prompt.context_tokens - config.new_tokens, 1)
     return len(prompt.input_ids) if config.question == "aware" else prompt.context_tokens
 
 

@@ -36,6 +36,9 @@ class Metrics(_Open):
     mode_reason: Text | None = None
     device_tpot_s: dict[str, Number | None] = Field(default_factory=dict)
     step_parts_s: dict[str, Number | None] = Field(default_factory=dict)
+    prefix: dict[str, Number | None] = Field(default_factory=dict)
+    amortised_ttft_s: dict[str, Number | None] = Field(default_factory=dict)
+    query_aware: Text | None = None
 
 
 class Environment(_Open):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from kvbench.runs.prefix_costs import prefix_metrics
 from kvbench.runs.timing import step_metrics
 from kvbench.statistics import confidence_interval, mean_interval, percentiles
 
@@ -41,6 +42,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "tpot_s": {"p50": _number(p50), "p95": _number(p95)},
         **step_metrics(rows),
+        **prefix_metrics(rows),
         "peak_memory_bytes": max(peaks, default=None),
         "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),

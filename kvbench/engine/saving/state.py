@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer
 from kvbench.contract.budget import LayerBudget
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
+from kvbench.contract.reading import plain
 from kvbench.contract.storage import KVStore
 from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
 from kvbench.engine.governor import Governor
@@ -19,6 +21,13 @@ from kvbench.engine.prompt import Attends
 from kvbench.engine.saving.memory import Views
 from kvbench.engine.saving.tree import Node, Reader, Surroundings, Unsaveable, Writer
 from kvbench.engine.validation import named
+
+REBUILT = {
+    "index", "count", "number", "heads", "kv_heads", "head_dim", "scaling", "rows", "store", "budget", "static",
+    "prompt_tokens", "module", "softcap", "sink_logits", "state", "rotary", "previous", "ungoverned", "most_attended",
+    "apart", "prompt_queries", "exact_attention", "hidden", "hidden_before", "project", "begun", "static_attention",
+}  # fmt: skip
+"""What of a layer follows from the model and the policy, is saved apart, or lasts no longer than a step."""
 
 HOST = Surroundings(torch.device("cpu"))
 
@@ -96,6 +105,7 @@ def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
     for place, layer in enumerate(cached.by_lane):
         where = f"layer {layer.number}" + (f", rows {place}" if len(cached.by_lane) > 1 else "")
         known = _named(cached, layer)
+        bare = Surroundings(layer.store.device, known)
         around = Surroundings(layer.store.device, {**known, "layer.store": layer.store})
         with cached.session.named_errors("save_state", layer):
             state = policy.save_state(layer)
@@ -105,12 +115,16 @@ def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
                 "attends": _attends(
                     writer, Attends(layer.module, layer.heads, layer.scaling, layer.softcap, layer.sink_logits)
                 ),
-                "budget": [
-                    layer.budget.tokens, layer.budget.covers_all,
-                    writer.node(layer.budget.heads, f"the budget of {where}", around), layer.budget.every,
-                ],
-                "latest_queries": writer.node(layer.latest_queries, f"the latest queries of {where}", around),
-                "store": writer.node(layer.store, f"store of {where}", Surroundings(layer.store.device, known)),
+                "budget": {
+                    part.name: writer.node(getattr(layer.budget, part.name), f"the budget of {where}", around)
+                    for part in fields(LayerBudget)
+                },
+                "more": {
+                    part.name: writer.node(getattr(layer, part.name), f"{part.name} of {where}", bare)
+                    for part in fields(Layer)
+                    if part.name not in REBUILT
+                },
+                "store": writer.node(layer.store, f"store of {where}", bare),
                 "state": writer.node(state, f"layer.state of {where}", around),
             }
         )  # fmt: skip
@@ -174,15 +188,17 @@ def _read_layer(cached: PolicyCacheLayer, reader: Reader, group: Any) -> Layer:
     attends = _read_attends(governor, reader, cached.number, group["attends"])
     rows, kv_heads, head_dim, tokens = map(int, group["shape"])
     around = Surroundings(_device(governor, cached.number, governor.model.device))
-    count, covers_all, heads, every = group["budget"]
-    budget = LayerBudget(int(count), bool(covers_all), reader.value(heads, around), int(every))
+    budget = LayerBudget(**{name: reader.value(part, around) for name, part in group["budget"].items()})
     layer = cached.new_layer(attends, budget, rows, kv_heads, head_dim, tokens)
-    layer.latest_queries = reader.value(group["latest_queries"], around)
     known = Surroundings(around.device, _named(cached, layer))
     store = reader.value(group["store"], known)
     if not isinstance(store, KVStore):
         raise ValueError("a store is missing")
     layer.store = store
+    for name, part in group["more"].items():
+        if name in REBUILT or name not in vars(layer):
+            raise ValueError(f"{plain(name)} is nothing that a layer keeps")
+        setattr(layer, name, reader.value(part, known))
     state = reader.value(group["state"], Surroundings(known.device, {**known.named, "layer.store": store}))
     with governor.named_errors("load_state", layer):
         policy.load_state(layer, state)
