@@ -1,7 +1,7 @@
 """Threads that wait for work in compiled code, so that handing it out takes a microsecond and no interpreter's lock.
 
 A pool of Python threads costs some 0.4 ms to run a kernel on 16 cores: each thread needs the lock to begin. Here they
-spin on one number for as long as they are assembled, a decoding step, and sleep otherwise.
+spin on one number for as long as they are assembled, a decoding step, and sleep a few milliseconds after it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from numba.extending import intrinsic
 from kvbench.indexes.compiled import Int64, kernel
 
 # Places in the mail, 64 bytes apart where different threads write. A ticket is one number: generation, parts, part.
-NEXT, STOP, GENERATION, SLOT, SLOTS, JOB, BLOCK, DONE = 0, 8, 16, 24, 2, 0, 1, 8
+NEXT, GENERATION, SLOT, SLOTS, JOB, BLOCK, DONE = 0, 8, 16, 2, 0, 1, 8
 _MAIL = SLOT + SLOTS * 16
 BITS = 20
 MASK = (1 << BITS) - 1
+IDLE = 100_000
+"""Looks for work in a row, some 5 ms, after which a thread sleeps: longer than the time from step to step."""
 
 _ON_INTEL = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -124,14 +126,17 @@ def take_parts(mail: Int64) -> None:
 
 
 @kernel
-def serve(mail: Int64) -> None:
-    """Wait for work and do it, until told to stop."""
-    while look(mail, STOP) == 0:
+def serve(mail: Int64, idle: int) -> None:
+    """Wait for work and do it, until `idle` looks in a row found none."""
+    looks = 0
+    while looks < idle:
         ticket = look(mail, NEXT)
         if ticket & MASK < (ticket >> BITS) & MASK:
             take_parts(mail)
+            looks = 0
         else:
             rest()
+            looks += 1
 
 
 @cache
@@ -192,29 +197,26 @@ class Crew:
         self.threads = threads
         self.assembled = False
         self._mail = np.zeros(_MAIL + 8, np.int64)
-        self._mail[STOP] = 1
         self._go = threading.Event()
         self._leading = threading.Lock()
-        serve(self._mail)  # compiled before the threads need it
+        serve(self._mail, 1)  # compiled before the threads need it
         for number in range(threads):
             threading.Thread(target=self._stay, name=f"kvbench-crew-{number}", daemon=True).start()
 
     def _stay(self) -> None:
         while True:
             self._go.wait()
-            serve(self._mail)
+            serve(self._mail, IDLE)
 
     def assemble(self) -> None:
         """Wake the threads, which then spin until `dismiss`."""
-        self._mail[STOP] = 0
         self.assembled = True
         self._go.set()
 
     def dismiss(self) -> None:
-        """Let the threads sleep."""
+        """Let the threads sleep once they find no work for a while."""
         self.assembled = False
         self._go.clear()
-        self._mail[STOP] = 1
 
     def run(self, work: Callable[..., None], parts: int, arguments: tuple[Any, ...]) -> bool:
         """Run a compiled `work(part, parts, *arguments)` for all parts; False where another thread is at it."""

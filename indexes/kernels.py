@@ -21,8 +21,11 @@ from kvbench.indexes.compiled import (
     read_row,
 )
 
-
 # One int64 that sorts by score, then by smaller id: sortable bits of the score, 31 bits of ~id, whether expanded.
+WIDE = 512
+"""Length of the candidate list from which on it is a heap."""
+
+
 @kernel
 def pack(score: np.float32, node: int) -> np.int64:
     """Score and id as one integer that orders by score, then by smaller id."""
@@ -142,6 +145,103 @@ def beam_search(
 
 
 @kernel
+def push(heap: Int64, size: int, entry: np.int64) -> None:
+    """Add an entry to a heap of `size` entries whose smallest is first."""
+    place = size
+    while place > 0:
+        parent = (place - 1) >> 1
+        if heap[parent] <= entry:
+            break
+        heap[place] = heap[parent]
+        place = parent
+    heap[place] = entry
+
+
+@kernel
+def replace_first(heap: Int64, size: int, entry: np.int64) -> None:
+    """Put an entry in the place of a heap's smallest."""
+    place = 0
+    child = 1
+    while child < size:
+        if child + 1 < size and heap[child + 1] < heap[child]:
+            child += 1
+        if heap[child] >= entry:
+            break
+        heap[place] = heap[child]
+        place = child
+        child = 2 * place + 1
+    heap[place] = entry
+
+
+@kernel
+def wide_search(
+    rows: Rows,
+    base: int,
+    query: Float32,
+    links: Int32,
+    start: Int64,
+    eager: int,
+    pool: Int64,
+    size: int,
+    seen: NDArray[np.uint8],
+    fresh: Int32,
+    frontier: Int64,
+) -> tuple[int, int]:
+    """`beam_search` by inner product for long pools: the same keys after the same evaluations, with heaps.
+
+    Inserting into a sorted pool takes time in proportion to its length. Here the pool is a heap whose worst entry is
+    first, and `frontier` [n], scratch, one of the entries that are not expanded, best first. The pool comes and goes
+    sorted downwards.
+    """
+    evaluations = 0
+    capacity = pool.shape[0]
+    waiting = 0
+    for i in range(size):
+        push(frontier, waiting, ~pool[i])
+        waiting += 1
+    pool[:size].sort()
+    while waiting > 0:
+        entry = ~frontier[0]
+        if size == capacity and entry < pool[0]:
+            break
+        waiting -= 1
+        replace_first(frontier, waiting, frontier[waiting])
+        node = packed_id(entry)
+        first = start[node]
+        count = 0
+        for j in range(first, start[node + 1]):
+            other = links[j]
+            if other < 0:
+                break
+            before = seen[other]
+            after = min(before + (2 if j - first < eager else 1), 2)
+            seen[other] = after
+            fresh[count] = other
+            count += after - max(before, 1)
+        for j in range(count):
+            prefetch_row(rows, base + fresh[j])
+        evaluations += count
+        for j in range(count):
+            other = fresh[j]
+            new = pack(inner(rows, base + other, query), other)
+            if size < capacity:
+                push(pool, size, new)
+                size += 1
+            elif new > pool[0]:
+                replace_first(pool, size, new)
+            else:
+                continue
+            push(frontier, waiting, ~new)
+            waiting += 1
+    for i in range(size):
+        pool[i] = ~pool[i]
+    pool[:size].sort()
+    for i in range(size):
+        pool[i] = ~pool[i]
+    return size, evaluations
+
+
+@kernel
 def enter(
     rows: Rows,
     base: int,
@@ -236,6 +336,7 @@ def search_graph(
     seen = np.empty(n, np.uint8)
     pool = np.empty(ef, np.int64)
     fresh = np.empty(degree, np.int32)
+    frontier = np.empty(n if ef >= WIDE else 0, np.int64)
     for item in range(part, heads * count, parts):
         head, number = item // count, item % count
         graph = head * graphs // heads
@@ -244,7 +345,12 @@ def search_graph(
         query = queries[head, number]
         seen[:] = 0
         size, total = enter(rows, base, query, entries[graph], pool, seen, None)
-        size, more = beam_search(rows, base, query, links, start[graph], eager, pool, size, seen, fresh, None)
+        if ef >= WIDE:
+            size, more = wide_search(
+                rows, base, query, links, start[graph], eager, pool, size, seen, fresh, frontier
+            )  # fmt: skip
+        else:
+            size, more = beam_search(rows, base, query, links, start[graph], eager, pool, size, seen, fresh, None)
         total += more
         if rerank:
             exact = exact_queries[head, number]

@@ -73,7 +73,7 @@ def assemble() -> None:
 
 
 def dismiss() -> None:
-    """Let the threads of `assemble` sleep."""
+    """Let the threads of `assemble` sleep soon."""
     crew = _crews.get(0)
     if crew is not None:
         crew.dismiss()

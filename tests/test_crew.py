@@ -75,7 +75,7 @@ def test_dismissed_threads_take_no_time(crew):
     assert (found == 2).all()
 
 
-@pytest.mark.parametrize("name", ["ivf", "vamana", "roargraph", "hnsw"])
+@pytest.mark.parametrize("name", ["ivf", "vamana"])
 def test_indexes_find_the_same_with_and_without(name, monkeypatch):
     generator = np.random.default_rng(2)
     keys = generator.standard_normal((2, 400, 16)).astype(np.float32)

@@ -14,10 +14,16 @@ from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.indexes.base import Index
 from kvbench.indexes.flat import Flat
 from kvbench.indexes.threads import beside
+from kvbench.indexes.tuning import least_effort
 from kvbench.strategies.selecting.aside import ScoreStep
 from kvbench.strategies.selecting.index_step import IndexStep, Where
 from kvbench.strategies.selecting.static_set import StaticSetOptions
 from kvbench.strategies.selecting.tiers import SelectingPolicy
+
+HELD_OUT = 32
+"""Last queries of the prompt, at most, that set the effort and train no index."""
+BEST = 100
+"""The exact best keys of which a part must be found, where the budget leaves as many."""
 
 
 class RetrievalOptions(StaticSetOptions):
@@ -27,6 +33,12 @@ class RetrievalOptions(StaticSetOptions):
         16,
         ge=0,
         description="tokens that leave the window for the index at a time; 0 keeps all new tokens in the window",
+    )
+    recall: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="recall (of the best 100) that sets each layer's search effort, on queries of the prompt held out",
     )
     attention: Where = Field(
         "auto",
@@ -50,23 +62,46 @@ class IndexRetrieval(SelectingPolicy):
         super().__init__(options)
         fields = self.index.Options.model_fields
         self._index_options: Any = self.index.Options(**{name: getattr(self.options, name) for name in fields})
-        self.query_window = None if self.index.uses_queries else 0
+        if self.index.uses_queries:
+            self.query_window = None
+        else:
+            self.query_window = 0 if self.options.recall is None else HELD_OUT
 
     def build(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Index the offloaded keys, on a GPU that has them where the index can."""
         index, heads = self.index(self._index_options), layer.rows * layer.heads
-        asked = queries.flatten(0, 1) if self.index.uses_queries else None
+        held_out = 0 if self.options.recall is None else min(HELD_OUT, queries.shape[2] // 8)
+        training = queries[:, :, : queries.shape[2] - held_out]
+        asked = training.flatten(0, 1) if self.index.uses_queries else None
         offloaded = layer.store.aside_keys.flatten(0, 1)
         if keys.is_cuda:
             index.build_beside(offloaded, keys.flatten(0, 1), asked, heads=heads)
         else:
             index.build(offloaded, asked, heads=heads)
         layer.state["index"] = index
+        if held_out:
+            layer.state["effort"] = self._effort(layer, queries[:, :, queries.shape[2] - held_out :], keys)
         layer.store.index_bytes = index.nbytes
+
+    def _effort(self, layer: Layer, queries: Tensor, keys: Tensor) -> int | None:
+        """The least effort that finds enough of the exact best of set-aside `keys` for the prompt's last `queries`."""
+        wanted = layer.budget.beside(sum(layer.static), keys.shape[2])
+        if wanted in (0, keys.shape[2]):
+            return None
+        share = layer.heads // layer.kv_heads
+        best = torch.stack([
+            (row.flatten(0, 1).float() @ group.float().T).topk(min(BEST, wanted), dim=-1).indices
+            for rows, groups in zip(queries, keys, strict=True)
+            for row, group in zip(rows.unflatten(0, (-1, share)), groups, strict=True)
+        ])  # fmt: skip
+        asked = queries.flatten(0, 1).float().cpu().numpy()
+        exact = best.view(*asked.shape[:2], -1).cpu().numpy()
+        return least_effort(layer.state["index"], asked, exact, wanted, self.options.recall)
 
     def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
         """Search the index with each head's query."""
-        found = layer.state["index"].search(queries.flatten(0, 1).cpu(), wanted)
+        effort = layer.state.get("effort")
+        found = layer.state["index"].search(queries.flatten(0, 1).cpu(), wanted, effort=effort)
         ids = torch.from_numpy(found.ids).long().view(layer.rows, layer.heads, wanted)
         ids = torch.where(ids < 0, -1, ids + layer.store.aside_start)
         evaluations = torch.from_numpy(found.evaluations).view(layer.rows, layer.heads)

@@ -225,7 +225,7 @@ class _Searched:
     """The rows of one part: their index, which reads keys and values where the step holds them."""
 
     def __init__(self, index: Index, layer: Layer, rows: slice, keys: Tensor, values: Tensor) -> None:
-        self.index, self.budget = index, layer.budget
+        self.index, self.budget, self._effort = index, layer.budget, layer.state.get("effort")
         self._keys = from_bits(*_bits(keys[rows], "keys"))
         found = rows_in_place(_bits(values[rows], "values")[0])
         assert found is not None
@@ -261,7 +261,7 @@ class _Searched:
             stored = self.index.keys
             on_threads(score_rows, heads, stored.rows, stored.stride, stored.groups, aside, flat, scores)
         else:
-            found = self.index.search(flat[:, None], wanted)
+            found = self.index.search(flat[:, None], wanted, effort=self._effort)
             ids, scores = found.ids[:, 0], found.scores[:, 0]
         began = _lap(spent, "search", began)
         if on_host:
