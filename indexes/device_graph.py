@@ -16,7 +16,7 @@ LISTS = 16
 CANDIDATES = 128
 """Keys that the occlusion test chooses a key's links from, at most."""
 CELL = 64
-"""Keys in a cell, on average."""
+"""Keys in a cell on average, and others of its cell that a key may be linked with."""
 FEW = 3
 """Links of a key that is in no query's list."""
 ROUNDS = 4
@@ -43,14 +43,14 @@ def build(keys: Tensor, knn: Tensor, *, degree: int, eager: int, entries: int) -
     frequency = lists.frequency
     ids, scores = candidates(lists, LISTS, CANDIDATES)
     unlisted = frequency == 0
-    ids = torch.where(unlisted[..., None], _cells(keys, CANDIDATES), ids)
+    ids[..., :CELL] = torch.where(unlisted[..., None], _cells(keys, CELL), ids[..., :CELL])
     most = torch.where(unlisted, -min(FEW, degree), degree).int()
     links, lengths = occlude(keys, ids, scores, most, degree)
     packed = (frequency.long() << 32) | (n - 1 - torch.arange(n, device=keys.device))
     best = n - 1 - (packed.topk(min(entries, n), dim=-1).values & 0xFFFFFFFF)
     graph = Graph(links, lengths, best.masked_fill(frequency.gather(1, best) == 0, -1).int())
     _link_back(graph, unlisted)
-    _repair(graph, keys, eager)
+    _repair(graph, eager)
     return graph
 
 
@@ -130,14 +130,13 @@ class _Reached:
             self.marks[nodes] = True
 
 
-def _repair(graph: Graph, keys: Tensor, eager: int) -> None:
-    """Link the keys that no search reaches from the nearest reached ones that they link to, so that it reaches all."""
+def _repair(graph: Graph, eager: int) -> None:
+    """Link the keys that no search reaches from the first reached ones that they link to, so that it reaches all."""
     sets, n, degree = graph.links.shape
     eager = min(eager, degree)
     links, lengths = graph.links.view(-1, degree), graph.lengths.view(-1)
     base = torch.arange(sets, device=links.device)[:, None] * n
     first = graph.entries[:, 0].long() + base[:, 0]
-    flat = keys.reshape(-1, keys.shape[2])
     reached = _Reached(graph, eager)
     reached.spread((graph.entries.long() + base)[graph.entries >= 0])
     turn = 0
@@ -145,8 +144,7 @@ def _repair(graph: Graph, keys: Tensor, eager: int) -> None:
         targets = links[nodes].long()
         near = torch.where(targets >= 0, targets + nodes[:, None] // n * n, nodes[:, None])
         marks = reached.marks[near]
-        distances = (flat[near].float() - flat[nodes, None].float()).square().sum(-1)
-        at, found = distances.masked_fill(~marks, torch.inf).argmin(1), marks.any(1)
+        found, at = marks.max(1)
         parents = near.gather(1, at[:, None])[:, 0]
         if turn >= ROUNDS or not bool(found.any()):
             parents = torch.where(found, parents, first[nodes // n])

@@ -15,7 +15,7 @@ import pluggy
 from pydantic import BaseModel, ValidationError
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.extension import JOIN, Extension, option_names
+from kvbench.contract.extension import BETWEEN_LAYERS, JOIN, Extension, option_names
 from kvbench.contract.hooks import Registration
 from kvbench.contract.markers import PROJECT
 from kvbench.identity import Identity, combined, identity
@@ -51,6 +51,12 @@ class Registry:
     def find(self, kind: str, name: str) -> type[Any]:
         """Return the class called `name`, or raise with the nearest names and any plugin that failed to load."""
         classes = self.classes[kind]
+        if kind == "policy" and BETWEEN_LAYERS in name:
+            if name not in self._composed:
+                from kvbench.contract.layered import by_layer  # noqa: PLC0415  it imports torch
+
+                self._composed[name] = by_layer(name, lambda part: self.find(kind, part))
+            return self._composed[name]
         if kind == "policy" and JOIN in name:
             if name not in self._composed:
                 from kvbench.contract.composition import compose  # noqa: PLC0415  it imports torch

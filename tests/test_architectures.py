@@ -18,6 +18,8 @@ from zoo import PROMPT, SETTINGS, logits, options, tiny, tried
 import kvbench
 from kvbench.engine.generation import generate
 from kvbench.engine.survey import survey
+from kvbench.models import load_model
+from kvbench.runs.planning import load_to_plan
 
 POLICIES = ["streaming_llm", "snapkv", "quest", "flat"]
 
@@ -390,6 +392,8 @@ def test_the_check_of_a_saved_model_says_exact_or_why_not(kind, kvbench, tokeniz
     found = {check["name"]: check["status"] for report in reports for check in report["checks"]}
     if kind in CHECKED:
         assert (code, err) == (0, "")
+        light = load_to_plan(str(tmp_path))  # experts that look at numbers are no reason to refuse a model in a plan
+        assert survey(light.model).layers.keys() == survey(load_model(str(tmp_path)).model).layers.keys()
         assert set(found.values()) == {"passed"} and "covering selection and eviction, prompt in two chunks" in found
         return
     assert code == 2 and err.startswith("Error: ") and err.count("\n") == 1

@@ -570,3 +570,18 @@ def test_a_small_plugin_compresses_its_answers(python, model, tmp_path):
         (["--policy", "h2o", "--compress-every", -3], "--compress-every -3 is not a positive number of tokens"),
     ):
         assert told in refused(python, model, tmp_path, "--tokens", 100, *arguments)
+
+
+def test_policies_by_layer_and_allocators_on_top_from_the_command_line(python, model, tmp_path):
+    done, _ = run(
+        python, model, tmp_path, "--policy", "longest_values@0-1~quest,quest+halves", "--tokens", 100, "--budget",
+        "ada", "-o", "page_size=8",
+    )  # fmt: skip
+    ours = done["longest_values@0-1~quest"]
+    assert ours["config"]["policy_options"] == {"longest_values": {}, "quest": {"page_size": 8}}
+    assert ours["config"]["plugins"]["policy"]["distribution"] == "kvbench-contract-plugins+kvbench"
+    assert {one["config"]["budget"]["allocator"] for name, one in done.items() if name != "full"} == {"ada"}
+    assert {one["status"] for one in done.values()} == {"complete"}
+    assert ours["metrics"].get("over_budget") is None
+    assert ours["metrics"]["bytes"]["index"] < done["quest+halves"]["metrics"]["bytes"]["index"]
+    assert "must say which layers" in refused(python, model, tmp_path, "--policy", "snapkv~quest", "--tokens", 100)

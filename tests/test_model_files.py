@@ -4,11 +4,15 @@ import random
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from model_fuzz import EVIL, mutate, write_gguf
 from test_tasks import make_tokenizer
 from tiny import tiny_model
+
+from kvbench.contract.errors import KVBenchError, check_output
+from kvbench.models import load_model
 
 pytestmark = pytest.mark.transformers
 
@@ -117,3 +121,19 @@ def test_what_transformers_lets_through_is_named(name, old, new, said, copied, r
     code, err = run(folder)
     assert code == 2
     assert re.search(said, err)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "{loop}", "{loop}/y", "a\0b"])
+def test_names_that_no_file_can_have_are_one_sentence(name, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    path = name.format(loop=tmp_path / "loop")
+    with pytest.raises(KVBenchError, match=r"There is no model .*: check the path"):
+        load_model(path)
+    with pytest.raises(KVBenchError, match="--output"):
+        check_output(Path(path))
+
+
+def test_a_check_of_no_policy_is_an_error(kvbench, folders):
+    for text in ("", ","):
+        code, _, err = kvbench("check", "--model", folders["plain"], "--policy", text)
+        assert (code, "names no policy" in err) == (2, True)

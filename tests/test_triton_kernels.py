@@ -591,7 +591,7 @@ def test_nearest_keys_are_exact_and_equal_ones_come_by_id(m, n, k, dim, dtype, t
     ("n", "m", "width", "most", "count"), [(40, 30, 8, 4, 16), (25, 60, 5, 8, 32), (9, 3, 4, 2, 16)]
 )
 def test_candidates_are_the_keys_most_often_in_the_same_lists(n, m, width, most, count):
-    from kvbench.kernels.cooccur import NEARER, candidates, lists_of
+    from kvbench.kernels.cooccur import FEW, NEARER, candidates, lists_of
 
     knn = torch.stack([torch.stack([torch.randperm(n)[:width] for _ in range(m)]) for _ in range(2)]).int().to(DEVICE)
     ids, scores = candidates(lists_of(knn, n), most, count)
@@ -610,19 +610,21 @@ def test_candidates_are_the_keys_most_often_in_the_same_lists(n, m, width, most,
                 found[other] = times * frequency[other] ** -0.25 * (1 - rank * NEARER / block)
             got = dict(zip(ids[graph, node].tolist(), scores[graph, node].tolist(), strict=True))
             got.pop(-1, None)
-            assert len(got) == min(len(found), count)
-            assert sorted(got.values()) == pytest.approx(sorted(found.values())[-count:], rel=1e-5)
+            allowed = count if len(entries) > FEW else count // 2
+            assert len(got) == min(len(found), allowed)
+            assert sorted(got.values()) == pytest.approx(sorted(found.values())[-allowed:], rel=1e-5)
             assert all(found[key] == pytest.approx(score, rel=1e-5) for key, score in got.items())
 
 
-@pytest.mark.parametrize("dtype", [FULL, BRAIN])
-def test_candidates_near_a_kept_one_are_passed_over(dtype):
+@pytest.mark.parametrize(("dtype", "c"), [(FULL, 16), (BRAIN, 16), (BRAIN, 64)])
+def test_candidates_near_a_kept_one_are_passed_over(dtype, c):
     from kvbench.kernels.occlude import occlude
 
-    n, d, c, degree = 12, 16, 16, 5
+    n, d, degree = 12 if c == 16 else 40, 16, 5
     keys = randn(2, n, d, dtype=dtype)
     ids = torch.stack([torch.randperm(n) for _ in range(2 * n)]).view(2, n, n)
     ids = torch.nn.functional.pad(torch.where(ids == torch.arange(n)[None, :, None], -1, ids), (0, c - n), value=-1)
+    ids[:, ::2, c // 2 :] = -1
     scores = torch.randint(1, 6, (2, n, c)).float()
     most = torch.where(torch.arange(2 * n).view(2, n) % 3 == 0, -2, 4).int()
     links, lengths = occlude(keys, ids.int().to(DEVICE), scores.to(DEVICE), most.to(DEVICE), degree)

@@ -37,6 +37,11 @@ def check(
     """Prove that a model runs as in transformers, and that policies keep what they promise on it."""
     found = load_registry()
     names = listed(policy)
+    if policy and not names:
+        raise KVBenchError(
+            f"--policy '{policy[0]}' names no policy: `kvbench policies` lists them; without it the model alone is "
+            "checked."
+        )
     if names == ["all"]:
         names = list(found.classes["policy"])
     options = pairs(option)

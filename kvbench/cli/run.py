@@ -155,6 +155,7 @@ def run(
 
     from kvbench.contract.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
     from kvbench.models import load_model  # noqa: PLC0415
+    from kvbench.runs.planning import load_to_plan  # noqa: PLC0415
     from kvbench.runs.results import over_budget_text, replace  # noqa: PLC0415
     from kvbench.runs.runner import Request, execute, plan  # noqa: PLC0415
 
@@ -174,7 +175,7 @@ def run(
     asked = set(names) - ({"full"} if baseline_added else set())
     failures: dict[str, str] = {}
     configs = []
-    light = load_model(model, device=device, dtype=dtype, context_length=context_length, weights=False)
+    light = load_to_plan(model, device=device, dtype=dtype, context_length=context_length)
     for request in requests:
         try:
             configs.append(plan(request, light))
@@ -185,7 +186,9 @@ def run(
     if not any(config.policy in asked for config in configs):
         raise KVBenchError(next(iter(failures.values())))  # nothing but the baseline could run
     left_out = dict(failures) if every else {}
-    loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
+    loaded = light
+    if light.model.device.type == "meta":
+        loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
     moved = [replace(output, config) for config in configs] if fresh else []
     for folder in filter(None, moved):
         err.print(f"Earlier results are in {folder} now.", style="dim", highlight=False, markup=False, soft_wrap=True)

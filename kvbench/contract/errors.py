@@ -26,7 +26,15 @@ def unwritable(path: Path, error: OSError | str, option: str = "--output") -> st
 
 def check_output(path: Path, option: str = "--output") -> None:
     """Raise KVBenchError where no folder `path` can be made or written to; nothing is made."""
-    there = next((part for part in (path, *path.absolute().parents) if part.exists() or part.is_symlink()), path)
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no file can have, a loop of links, a closed folder
+        raise KVBenchError(
+            f"The folder of {option} cannot be used ({getattr(error, 'strerror', None) or error}): choose another."
+        ) from None
+    there = next((part for part in (path, *path.absolute().parents) if os.path.lexists(part)), path)
     if not there.is_dir():
         raise KVBenchError(f"{there} is {'a file' if there.exists() else 'a broken link'}: give {option} a folder.")
     if not os.access(there, os.W_OK | os.X_OK):

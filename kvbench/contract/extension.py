@@ -10,6 +10,8 @@ LARGEST = 2**31 - 1
 
 JOIN = "+"
 """Between the names of two policies that are composed."""
+BETWEEN_LAYERS = "~"
+"""Between the names of policies that have layers of their own (`snapkv@0-3~quest`)."""
 
 
 class Options(BaseModel):

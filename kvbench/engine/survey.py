@@ -28,6 +28,10 @@ _KNOWN = ("scaling", "dropout", "softcap", "s_aux", "position_ids", "cache_posit
 """Tensors and numbers among an attention function's arguments that kvbench honours, or that change nothing."""
 
 
+class UnseenError(KVBenchError):
+    """A model without weights did not run: some need numbers to choose their way, such as their experts."""
+
+
 @dataclass(frozen=True)
 class SurveyedLayer:
     """One layer of the cache that a policy can govern.
@@ -209,7 +213,8 @@ class _Surveyor:
             except KVBenchError:
                 raise
             except Exception as error:
-                raise KVBenchError(f"{name} does not run with a cache that is given to it: {_short(error)}") from error
+                failure = UnseenError if self._model.device.type == "meta" else KVBenchError
+                raise failure(f"{name} does not run with a cache that is given to it: {_short(error)}") from error
             finally:
                 for handle in handles:
                     handle.remove()

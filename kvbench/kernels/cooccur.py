@@ -15,7 +15,7 @@ except ImportError:
     tl = None
 
 FEW = 4
-"""Lists of a key up to which a smaller program counts."""
+"""Lists of a key up to which a smaller program counts, and half as many candidates are given."""
 PROGRAMS = 4096
 """Programs that share the keys; each has scratch memory of its own."""
 NEARER = 1 / 64
@@ -53,7 +53,7 @@ def _count(
     knn: tl.tensor, order: tl.tensor, ends: tl.tensor, frequency: tl.tensor, weights: tl.tensor, scratch: tl.tensor,
     ids: tl.tensor, scores: tl.tensor, n: int, nodes: int,
     FROM: tl.constexpr, LISTS: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, C: tl.constexpr,
-    NEARER: tl.constexpr, LAST: tl.constexpr,
+    FEW: tl.constexpr, NEARER: tl.constexpr, LAST: tl.constexpr,
 ) -> None:  # fmt: skip
     """Keys in FROM to LISTS lists; the `LAST` program takes those in more, too, and looks at LISTS of them."""
     SIZE: tl.constexpr = LISTS * BLOCK_K
@@ -97,13 +97,14 @@ def _count(
             score = count.to(tl.float32) * tl.load(weights + graph * n + other, mask=real, other=0.0)
             score *= 1.0 - rank.to(tl.float32) * (NEARER / BLOCK_K)
             key = tl.where(real, score, 0.0).to(tl.int32, bitcast=True)  # positive floats rank as integers
+            limit = tl.where(number > FEW, C, C // 2)
             threshold = tl.zeros((), tl.int32)
             for step in range(31):
                 candidate = threshold | (tl.full((), 0x40000000, tl.int32) >> step)
-                threshold = tl.where(tl.sum((key >= candidate).to(tl.int32), 0) >= C, candidate, threshold)
+                threshold = tl.where(tl.sum((key >= candidate).to(tl.int32), 0) >= limit, candidate, threshold)
             above = tl.sum((key > threshold).to(tl.int32), 0)
             tie = (key == threshold) & real
-            chosen = real & ((key > threshold) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= C - above)))
+            chosen = real & ((key > threshold) | (tie & (tl.cumsum(tie.to(tl.int32), 0) <= limit - above)))
             at = tl.cumsum(chosen.to(tl.int32), 0) - 1
             target = (node + tl.zeros((), tl.int64)) * C
             tl.store(ids + target + at, other, mask=chosen)
@@ -121,7 +122,8 @@ def candidates(lists: Lists, most: int, count: int) -> tuple[Tensor, Tensor]:
 
     A score is the number of lists with both keys divided by the fourth root of the lists with the other one, and a
     little more for one near a list's beginning. Of a key in more than `most` lists, a power of two, as many are looked
-    at, spread evenly. Equal scores rank by smaller id. The order is that of the ids; −1 and 0 fill the end.
+    at, spread evenly; a key in at most `FEW` has half as many candidates. Equal scores rank by smaller id. The order is
+    that of the ids; −1 and 0 fill the end.
     """
     sets, n = lists.frequency.shape
     weights = lists.frequency.clamp_min(1).float().pow(-0.25)
@@ -132,15 +134,16 @@ def candidates(lists: Lists, most: int, count: int) -> tuple[Tensor, Tensor]:
     ids = torch.empty(sets, n, count, dtype=torch.int32, device=device)
     scores = torch.empty(sets, n, count, dtype=torch.float32, device=device)
     programs = min(PROGRAMS, sets * n)
-    few = min(FEW, most)
-    for first, size in ((0, few), (few + 1, most)) if most > few else ((0, few),):
-        room = max(size * block, count)
+    first, size = 0, min(FEW, most)
+    while first <= most:  # keys in more and more lists, by larger and larger programs
         scratch = torch.empty(programs * (3 * size * block + 1), dtype=torch.int32, device=device)
         with device_of(lists.knn):
             _count[(programs,)](
                 lists.knn, lists.order, lists.ends, lists.frequency, weights, scratch, ids, scores,
-                n, sets * n, first, size, width, block, count, NEARER, size == most, num_warps=2 if room <= 512 else 4,
+                n, sets * n, first, size, width, block, count, FEW, NEARER, size == most,
+                num_warps=2 if size * block <= 512 else 4,
             )  # fmt: skip
+        first, size = size + 1, min(2 * size, most)
     return ids, scores
 
 
@@ -170,7 +173,12 @@ def _twin(lists: Lists, weights: Tensor, most: int, count: int) -> tuple[Tensor,
         score = (following - place).float() * weights.view(-1)[(graph * n + listed).clamp_max(sets * n - 1)]
         score = score * (1.0 - rank.float() * (NEARER / block))
         score = torch.where(real, score, -torch.inf)
-        order = score.sort(dim=-1, descending=True, stable=True).indices[:, :count].sort(-1).values
+        best = score.sort(dim=-1, descending=True, stable=True)
+        allowed = torch.where(number > FEW, count, count // 2)
+        score = score.masked_fill(
+            torch.zeros_like(new).scatter(1, best.indices, (place >= allowed).expand(new.shape)), -torch.inf
+        )
+        order = best.indices[:, :count].sort(-1).values
         score, ids = score.gather(1, order), listed.gather(1, order)
         ids = torch.where(score > 0, ids, n)
         rank = ids.sort(-1).indices  # −1 behind

@@ -18,15 +18,15 @@ DISTANCES = 2**24
 
 @jit
 def _occlude(
-    keys: tl.tensor, norms: tl.tensor, ids: tl.tensor, scores: tl.tensor, most: tl.tensor, links: tl.tensor,
-    lengths: tl.tensor, kg: int, kn: int, n: int, degree: int,
+    nodes: tl.tensor, keys: tl.tensor, norms: tl.tensor, ids: tl.tensor, scores: tl.tensor, most: tl.tensor,
+    links: tl.tensor, lengths: tl.tensor, kg: int, kn: int, n: int, degree: int, width: int,
     D: tl.constexpr, BLOCK_D: tl.constexpr, C: tl.constexpr, UPCAST: tl.constexpr,
 ) -> None:  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.load(nodes + tl.program_id(0))
     graph, node = row // n, row % n
     c = tl.arange(0, C)
     x = tl.arange(0, BLOCK_D)
-    other = tl.load(ids + row * C + c)
+    other = tl.load(ids + row * width + c)
     real = other >= 0
     place = tl.where(real, other, 0).to(tl.int64)
     source = keys + graph * kg
@@ -38,7 +38,7 @@ def _occlude(
     distance = norm + tl.load(norms + row) - 2 * tl.sum(theirs.to(tl.float32) * own[None, :], 1)
     among = norm[:, None] + norm[None, :] - 2 * tl.dot(theirs, tl.trans(theirs), input_precision="ieee")
     limit = tl.load(most + row)
-    key = tl.load(scores + row * C + c)
+    key = tl.load(scores + row * width + c)
     key = tl.where(limit < 0, -distance, key)  # candidates without scores: the nearest first
     key = tl.where(real, key, float("-inf"))
     # [i, j]: whether j comes before i; and whether it would occlude it
@@ -71,11 +71,16 @@ def occlude(keys: Tensor, ids: Tensor, scores: Tensor, most: Tensor, degree: int
     c = ids.shape[2]
     links = torch.full((sets, n, degree), -1, dtype=torch.int32, device=keys.device)
     lengths = torch.empty(sets, n, dtype=torch.int32, device=keys.device)
-    with device_of(keys):
-        _occlude[(sets * n,)](
-            keys, norms, ids, scores, most, links, lengths, keys.stride(0), keys.stride(1), n, degree,
-            d, max(16, next_power_of_2(d)), c, dots_in_float32(keys, keys), num_warps=4 if c <= 64 else 8,
-        )  # fmt: skip
+    half = c // 2 if c > 32 else c  # keys without candidates in the second half are a quarter of the work
+    few = (ids[..., half:] < 0).all(-1).flatten()
+    for nodes, used in ((few, half), (~few, c)):
+        rows = nodes.nonzero().flatten()
+        if len(rows):
+            with device_of(keys):
+                _occlude[(len(rows),)](
+                    rows, keys, norms, ids, scores, most, links, lengths, keys.stride(0), keys.stride(1), n, degree, c,
+                    d, max(16, next_power_of_2(d)), used, dots_in_float32(keys, keys), num_warps=4 if used <= 64 else 8,
+                )  # fmt: skip
     return links, lengths
 
 

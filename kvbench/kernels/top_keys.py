@@ -25,7 +25,7 @@ except ImportError:
 WIDTH = 16
 """Keys in a block."""
 SCORES = 2**28
-"""Scores that `unfused` holds at a time on a GPU; 2^22 on the CPU."""
+"""Scores, or maxima of blocks, that are held at a time on a GPU; 2^22 scores on the CPU."""
 Way = Literal["auto", "fused", "unfused"]
 
 
@@ -117,7 +117,8 @@ def top_keys(queries: Tensor, keys: Tensor, k: int, *, offsets: Tensor | None = 
     k = min(k, keys.shape[1])
     if way == "unfused" or not compiled(queries) or not k or not queries.shape[1] or k * WIDTH >= keys.shape[1]:
         return _unfused(queries, keys, k, offsets)
-    return _fused(queries, keys, k, offsets)
+    step = max(SCORES // (queries.shape[0] * -(-keys.shape[1] // WIDTH)), 128)
+    return torch.cat([_fused(part, keys, k, offsets) for part in torch.split(queries, step, dim=1)], dim=1)
 
 
 def _products(queries: Tensor, keys: Tensor, offsets: Tensor | None) -> Tensor:

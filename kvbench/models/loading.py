@@ -93,6 +93,8 @@ def load_model(
 
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(config, dtype=number_type, trust_remote_code=False)
+            if hasattr(model, "_can_set_experts_implementation") and model._can_set_experts_implementation():
+                model.set_experts_implementation("batched_mm")  # the one way that needs no numbers
         check_model(name, model)
         model = model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:

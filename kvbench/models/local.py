@@ -6,12 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.reading import plain
 from kvbench.models.cards import MODELS
 
 
 def locate(name: str) -> tuple[str, str, str]:
     """Give what to load from, the GGUF file in it if any, and the fingerprint of local files, both else empty."""
     path = Path(name).expanduser()
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # a name that no file can have, a loop of links, a closed folder
+        why = getattr(error, "strerror", None) or str(error)
+        raise KVBenchError(f"There is no model {plain(name)} ({why}): check the path.") from None
     if path.is_file():
         if path.suffix == ".gguf":
             return str(path.parent), path.name, _fingerprint([path])

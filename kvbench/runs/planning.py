@@ -12,16 +12,31 @@ from kvbench.contract.reading import validating
 from kvbench.contract.task import ForcedTask, Task
 from kvbench.engine.generation import Decoding
 from kvbench.engine.governor import check_compression, check_head_budgets, chosen_layers
-from kvbench.engine.survey import token_bytes
+from kvbench.engine.survey import UnseenError, survey, token_bytes
 from kvbench.engine.validation import check_hooks
 from kvbench.identity import Identity
-from kvbench.models import LoadedModel, check_context
+from kvbench.models import LoadedModel, check_context, load_model
 from kvbench.plugins import registry
 from kvbench.runs.results import RunConfig
 from kvbench.runs.sharing import STANDARD_PROBES
 from kvbench.runs.timing import check_decoding
 
 AnyTask = Task | ForcedTask
+
+
+def load_to_plan(name: str, **given: Any) -> LoadedModel:
+    """Load a model to plan runs with: without its weights, where it shows its shapes so, else with them.
+
+    Its device is where it would run; see `kvbench.models.load_model`.
+    """
+    light = load_model(name, weights=False, **given)
+    try:
+        survey(light.model)
+    except UnseenError:
+        return load_model(name, **given)
+    except KVBenchError:
+        pass  # planning says it in its own place
+    return light
 
 
 @dataclass(frozen=True)

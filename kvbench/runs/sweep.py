@@ -13,6 +13,7 @@ from kvbench.engine.survey import token_bytes
 from kvbench.models import LoadedModel, check_device, load_model
 from kvbench.plugins import registry
 from kvbench.runs.memory import capacity
+from kvbench.runs.planning import load_to_plan
 from kvbench.runs.results import RunConfig, read
 from kvbench.runs.rows import read_rows
 from kvbench.runs.runner import Request, execute, plan
@@ -87,7 +88,7 @@ def plan_sweep(file: Path, *, here: int = 1, device: str | None = None) -> list[
     planned: dict[str, Planned] = {}
     for index, model in enumerate(sweep.models):
         with problems.at("models", index):
-            loaded = load_model(model.name, device=model.device or device, dtype=model.dtype, weights=False)
+            loaded = load_to_plan(model.name, device=model.device or device, dtype=model.dtype)
             for run in _plan_model(sweep, model, loaded, problems, here=here):
                 planned.setdefault(run.config.hash, run)
     problems.stop()

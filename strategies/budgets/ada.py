@@ -6,8 +6,8 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
+from kvbench.contract import extension
 from kvbench.contract.budget import BudgetAllocator, BudgetRequest, PromptLayer, fit
-from kvbench.contract.extension import Options
 from kvbench.strategies.budgets.pyramid import Pyramid
 from kvbench.strategies.budgets.uniform import Uniform
 from kvbench.strategies.evicting.snapkv import pooled, window_votes
@@ -28,7 +28,7 @@ class Ada(BudgetAllocator):
     )
     head_wise = True
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of Ada-KV; its SnapKV setting is window=32, kernel=7, pooling=max."""
 
         alpha: float = Field(0.2, ge=0, le=1, description="share of the budget that every head keeps; 1 is uniform")

@@ -10,8 +10,8 @@ from pydantic import Field
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
+from kvbench.contract import extension
 from kvbench.contract.budget import BudgetAllocator, BudgetRequest, PromptLayer, fit
-from kvbench.contract.extension import Options
 
 
 class Squeeze(BudgetAllocator):
@@ -30,7 +30,7 @@ class Squeeze(BudgetAllocator):
         "arXiv 2404.04793"
     )
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of SqueezeAttention."""
 
         p: float = Field(

@@ -4,8 +4,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kvbench.contract import extension
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.extension import Options
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Replay
 
@@ -34,7 +34,7 @@ class KVzip(KVCachePolicy):
     _opening: tuple[int, ...] = ()
     _closing: tuple[int, ...] = ()
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of KVzip."""
 
         chunk: int = Field(2000, ge=1, description="tokens replayed at a time")

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvbench.contract.extension import Options
+from kvbench.contract import extension
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
@@ -23,7 +23,7 @@ class StreamingLLM(KVCachePolicy):
     head_budgets = True
     query_window = 0
 
-    class Options(Options):
+    class Options(extension.Options):
         """Options of StreamingLLM."""
 
         sinks: int = Field(4, ge=0, description="first tokens, always kept")
