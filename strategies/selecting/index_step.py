@@ -29,9 +29,6 @@ from kvbench.strategies.selecting.aside import AsideStep, SettingAside
 Where = Literal["auto", "host", "device"]
 """Where the found tokens are attended to: by a compiled loop on the host, or by the GPU, which reads them in place."""
 
-ON_HOST = 2**31
-"""Found tokens of a layer, over all heads, up to which `auto` attends to them on the host."""
-
 
 class Searching(SettingAside, Protocol):
     """What a step asks of its policy."""
@@ -127,8 +124,7 @@ class IndexStep(AsideStep, SplitStep):
         self._taken = 1
         shape, dim = (self.batch, self.heads), self.values.shape[3]
         most = max(min(int(self.start.budget.max()) - self.sinks - self.recent, self.capacity), 1)
-        few = self.batch * self.heads * most <= ON_HOST
-        self.on_host = where == "host" or (where == "auto" and few)
+        self.on_host = where != "device"  # docs/gpu.md has the measurement
         self._sent = host_empty((*shape, 1, self.keys.shape[3]), torch.float32, device)
         self._asked = self._sent.numpy()[:, :, 0]
         if self.on_host:
