@@ -340,10 +340,12 @@ class InfLLMStep(FixedStep):
         """The static tokens and all representatives from the device, the chosen blocks from the host."""
         token = sum(part.nbytes // (part.shape[0] * part.shape[1] * part.shape[2]) for part in self._ring)
         started, init, local = (part.tolist() for part in self._rows.cpu().unbind(1))
+        longer = (self._clock.positions - self._clock.positions.float().mean()).round().int().tolist()
         device = host = 0
         for row, budgets in enumerate(self._budget.tolist()):
-            blocks = max(tokens - local[row] - init[row], 0) // self._block * started[row]
-            static = tokens - blocks * self._block
+            own = tokens + longer[row]
+            blocks = max(own - local[row] - init[row], 0) // self._block * started[row]
+            static = own - blocks * self._block
             device += len(budgets) * (static * token + blocks * self._landmarks.shape[3] * self._landmarks.itemsize)
             chosen = (min(max(budget - static, 0) // self._block, blocks) for budget in budgets)
             host += sum(chosen) * self._block * token

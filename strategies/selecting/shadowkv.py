@@ -265,7 +265,9 @@ class ShadowStep(HeldStep):
             most = max(most, min((own.budget.most - own.static[1]) // chunk, marks.shape[2]))
             store.release_aside()
             own.state.clear()
-        self._most, self._known = most, rows[:, 0]
+        self._most, self._known = most, rows[:, 0].to(device)
+        self._longer = clock.positions - clock.positions.float().mean()
+        """By how much each row is longer than their mean."""
         self._chunks = (rows[:, 0] // chunk).to(device)
         key = ("shadowkv", chunk, *rows.flatten().tolist(), *self._budget.flatten().tolist())
         self._leads = key not in clock.shared
@@ -301,10 +303,10 @@ class ShadowStep(HeldStep):
     def reads(self, tokens: int) -> dict[str, int]:
         """Static tokens, landmarks, the chosen tokens' coefficients and values, and the basis."""
         known, low = float(self._known.float().mean()), self._low
+        fresh = tokens + self._longer - self._known  # of each row
         row = low.coefficients.element_size()
         static = int((tokens - known) * (self.held.nbytes // self.held.keys.shape[2]))
-        chosen = (self._budget - (tokens - self._known.to(self._budget))[:, None]).clamp_min(0)
-        chosen = chosen.minimum(self._known.to(chosen)[:, None]).sum()
+        chosen = (self._budget - fresh[:, None]).clamp_min(0).minimum(self._known[:, None]).sum()
         marks = int(self._landmarks.nbytes * known / max(low.coefficients.shape[1], 1))
         device = static + marks + low.basis.nbytes + int(chosen) * low.coefficients.shape[2] * row
         return {"device": device, "host": int(chosen) * self._host.shape[3] * self._host.element_size()}
