@@ -63,6 +63,11 @@ class Clock:
         return self.positions.shape[0]
 
 
+def lengths_at(counts: Tensor, tokens: float) -> Tensor:
+    """Each row's tokens when their mean is `tokens`, whole numbers like `counts` [...], from how many they are now."""
+    return (counts - counts.float().mean() + tokens).round().clamp_min(0).to(counts)
+
+
 class FixedStep(ABC):
     """One layer's decoding step. Calls must not wait for the device and must use the same tensors each time."""
 
@@ -86,7 +91,7 @@ class FixedStep(ABC):
 
     @abstractmethod
     def reads(self, tokens: int) -> dict[str, int]:
-        """Fewest bytes that a step reads of what is held, at `tokens` tokens of context a row.
+        """Fewest bytes that a step reads of what is held, at `tokens` tokens of context a row in the mean.
 
         `device` from the device's memory, `host` from the host's.
         """

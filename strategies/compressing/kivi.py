@@ -128,7 +128,7 @@ class KIVIStaticStep(FixedStep):
             if store.ragged_buffer is not None:
                 kept[list(rows_of(part))] = store.ragged_buffer.lengths.int()
         most, self._first = int(kept.max()), int(counts.max())
-        self._beyond = int(clock.positions.max()) - self._first
+        self._beyond = float(clock.positions.float().mean() - counts.float().mean())
         self._kept = KIVITokens(options, like, kept, most) if most else None
         self._tokens = KIVITokens(options, like, counts, self._first + clock.new_tokens)
         for part, store in zip(parts, stores, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract import attention
-from kvbench.contract.step import Clock, FixedTokens, Part, rows_of
+from kvbench.contract.step import Clock, FixedTokens, Part, lengths_at, rows_of
 from kvbench.contract.storage import Storage, TokenBuffer
 from kvbench.kernels.kivi import KIVICodes, attend_kivi
 from kvbench.kernels.kivi_blocks import attend_kivi_blocks
@@ -228,13 +228,15 @@ class KIVITokens:
         """Codes, scales and late tokens."""
         return sum(part.nbytes for part in (*self._coded(), self.codes.late_keys, self.codes.late_values))
 
-    def reads(self, tokens: int) -> int:
+    def reads(self, tokens: float) -> int:
         """Bytes of the codes of the tokens that are quantised when there are so many, and of the late tokens."""
-        keys, values = tokens // self._residual * self._residual, max(tokens - self._residual, 0)
-        counts = (keys // self.codes.group, keys // self.codes.group, values, values)
-        coded = sum(part.nbytes // part.shape[2] * count for part, count in zip(self._coded(), counts, strict=True))
-        late = self.codes.late_keys.nbytes // self.codes.late_keys.shape[2]
-        return int(coded + late * (2 * tokens - keys - values))
+        rows = lengths_at(self.counts, tokens)
+        keys, values = rows // self._residual * self._residual, (rows - self._residual).clamp_min(0)
+        late = self.codes.late_keys.nbytes / self.codes.late_keys.shape[2] * float((2 * rows - keys - values).sum())
+        groups = keys // self.codes.group
+        counts = [float(count.sum()) for count in (groups, groups, values, values)]
+        coded = sum(part.nbytes / part.shape[2] * count for part, count in zip(self._coded(), counts, strict=True))
+        return round((coded + late) / rows.numel())
 
 
 class KIVIPages(FixedTokens):

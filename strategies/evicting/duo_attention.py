@@ -15,7 +15,7 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Replay
 from kvbench.contract.reading import parse_json, read_bytes, reading
 from kvbench.contract.selection import Selection
-from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.step import Clock, FixedStep, Part, lengths_at
 from kvbench.contract.storage import Storage, TokenBuffer
 from kvbench.kernels.attention import ragged
 from kvbench.kernels.insert import insert
@@ -224,7 +224,7 @@ class DuoStep(FixedStep):
             numbers.to(device, torch.int32) for numbers in (begin + offsets, count, window, held, self._grows)
         )
         self._offsets = offsets.to(device)
-        self._fixed = int(held[~self._grows].sum())
+        self._fixed, self._positions = int(held[~self._grows].sum()), clock.positions
 
     def _take(self, part: Part, offsets: Tensor) -> None:
         """Copy a part's tokens to their rows, a retrieval head's in their order, and empty its store."""
@@ -268,7 +268,8 @@ class DuoStep(FixedStep):
     def reads(self, tokens: int) -> dict[str, int]:
         """The streaming heads' tokens, and all of the others'."""
         token = (self._keys.nbytes + self._values.nbytes) // len(self._keys)
-        return {"device": token * (self._fixed + int(self._grows.sum()) * tokens), "host": 0}
+        rows = lengths_at(self._positions, tokens).cpu()
+        return {"device": token * (self._fixed + int((self._grows.sum(-1) * rows).sum())), "host": 0}
 
     def changed(self) -> Sequence[Tensor]:
         """Places and lengths: a repeated step replaces the same token by the same one."""

@@ -12,7 +12,7 @@ from kvbench.contract.host import host_empty
 from kvbench.contract.layer import Layer, Rotation
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
-from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.step import Clock, FixedStep, Part, lengths_at
 from kvbench.contract.storage import TokenBuffer
 from kvbench.kernels.attention import Segment, attend
 from kvbench.kernels.insert import insert
@@ -340,10 +340,10 @@ class InfLLMStep(FixedStep):
         """The static tokens and all representatives from the device, the chosen blocks from the host."""
         token = sum(part.nbytes // (part.shape[0] * part.shape[1] * part.shape[2]) for part in self._ring)
         started, init, local = (part.tolist() for part in self._rows.cpu().unbind(1))
-        longer = (self._clock.positions - self._clock.positions.float().mean()).round().int().tolist()
+        rows = lengths_at(self._clock.positions, tokens).tolist()
         device = host = 0
         for row, budgets in enumerate(self._budget.tolist()):
-            own = tokens + longer[row]
+            own = rows[row]
             blocks = max(own - local[row] - init[row], 0) // self._block * started[row]
             static = own - blocks * self._block
             device += len(budgets) * (static * token + blocks * self._landmarks.shape[3] * self._landmarks.itemsize)

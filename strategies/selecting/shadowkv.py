@@ -12,7 +12,7 @@ from kvbench.contract.host import host_empty
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
-from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.step import Clock, FixedStep, Part, lengths_at
 from kvbench.contract.storage import Storage, pick
 from kvbench.kernels.attention import Segment, attend
 from kvbench.kernels.insert import insert
@@ -266,8 +266,7 @@ class ShadowStep(HeldStep):
             store.release_aside()
             own.state.clear()
         self._most, self._known = most, rows[:, 0].to(device)
-        self._longer = clock.positions - clock.positions.float().mean()
-        """By how much each row is longer than their mean."""
+        self._positions = clock.positions
         self._chunks = (rows[:, 0] // chunk).to(device)
         key = ("shadowkv", chunk, *rows.flatten().tolist(), *self._budget.flatten().tolist())
         self._leads = key not in clock.shared
@@ -303,7 +302,7 @@ class ShadowStep(HeldStep):
     def reads(self, tokens: int) -> dict[str, int]:
         """Static tokens, landmarks, the chosen tokens' coefficients and values, and the basis."""
         known, low = float(self._known.float().mean()), self._low
-        fresh = tokens + self._longer - self._known  # of each row
+        fresh = lengths_at(self._positions, tokens) - self._known
         row = low.coefficients.element_size()
         static = int((tokens - known) * (self.held.nbytes // self.held.keys.shape[2]))
         chosen = (self._budget - fresh[:, None]).clamp_min(0).minimum(self._known[:, None]).sum()

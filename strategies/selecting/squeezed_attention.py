@@ -151,4 +151,5 @@ class _ThresholdStep(AsideStep):
 
     def index_reads(self, share: float) -> dict[str, int]:
         """Centroids and sizes."""
-        return {"device": self._centroids.nbytes + self._clusters.sizes.nbytes, "host": 0}
+        sizes = self._clusters.sizes
+        return {"device": round((self._centroids.nbytes + sizes.nbytes) * float((sizes > 0).float().mean())), "host": 0}
