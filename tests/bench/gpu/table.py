@@ -60,7 +60,7 @@ def table(found: dict[str, Any], name: str) -> str:
     return "\n".join([*lines, *_profiles(found["rows"])])
 
 
-def _profiles(rows: list[dict[str, Any]], most: int = 6) -> list[str]:
+def _profiles(rows: list[dict[str, Any]], most: int = 4) -> list[str]:
     """Where the time of a step goes, for the rows that were profiled."""
     rows = [row for row in rows if row.get("kernels")]
     if not rows:
@@ -68,11 +68,22 @@ def _profiles(rows: list[dict[str, Any]], most: int = 6) -> list[str]:
     lines = ["", "Where a step's time goes, kernel by kernel:", ""]
     lines += ["| context | batch | policy | kernels: milliseconds (launches) a step |", "|--:|--:|---|---|"]
     for row in rows:
-        first, rest = row["kernels"][:most], row["kernels"][most:]
-        cells = [f"`{_kernel(each['name'])}` {each['ms']:.2f} ({each['launches']:.0f})" for each in first]
-        cells.append(f"others {sum(each['ms'] for each in rest):.2f} ({sum(each['launches'] for each in rest):.0f})")
+        products = [each for each in row["kernels"] if _is_product(each["name"])]
+        others = [each for each in row["kernels"] if not _is_product(each["name"])]
+        cells = [f"matrix products {_time(products)}"]
+        cells += [f"`{_kernel(each['name'])}` {_time([each])}" for each in others[:most]]
+        cells.append(f"others {_time(others[most:])}")
         lines.append(f"| {_length(row)} | {row['batch']} | `{row['policy']}` | {', '.join(cells)} |")
     return lines
+
+
+def _is_product(name: str) -> bool:
+    """Whether a kernel is of cuBLAS, so one of the model's linear layers."""
+    return name.startswith("nvjet") or any(part in name for part in ("splitKreduce", "gemm", "gemv"))
+
+
+def _time(kernels: list[dict[str, Any]]) -> str:
+    return f"{sum(each['ms'] for each in kernels):.2f} ({sum(each['launches'] for each in kernels):.0f})"
 
 
 def _kernel(name: str) -> str:
