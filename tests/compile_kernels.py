@@ -82,6 +82,8 @@ def main() -> int:
     from kvbench.contract.budget import Budget
     from kvbench.contract.errors import KVBenchError
     from kvbench.engine.generation import generate_batch
+    from kvbench.kernels.cooccur import candidates, lists_of
+    from kvbench.kernels.occlude import occlude
     from kvbench.plugins import registry
 
     registry()  # imports all kernels
@@ -101,7 +103,9 @@ def main() -> int:
     queries, keys = (torch.randn(1, heads, 300, 64).to(torch.bfloat16) for heads in (4, 2))
     with support.using("triton"):
         kernels.column_sums(queries, keys, 0.1)
-        kernels.top_keys(queries[0], keys[0], 4, way="fused")
+        knn = kernels.top_keys(queries[0], keys[0], 4, way="fused")
+        links, scores = candidates(lists_of(knn[:1].clone().fill_(1), 300), 4, 16)
+        occlude(keys[0, :1], links, scores, torch.full((1, 300), 4, dtype=torch.int32), 5)
     print("\n".join(sorted(compiled)))
     return 0
 

@@ -66,7 +66,15 @@ def answers(model, policy, allocator="uniform", place=None):
 )
 def test_tensors_of_layers_on_different_devices_never_meet(policy, allocator, monkeypatch):
     waited = set()
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: waited.add(device))
+
+    class Stream:
+        def __init__(self, device=None):
+            self.device = device
+
+        def synchronize(self):
+            waited.add(self.device)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     found = []
     with FakeDevices():
         for places in (dict.fromkeys(PLACES, "cuda:0"), PLACES):

@@ -74,6 +74,12 @@ def taken_over(policy, length, padded, **budget):
         return most, session.cache.bytes()["index"]
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of scores as small beside these models as they are beside real ones."""
+    monkeypatch.setattr("kvbench.kernels.top_keys.CPU_SCORES", 2**13)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_peak_is_plain_transformers_and_one_layer_at_most(policy):
     for length in LENGTHS:

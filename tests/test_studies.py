@@ -376,7 +376,7 @@ def test_the_command_that_is_named_makes_that_run(run_folder, kvbench, monkeypat
     words = shlex.split(str(told.value).partition("a choice: ")[2])
     planned = []
 
-    def execute(configs, *_):
+    def execute(configs, *_, **__):
         planned.extend(config.model_dump(mode="json") for config in configs)
         raise KVBenchError("stop here")
 

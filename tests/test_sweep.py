@@ -84,10 +84,10 @@ def test_a_sweep_runs_every_combination_once_and_continues(kvbench, write, tmp_p
 def test_a_failing_run_leaves_the_others_alone_and_is_listed(kvbench, write, tmp_path, monkeypatch):
     measure = measuring._measure
 
-    def failing(config, loaded, task, batch, prefilled):
-        if config.policy == "streaming_llm" and config.seed == 1:
+    def failing(run, *rest):
+        if run.config.policy == "streaming_llm" and run.config.seed == 1:
             raise ValueError("no such tensor")
-        return measure(config, loaded, task, batch, prefilled)
+        return measure(run, *rest)
 
     monkeypatch.setattr(measuring, "_measure", failing)
     file, output = write(examples="1", tasks="[short]"), tmp_path / "out"

@@ -58,7 +58,7 @@ def test_a_run_takes_each_layers_effort_from_its_prompt(policy):
         options = cls.Options(**{**small_options(cls), **fast, "recall": recall})
         with kvbench.attach(model, policy=cls(options), budget=24, probes=["recall"]) as session:
             generate(session, prompt, max_new_tokens=12, decoding="eager")
-            layers = [layer for cached in session.cache.governed for layer in cached.groups]
+            layers = [layer for cached in session.cache.governed for layer in cached.by_lane]
             found[recall] = session.probes[0].result(), [layer.state.get("effort") for layer in layers]
         if recall:
             with kvbench.attach(model, policy=cls(options), budget=24) as session:
@@ -82,4 +82,4 @@ def test_a_short_prompt_keeps_the_default_effort():
     cls = registry().find("policy", "ivf")
     with kvbench.attach(tiny_model(), policy=cls(cls.Options(sinks=1, window=2, recall=0.9)), budget=5) as session:
         generate(session, PROMPTS[0][:7], max_new_tokens=3, decoding="eager")
-        assert session.cache.governed[0].groups[0].state.get("effort") is None
+        assert session.cache.governed[0].by_lane[0].state.get("effort") is None

@@ -53,7 +53,7 @@ def table(found: dict[str, Any], name: str) -> str:
             _length(row), str(row["batch"]), f"`{row['policy']}`", str(row.get("budget") or "–"), row["mode"],
             *(_ms(row.get(key)) for key in ("p50_s", "p95_s", "wall_s", "floor_s")), f"{row['floor_ratio']:.2f}",
             "–" if base is None else f"{base / row['p50_s']:.2f}", _ms(row.get("eager_s")),
-            f"{row['construction_s']:.2f}", f"{row['construction_peak_gib']:.1f}",
+            f"{row['construction_s']:.2f}", _gib(row.get("construction_peak_gib")),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "Not measured:", "", *missing] if missing else []
@@ -98,6 +98,10 @@ def _length(row: dict[str, Any]) -> str:
 
 def _ms(seconds: float | None) -> str:
     return "–" if seconds is None else f"{1e3 * seconds:.2f}"
+
+
+def _gib(size: float | None) -> str:
+    return "–" if size is None else f"{size:.1f}"
 
 
 def _one_line(text: str) -> str:
