@@ -1,7 +1,6 @@
 """Taking over a prompt takes at most one layer's keys and values above plain transformers' pass, and the index."""
 
 import gc
-import sys
 from functools import cache
 
 import pytest
@@ -11,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import kvbench
 from kvbench.contract.budget import Budget
+from kvbench.indexes import knn
 from kvbench.plugins import registry
 
 LENGTHS = (1024, 3072)
@@ -78,7 +78,7 @@ def taken_over(policy, length, padded, **budget):
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Blocks of scores as small beside these models as they are beside real ones."""
-    monkeypatch.setattr(sys.modules["kvbench.kernels.top_keys"], "CPU_SCORES", 2**13)
+    monkeypatch.setattr(knn, "SCORES", 2**13)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

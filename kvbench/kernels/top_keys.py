@@ -24,8 +24,8 @@ except ImportError:
 
 WIDTH = 16
 """Keys in a block."""
-SCORES, CPU_SCORES = 2**28, 2**22
-"""Scores, or maxima of blocks, that are held at a time on a GPU, and on the CPU."""
+SCORES = 2**28
+"""Scores, or maxima of blocks, that are held at a time on a GPU; 2^22 scores on the CPU."""
 Way = Literal["auto", "fused", "unfused"]
 
 
@@ -139,7 +139,7 @@ def _unfused(queries: Tensor, keys: Tensor, k: int, offsets: Tensor | None) -> T
     n, share = keys.shape[1], sets // keys.shape[0]
     if not k:
         return torch.empty(sets, m, 0, dtype=torch.int32, device=queries.device)
-    rows = max(1, (SCORES if queries.is_cuda else CPU_SCORES) // n)
+    rows = max(1, (SCORES if queries.is_cuda else 2**22) // n)
     parts = [
         _best_of(_products(block, keys[number // share], None if offsets is None else offsets[number // share]), k)
         for number in range(sets)
