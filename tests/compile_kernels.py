@@ -85,6 +85,8 @@ def main() -> int:
     from kvbench.kernels.cooccur import candidates, lists_of
     from kvbench.kernels.occlude import occlude
     from kvbench.plugins import registry
+    from kvbench.strategies.compressing.kivi import KIVI
+    from kvbench.strategies.compressing.kivi_storage import KIVIBuffer, KIVITokens
 
     registry()  # imports all kernels
     compile_only()
@@ -101,8 +103,14 @@ def main() -> int:
         except KVBenchError as error:
             print(f"# {name}: {error}")
     queries, keys = (torch.randn(1, heads, 300, 64).to(torch.bfloat16) for heads in (4, 2))
+    options = KIVI.Options(group=16, residual=32)
+    buffer = KIVIBuffer(options, torch.zeros(1, 2, 75, 64), torch.zeros(1, 2, 75, 64))
+    codes = KIVITokens(options, buffer, torch.tensor([75], dtype=torch.int32), 80).codes
     with support.using("triton"):
+        kernels.attend_kivi_blocks(queries[:, :, :1], codes, torch.zeros(1, 2, 3, dtype=torch.int32), unit=16)
         kernels.column_sums(queries, keys, 0.1)
+        low, high = (torch.zeros(1, 2, 19, 64).to(torch.bfloat16) for _ in range(2))
+        kernels.page_bounds(keys, torch.tensor([300], dtype=torch.int32), 16, low, high)
         knn = kernels.top_keys(queries[0], keys[0], 4, way="fused")
         links, scores = candidates(lists_of(knn[:1].clone().fill_(1), 300), 4, 16)
         occlude(keys[0, :1], links, scores, torch.full((1, 300), 4, dtype=torch.int32), 5)
