@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.attention import scores
-from kvbench.contract.buffers import Expand, PartLogits, RaggedBuffer, StorageFactory, TokenBuffer
+from kvbench.contract.buffers import Expand, PartLogits, RaggedBuffer, StorageFactory, TokenBuffer, gathered
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.storage import KVStore
 
@@ -56,8 +56,7 @@ class LatentBuffer(TokenBuffer):
         keys, values = self._expand(*self._held.raw)
         if self._table is None:
             return keys, values
-        places = self._table[..., None]
-        return tuple(part.gather(2, places.expand(-1, -1, -1, part.shape[-1])) for part in (keys, values))  # type: ignore[return-value]
+        return gathered(keys, self._table), gathered(values, self._table)
 
     def pick(self, slots: Tensor, heads: int) -> tuple[Tensor, Tensor]:
         """Keys and values, two [B, H, k, d], of the tokens in `slots` [B, H, k]."""
