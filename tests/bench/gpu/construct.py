@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from decode import llama_shaped
 
 from kvbench.contract.budget import Budget
 from kvbench.engine.session import Session
@@ -135,15 +135,7 @@ def main() -> None:
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "layers": arguments.layers, "rows": []}
     if arguments.parts:
         found["parts"] = parts(arguments.tokens, 32, 8, 128)
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=arguments.layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=2**20,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
+    model = llama_shaped(arguments.layers)
     print(f"{'policy':20} {'prefill s':>9} {'constr s':>9} {'ratio':>6} {'peak GiB':>9} {'index':>6}", flush=True)
     for name in ("streaming_llm", *arguments.policies.split(",")):  # the first pass warms up
         try:

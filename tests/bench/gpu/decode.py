@@ -31,6 +31,20 @@ WINDOW = 64
 """The prompt's last queries that are made up."""
 
 
+def llama_shaped(layers: int) -> Any:
+    """A model of Llama-3-8B's shape with random weights in bfloat16, with so many layers, on the GPU."""
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=2**20,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+    return model
+
+
 def made_up(model: Any, batch: int, tokens: int, whole: bool = False, unequal: bool = False) -> Prefill:
     """A prompt as if it had passed through the model; with `whole`, there are queries of all tokens.
 
@@ -154,15 +168,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda")
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=arguments.layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=2**20,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with device:
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
+    model = llama_shaped(arguments.layers)
     rate = bandwidth(device)
     assert rate is not None, "too little free memory on the GPU"
     found: dict[str, Any] = {

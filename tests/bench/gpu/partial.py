@@ -18,6 +18,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
+from decode import llama_shaped
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvbench.contract.budget import Budget
@@ -157,15 +158,7 @@ def main() -> None:
             check(arguments.policies.split(","))
         except Exception as error:  # times are worth having all the same
             print(f"check failed: {type(error).__name__}: {error}"[:600], flush=True)
-    config = LlamaConfig(
-        hidden_size=4096, intermediate_size=14336, num_hidden_layers=arguments.layers, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, vocab_size=128256, max_position_embeddings=2**20,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
+    model = llama_shaped(arguments.layers)
     prompt, rows, known = prompt_of(model, arguments.tokens), [], {}
     for name in arguments.policies.split(","):
         for budget in map(int, arguments.budgets.split(",")):
