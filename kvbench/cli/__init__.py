@@ -22,6 +22,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     report,
     run,
     sweep,
+    trace,
     verify,
 )
 from kvbench.cli.common import app, err

@@ -74,6 +74,8 @@ class Sweep(_Strict):
     probe_examples: int = Field(default=1, ge=0, le=LARGEST)
     batch_size: int = Field(default=1, ge=1, le=LARGEST)
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
+    prefix: Literal["none", "cached"] = "none"
+    new_tokens: int = Field(default=0, ge=0, le=LARGEST)
     dense_layers: int = Field(default=0, ge=0, le=LARGEST)
     probes: list[str] = Field(default_factory=list)
 
