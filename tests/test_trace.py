@@ -9,6 +9,9 @@ from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.report.charts import write
+from kvbench.report.charts.prefixes import prefix_charts
+from kvbench.report.collect import collect
 from kvbench.serving.costs import FORMS, Costs
 from kvbench.serving.queueing import waiting_times
 from kvbench.serving.replay import first_token, replay, serve
@@ -240,3 +243,9 @@ def test_the_command_measures_replays_and_draws(kvbench, tmp_path):
     assert all(fit["points"] >= 4 for fits in document["fits"].values() for fit in fits.values())
     code, _, err = kvbench(*arguments, "--results", output / "runs", "--policy", "pqcache")
     assert (code, "has no run of pqcache" in err) == (2, True)
+    (chart,) = [one for one in prefix_charts(collect([output / "runs"])) if "400 tokens, 100" in one.title]
+    assert {row["policy"] for row in chart.rows} == {"full", "quest"}
+    assert "s with a hit" in chart.summary
+    assert "50 to 80%" in chart.caption
+    write(chart, output)
+    assert (output / f"{chart.name}.svg").stat().st_size > 1000
