@@ -13,7 +13,7 @@ from typing import Any
 from kvbench.contract.errors import KVBenchError, sentence
 from kvbench.models import LoadedModel
 from kvbench.runs.results import RunConfig
-from kvbench.runs.sweep import Outcome, Planned, Progress, document, reuse, run_one
+from kvbench.runs.sweep import Outcome, Planned, Progress, document, reuse, run_together
 from kvbench.runs.sweep_file import Model
 
 ATTEMPTS = 3
@@ -36,7 +36,8 @@ class Worker:
                 self._loaded = self._of = None  # freed before the next one is loaded
                 self._loaded, self._of = planned.load(), of
             assert self._loaded is not None
-            return run_one(planned, self._loaded, Path(output), _Silent()).error
+            (outcome,) = run_together([planned], self._loaded, Path(output), _Silent())
+            return outcome.error
         except Exception as error:
             return sentence(error)
 
