@@ -6,8 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from kvbench.cli.common import err, out, seconds
 
 if TYPE_CHECKING:
@@ -32,18 +30,14 @@ def print_estimates(
         }  # fmt: skip
         print(json.dumps(document, indent=2))
         return
-    table = Table(title=f"{len(found)} runs, estimated", title_justify="left")
-    table.add_column("run", overflow="fold")
-    for column in ("prompt and index, s", "step, ms", "answer tokens", "batch", "examples", "time", "memory, GiB"):
-        table.add_column(column, justify="right")
     for one in found:
-        own = one.unmeasured is None
-        table.add_row(
-            names[one.config.hash] + ("" if own else " (not measured)"), seconds(one.prompt_s),
-            seconds(one.step_s if own else None, 1000), f"{one.tokens:.0f}", str(one.batch), str(one.config.examples),
-            duration(one.seconds), f"{one.bytes / 2**30:.2f}",
+        took = "its own work not measured" if one.unmeasured else f"step {seconds(one.step_s, 1000)} ms"
+        at_once = f" in batches of {one.batch}" if one.batch > 1 else ""
+        out.print(
+            f"{names[one.config.hash]}: about {duration(one.seconds)}, {one.bytes / 2**30:.2f} GiB "
+            f"({one.config.examples} examples{at_once}, each prompt {seconds(one.prompt_s)} s, {took}, answer {one.tokens:.0f} tokens)",
+            highlight=False, soft_wrap=True,
         )  # fmt: skip
-    out.print(table)
     for reason in dict.fromkeys(one.unmeasured for one in found if one.unmeasured):
         err.print(f"Not measured: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     if short := total_memory(found, capacity(device)):
@@ -52,9 +46,9 @@ def print_estimates(
     examples = sorted({one.config.examples for one in found})
     told = f"{examples[0]}" if len(examples) == 1 else f"{examples[0]} to {examples[-1]}"
     out.print(
-        f"{len(found)} runs of {told} examples, about {duration(whole)} in all, an estimate: prompts of up to {reached} "
-        "tokens and a few steps were measured here, and carried on to the lengths asked for. First uses (checks of "
-        "model and policies, compilation) come on top; nothing was run.", style="dim", highlight=False,
+        f"{len(found)} runs of {told} examples; nothing was run. Estimated: about {duration(whole)} in all, by prompts "
+        f"of up to {reached} tokens and a few steps measured here and carried on to the lengths asked for. First uses "
+        "(checks of model and policies, compilation) come on top.", style="dim", highlight=False, soft_wrap=True,
     )  # fmt: skip
 
 

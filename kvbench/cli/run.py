@@ -174,6 +174,7 @@ def run(
 
     from kvbench.contract.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
     from kvbench.models import load_model  # noqa: PLC0415
+    from kvbench.models.quantised import check_quantised  # noqa: PLC0415
     from kvbench.runs.planning import load_to_plan  # noqa: PLC0415
     from kvbench.runs.results import over_budget_text, replace  # noqa: PLC0415
     from kvbench.runs.runner import Request, execute, plan  # noqa: PLC0415
@@ -195,6 +196,7 @@ def run(
     failures: dict[str, str] = {}
     configs = []
     light = load_to_plan(model, context_length=context_length, **place)
+    check_quantised(model, light.model.config, light.device)
     for request in requests:
         try:
             configs.append(plan(request, light))

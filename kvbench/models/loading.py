@@ -53,7 +53,7 @@ class LoadedModel:
     @property
     def computed_with(self) -> str | None:
         """As `weights`, and whether loading turned them into plain numbers; of a model with its weights only."""
-        return loaded_format(self.model) if self.weights else None
+        return loaded_format(self.model, self.weights) if self.weights else None
 
 
 def load_model(

@@ -47,11 +47,8 @@ def check_quantised(name: str, config: Any, device: torch.device) -> None:
         ) from None
 
 
-def loaded_format(model: Any) -> str | None:
-    """What a loaded model computes with: as `weights_format`, and whether loading turned it into plain numbers."""
-    known = weights_format(model.config)
+def loaded_format(model: Any, known: str) -> str:
+    """What a loaded model computes with: what its weights are stored as, and whether loading made plain numbers."""
     quantiser = getattr(model, "hf_quantizer", None)
-    if known is None:
-        return None
     undone = quantiser is None or getattr(quantiser.quantization_config, "dequantize", False)
     return f"{known}, dequantised" if undone else known

@@ -22,7 +22,7 @@ from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs.config import RunConfig
 from kvbench.runs.examples import examples_of, stop_tokens
-from kvbench.runs.memory import release
+from kvbench.runs.memory import quick_release, release
 from kvbench.runs.runner import WARM_UP_TOKENS, alike
 from kvbench.runs.sharing import probe_passes, prompt_of, session_of
 from kvbench.runs.sizing import Sizing, chunk_bytes
@@ -73,7 +73,9 @@ class _Policy:
 
 def estimate(configs: Sequence[RunConfig], loaded: LoadedModel, tell: Callable[[str], None]) -> list[Estimate]:
     """Estimate runs of one model; `tell` is told what is being measured. Conformance checks are not in the figures."""
-    return _Estimator(loaded, tell).of(configs)
+    with quick_release():
+        release()
+        return _Estimator(loaded, tell).of(configs)
 
 
 class _Estimator:
@@ -217,7 +219,6 @@ class _Estimator:
         return _Policy(_grows(sizes, index), _line(sizes, step), _line(sizes, held))
 
     def _generate(self, config: RunConfig, prompts: list[list[int]], tokens: int, stop: set[int] | None = None) -> Any:
-        release()
         torch.manual_seed(config.seed)
         with session_of(config, self._loaded) as session:
             chunk = Sizing(config, self._loaded).chunk(len(prompts), len(prompts[0]))

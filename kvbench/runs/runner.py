@@ -121,6 +121,8 @@ def _execute(
             for batch in sizing.batches(examples_of(task, shared, loaded)):
                 waiting = deque([batch])
                 while waiting and group.runs:
+                    if len(waiting[0]) > sizing.most:  # a half that was left, and too many by now
+                        waiting.extendleft(reversed(sizing.parts(waiting.popleft())))
                     left, before = _together(group, loaded, task, waiting.popleft(), sizing, before, progress)
                     waiting.extendleft(reversed(left))
                 if not group.runs:

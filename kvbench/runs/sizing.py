@@ -58,7 +58,8 @@ class Sizing:
 
     def __init__(self, config: RunConfig, loaded: LoadedModel) -> None:
         self._config, self._loaded = config, loaded
-        self._most: int | None = None
+        self.most = MOST_ROWS if config.batch_size == "auto" else config.batch_size
+        """Examples at once, at most."""
         self._longest_chunk: int | None = None
         self.shortages = 0
         """How often memory ran out, and less was tried."""
@@ -93,7 +94,7 @@ class Sizing:
         """What to try after memory ran out: the batch in two halves, or again in smaller chunks; None for nothing."""
         if len(batch) > 1:
             half = (len(batch) + 1) // 2
-            self._most, found = half, [batch[:half], batch[half:]]
+            self.most, found = half, [batch[:half], batch[half:]]
         else:
             size = chunk or length_of(self._loaded, batch[0])
             if self._config.prefill_chunk != "auto" or size <= SMALLEST_CHUNK:
@@ -101,6 +102,10 @@ class Sizing:
             self._longest_chunk, found = max(size // 2, SMALLEST_CHUNK), [batch]
         self.shortages += 1
         return found
+
+    def parts(self, batch: list[AnyExample]) -> list[list[AnyExample]]:
+        """A batch in parts of no more examples than run at once."""
+        return [batch[first : first + self.most] for first in range(0, len(batch), self.most)]
 
     def rows(self, longest: int) -> int:
         """How many prompts of `longest` tokens to generate after at once."""
@@ -110,7 +115,7 @@ class Sizing:
             row = HOLDINGS * longest * token_bytes(self._loaded.model)
             row += chunk_bytes(self._loaded.model, min(longest, SMALLEST_CHUNK), longest)
             size = max(1, min(int(ROOM * free_memory(self._loaded) // max(row, 1)), MOST_ROWS))
-        return size if self._most is None else min(size, self._most)
+        return min(size, self.most)
 
 
 def length_of(loaded: LoadedModel, example: AnyExample) -> int:
