@@ -35,7 +35,8 @@ def print_estimates(
         at_once = f" in batches of {one.batch}" if one.batch > 1 else ""
         out.print(
             f"{names[one.config.hash]}: about {duration(one.seconds)}, {one.bytes / 2**30:.2f} GiB "
-            f"({one.config.examples} examples{at_once}, each prompt {seconds(one.prompt_s)} s, {took}, answer {one.tokens:.0f} tokens)",
+            f"({one.config.examples} examples{at_once}, each prompt {seconds(one.prompt_s)} s, {took}, answer "
+            f"{one.tokens:.0f} tokens)",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
     for reason in dict.fromkeys(one.unmeasured for one in found if one.unmeasured):

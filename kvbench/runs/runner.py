@@ -19,6 +19,7 @@ from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
+from kvbench.runs.commit import commit
 from kvbench.runs.environment import environment, processor
 from kvbench.runs.examples import AnyExample, examples_of, extend, stop_tokens
 from kvbench.runs.group import Failed, Group, telling
@@ -174,6 +175,7 @@ def environment_of(loaded: LoadedModel) -> dict[str, Any]:
     device, spread, weights = loaded.device, loaded.placed, loaded.computed_with
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
+        **({"commit": known} if (known := commit()) else {}),
         **environment(str(device), name, torch.get_num_threads(), method(device)),
         **({"device_map": spread} if spread else {}),
         **({"weights": weights} if weights else {}),

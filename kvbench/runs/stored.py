@@ -53,6 +53,7 @@ class Environment(_Open):
     threads: Count | None = None
     device_map: dict[str, Text] | None = None
     weights: Text | None = None
+    commit: dict[str, Text | bool] | None = None
     bandwidth: dict[str, Number] | None = None
 
 
