@@ -110,14 +110,16 @@ def test_history_tells_what_changed_beyond_noise_and_nothing_else(packed, tmp_pa
     code, out, _ = kvbench("history", packed, after)
     assert (code, "streaming_llm" in out, "+50.0%" in out) == (0, True, True)
 
-    def worse(rows, document):
-        for row in rows:
-            row["score"] = 1 - row["score"]
+    def scored(value):
+        return lambda rows, document: [row.update(score=value) for row in rows]
 
-    flipped = changed(packed, tmp_path / "flipped", "full", worse)
-    (accuracy,) = [c for c in history(packed, flipped).changes if c.figure == "accuracy" and "full" in c.cell]
-    assert abs(accuracy.change) == 1 and accuracy.n == 6
-    assert accuracy.beyond_noise == (2 * 0.5**6 * 2 < 0.05), "McNemar's p of six of six, twice by Holm"
+    sides = [changed(packed, tmp_path / str(value), "full", scored(value)) for value in (1.0, 0.0)]
+    for first, second in (sides, [next(side.glob("full-*")) for side in sides]):
+        found = history(first, second)
+        (accuracy,) = [c for c in found.changes if c.figure == "accuracy" and c.cell.startswith("full")]
+        assert (accuracy.change, accuracy.n) == (-1, 6)
+        # McNemar's p of six of six is 0.03, by Holm twice that where there are two cells.
+        assert accuracy.beyond_noise == (first != sides[0])
 
     def elsewhere(rows, document):
         slower(rows, document)
@@ -177,7 +179,7 @@ def test_the_page_states_settings_intervals_verdicts_and_what_is_not_of_the_comm
     assert "| full | – | 100.0 (61–100) n 6 | 100.0 |" in text
     assert "| snapkv † | 80 tokens uniform | 0.0 (0–39) n 6 | 0.0 |" in text
     (claim,) = [line for line in text.splitlines() if "SnapKV is near exact attention on needles" in line]
-    assert "-100.0" in claim and claim.endswith("| does not hold |")
+    assert "-100.0 (-100.0 to -8.1), n 6" in claim and claim.endswith("| undecided |"), "six examples decide little"
     (other,) = [line for line in text.splitlines() if "StreamingLLM finds nothing" in line]
     assert other.endswith("| not measured |")
     assert "RTable 4" in text and "36.5" in text

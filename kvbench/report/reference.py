@@ -19,7 +19,7 @@ from kvbench.statistics import PairedDifference, paired_difference
 
 FAMILIES = {
     "single needles": ("niah_single",), "several needles": ("niah_multikey", "niah_multivalue", "niah_multiquery"),
-    "key-value retrieval": ("kv_retrieval",), "tracing": ("vt",), "aggregation": ("cwe", "fwe"),
+    "key-value retrieval": ("infinitebench_kv_retrieval",), "tracing": ("vt",), "aggregation": ("cwe", "fwe"),
     "fidelity": ("fidelity",),
 }  # fmt: skip
 WEAK = 0.1
