@@ -246,3 +246,24 @@ def test_a_map_on_a_machine_without_a_gpu_is_the_cpu(model_folder):  # noqa: F81
     assert (loaded.device_map, loaded.placed, loaded.model.device.type) == ("auto", None, "cpu")
     with pytest.raises(KVBenchError, match="The device map balanced is not known"):
         load_model(str(model_folder), device_map="balanced")
+
+
+def test_resident_bytes_are_told_by_device():
+    from fake_devices import FakeDevices, spread
+    from test_devices import PLACES, padded, session
+
+    from kvbench import kernels
+
+    ids, mask = padded()
+    found = []
+    with kernels.using("torch"), FakeDevices():
+        for places in (PLACES, dict.fromkeys(PLACES, "cuda:0")):
+            model = tiny_model()
+            spread(model, places)
+            with session(model, "snapkv") as attached, torch.no_grad():
+                model(ids.to("cuda:0"), attention_mask=mask.to("cuda:0"))
+                found.append((attached.cache.device_bytes(), attached.cache.bytes()["resident"]))
+    (by_device, resident), (alone, _) = found
+    assert set(by_device) == {"cuda:0", "cuda:1"} and alone == {}
+    assert sum(by_device.values()) == resident
+    assert by_device["cuda:0"] > by_device["cuda:1"] > 0  # two layers and one
