@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def test_a_map_on_a_machine_without_a_gpu_is_the_cpu(model_folder):  # noqa: F81
         load_model(str(model_folder), device_map="balanced")
 
 
-def test_resident_bytes_are_told_by_device():
+def test_resident_bytes_are_told_by_device(monkeypatch):
     from fake_devices import FakeDevices, spread
     from test_devices import PLACES, padded, session
 
@@ -256,6 +257,7 @@ def test_resident_bytes_are_told_by_device():
 
     ids, mask = padded()
     found = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(synchronize=lambda: None))
     with kernels.using("torch"), FakeDevices():
         for places in (PLACES, dict.fromkeys(PLACES, "cuda:0")):
             model = tiny_model()
