@@ -71,8 +71,8 @@ def edit_similarity(prediction: str, references: Sequence[str]) -> float:
 
     This is fuzzywuzzy's `ratio`, which LongBench's code tasks use (arXiv:2308.14508).
     """
-    fuzz = _package(edit_similarity, "rapidfuzz.fuzz")
-    return max(round(fuzz.ratio(prediction, reference)) / 100 for reference in references)
+    ratio: Callable[[str, str], float] = _package(edit_similarity, "rapidfuzz.fuzz").ratio
+    return max(round(ratio(prediction, reference)) / 100 for reference in references)
 
 
 def f1_chinese(prediction: str, references: Sequence[str]) -> float:
