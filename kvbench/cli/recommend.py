@@ -70,8 +70,8 @@ def _table(scope: Scope, shown: tuple[Candidate, ...]) -> Table:
     table.add_column("policy")
     table.add_column("budget")
     table.add_column("limit")
-    for column in ("difference", "95% interval", "examples", "KL, nats", "bytes", "on device", "TTFT", "TPOT"):
-        if column != "KL, nats" or scope.kl_tasks:
+    for column in ("difference", "95% interval", "examples", "KL", "bytes", "on device", "TTFT", "TPOT"):
+        if column != "KL" or scope.kl_tasks:
             table.add_column(column, justify="right")
     for one in shown:
         found = one.difference
