@@ -17,12 +17,17 @@ from kvbench.strategies.budgets.squeeze import Squeeze
 from kvbench.strategies.budgets.uniform import Uniform
 from kvbench.strategies.compressing.kivi import KIVI
 from kvbench.strategies.compressing.think import ThinK
+from kvbench.strategies.evicting.chunkkv import ChunkKV
+from kvbench.strategies.evicting.compactor import Compactor
+from kvbench.strategies.evicting.criticalkv import CriticalKV
 from kvbench.strategies.evicting.duo_attention import DuoAttention
 from kvbench.strategies.evicting.expected_attention import ExpectedAttention
 from kvbench.strategies.evicting.h2o import H2O
 from kvbench.strategies.evicting.keydiff import KeyDiff
 from kvbench.strategies.evicting.knorm import KNorm
 from kvbench.strategies.evicting.kvzip import KVzip
+from kvbench.strategies.evicting.lagkv import LagKV
+from kvbench.strategies.evicting.r_kv import RKV
 from kvbench.strategies.evicting.snapkv import SnapKV
 from kvbench.strategies.evicting.streaming_llm import StreamingLLM
 from kvbench.strategies.evicting.tova import TOVA
@@ -43,6 +48,7 @@ def kvbench_policies(indexes: list[type[Index]]) -> list[type[KVCachePolicy]]:
     return [
         Full, FullNoCache,
         StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm, ExpectedAttention, KVzip, DuoAttention,
+        LagKV, ChunkKV, CriticalKV, Compactor, RKV,
         Quest, InfLLM, InfiniGen, ShadowKV, SqueezedAttention, PQCache, MagicPIG, RetroInfer,
         RETRIEVAL,
         KIVI, ThinK,
