@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -30,6 +30,9 @@ from kvbench.cli.common import (
 )
 from kvbench.cli.run import policy_options
 from kvbench.contract.errors import KVBenchError, check_output, sentence, unwritable
+
+if TYPE_CHECKING:
+    from kvbench.runs.results import RunConfig
 
 BUILT_IN = "conversation"
 POLICIES = "full,quest,retrieval"
@@ -154,10 +157,10 @@ def _measure(
     ]  # fmt: skip
     with err.status("Measuring") as status:
 
-        def progress(policy: str, done: int, of: int, note: str) -> None:
-            status.update(f"Measuring {policy}")
+        def progress(config: RunConfig, done: int, of: int, note: str) -> None:
+            status.update(f"Measuring {config.policy}")
 
-        def failed(config: Any, error: Exception) -> None:
+        def failed(config: RunConfig, error: Exception) -> None:
             raise KVBenchError(f"Measuring {config.policy} failed: {sentence(error)}") from error
 
         execute(configs, loaded, folder, progress, failed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import simpy
@@ -17,13 +17,13 @@ def waiting_times(arrivals: Sequence[float], busy: Sequence[float], servers: int
     resource = simpy.Resource(environment, capacity=servers)
     waited = [0.0] * len(arrivals)
 
-    def request(place: int) -> Iterator[Any]:
+    def request(place: int) -> Generator[simpy.Event, Any, None]:
         with resource.request() as turn:
             yield turn
             waited[place] = environment.now - arrivals[place]
             yield environment.timeout(busy[place])
 
-    def source() -> Iterator[Any]:
+    def source() -> Generator[simpy.Event, Any, None]:
         for place, at in enumerate(arrivals):
             yield environment.timeout(max(at - environment.now, 0.0))
             environment.process(request(place))

@@ -78,7 +78,7 @@ class PQCache(SelectingPolicy):
     def choose_each(self, layer: Layer, queries: Tensor, wanted: Sequence[int]) -> Selection:
         """The same for several queries, whose scores are added up together."""
         block, share = len(wanted), layer.heads // layer.kv_heads
-        logits = self._logits(layer, queries).unflatten(-1, (share, block))
+        logits = self._logits(layer, queries).reshape(layer.rows, layer.kv_heads, -1, share, block)
         weights = logits.softmax(2).sum(3).transpose(2, 3)  # [B, G, block, n]
         ids = torch.full((*weights.shape[:3], wanted[0]), -1, device=weights.device)
         for place, count in enumerate(wanted):
