@@ -22,6 +22,7 @@ from kvbench.cli.common import (
     pairs,
 )
 from kvbench.cli.table import MOST_COLUMNS, results_table
+from kvbench.cli.tracking import Tracking, Trackio, WandB
 from kvbench.contract.errors import KVBenchError, check_output, sentence
 from kvbench.contract.extension import option_names
 
@@ -112,6 +113,8 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute everything anew; earlier results are moved to OUTPUT/.replaced.")
     ] = False,
+    wandb: WandB = None,
+    trackio: Trackio = None,
     as_json: Json = False,
 ) -> None:
     """Run policies on a task, beside exact attention, and print accuracy, recall, bytes and latency.
@@ -140,6 +143,7 @@ def run(
             f"--policy '{','.join(policy)}' names no policy: `kvbench policies` lists them; `full` is a policy, too."
         )
     check_output(output)
+    tracking = Tracking(wandb, trackio)
     every = names == ["all"]
     if every:
         names = [name for name, cls in found.classes["policy"].items() if cls.cached]
@@ -207,14 +211,16 @@ def run(
         if over := over_budget_text(done.metrics):
             err.print(f"Warning: {done.config.policy} is {over}.", style="yellow", highlight=False, markup=False)
     documents = [done.document() for done in runs]
-    told = [{"policy": name, "error": reason} for name, reason in failures.items()]
+    failed_runs = [{"policy": name, "error": reason} for name, reason in failures.items()]
     failures = {name: reason for name, reason in failures.items() if name not in left_out}
     if as_json and (runs or not failures):
-        print(json.dumps({"schema": 1, "runs": documents, "failures": told}, indent=2))
+        print(json.dumps({"schema": 1, "runs": documents, "failures": failed_runs}, indent=2))
     elif runs:
         _print_runs(documents, task_class, f"{loaded.name}, {task}, {context_length} tokens")
     if len(failures) == 1 and not runs:
         raise KVBenchError(next(iter(failures.values())))
+    for document in documents:
+        tracking.tell(document)
     for name, reason in failures.items():
         err.print(f"Failed: {name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     if failures:
@@ -222,6 +228,7 @@ def run(
             f"{len(failures)} of {len(requests)} policies failed; the others are kept, and the same command tries "
             "these again."
         )
+    tracking.end()
 
 
 def _print_runs(documents: list[dict[str, Any]], task: type[Any], setting: str) -> None:
