@@ -41,11 +41,16 @@ class Finished:
         return datetime.fromtimestamp((self.path / "run.json").stat().st_mtime, UTC)
 
     @property
-    def metrics(self) -> dict[str, str]:
-        """The task's metrics by name, with their labels; `accuracy` where it measures nothing else."""
-        task = registry().classes["task"].get(self.config.task)
-        given = issubclass(task, ForcedTask) if task is not None else False
-        return {"accuracy": "accuracy"} | (dict(task.metrics) if given and task is not None else {})
+    def generates(self) -> bool:
+        """Whether the model wrote answers; else it was given tokens."""
+        task = registry().classes["task"].get(self.config.task)  # a plugin may have gone since
+        return not (task is not None and issubclass(task, ForcedTask))
+
+    @property
+    def metrics(self) -> list[str]:
+        """What every example has a value of: `accuracy`, and what the task measures besides."""
+        named = [set(row.get("scores", {})) for row in self.rows]
+        return ["accuracy", *sorted(set.intersection(*named) if named else ())]
 
     def scores(self, metric: str) -> list[float]:
         """Each example's value of a metric."""

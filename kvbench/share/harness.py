@@ -143,7 +143,7 @@ def _task_results(run: Finished) -> dict[str, Any]:
 def _task_config(run: Finished) -> dict[str, Any]:
     return {
         "task": run.config.task,
-        "output_type": "generate_until" if _generates(run) else "loglikelihood",
+        "output_type": "generate_until" if run.generates else "loglikelihood",
         "num_fewshot": 0,
         "metric_list": [{"metric": name, "aggregation": "mean"} for name in run.metrics],
         "metadata": {
@@ -189,16 +189,12 @@ def _sample(run: Finished, number: int, row: Mapping[str, Any], drawn: Drawn | N
         "resps": [[answer]],
         "filtered_resps": [answer],
         "filter": FILTER,
-        "metrics": list(run.metrics),
+        "metrics": run.metrics,
         "doc_hash": _sha256(doc),
         "prompt_hash": _hash(prompt),
         "target_hash": _hash(target),
         **{name: row["score"] if name == "accuracy" else row["scores"][name] for name in run.metrics},
     }
-
-
-def _generates(run: Finished) -> bool:
-    return list(run.metrics) == ["accuracy"]
 
 
 def _seconds(run: Finished) -> float:
