@@ -67,6 +67,23 @@ def test_the_harness_s_files_hold_every_answer_and_the_mean(runs, tmp_path):
         assert all(len(line["arguments"]["gen_args_0"]["arg_0"]) > 100 for line in lines)
 
 
+def test_the_harness_reads_the_files(runs, tmp_path):
+    utils = pytest.importorskip("lm_eval.utils", reason="the extra kvbench[lm-eval] is not installed")
+    from lm_eval.result_schema import EvalResults, SampleResult
+
+    names = [str(file) for file in write_lm_eval(runs, tmp_path)]
+    results, samples = utils.get_results_filenames(names), utils.get_sample_results_filenames(names)
+    assert (len(results), len(samples)) == (2, 2)
+    assert {utils.get_file_task_name(Path(name).name) for name in samples} == {"short"}
+    assert utils.get_file_datetime(Path(samples[0]).name) in results[0]
+    content = json.loads(Path(results[0]).read_text())
+    assert set(content) - {"kvbench"} <= set(EvalResults.__annotations__)
+    assert "|accuracy|↑" in utils.make_table(content).replace(" ", "")
+    sample = json.loads(Path(samples[0]).read_text().splitlines()[0])
+    assert set(sample) == {*SampleResult.__annotations__, "accuracy"}
+    assert sample["doc_hash"] == utils.hash_string(json.dumps(sample["doc"], indent=2, ensure_ascii=False))
+
+
 def test_a_data_set_holds_runs_that_can_be_verified(runs, tmp_path):
     hub.write_dataset(runs, tmp_path)
     assert [found.faults for found in verify(tmp_path / "runs", closed=True)] == [[], []]

@@ -37,7 +37,8 @@ DECODINGS = ("auto", "graph", "fixed", "eager")
 @interruptible
 def run(
     policy: Annotated[
-        list[str], typer.Option(help="Policy, several separated by commas, or `all`; `kvbench policies` lists them.")
+        list[str],
+        typer.Option(help="Policy, or `all`; several by commas, or the option again; `kvbench policies` lists them."),
     ],
     budget: Annotated[
         str, typer.Option(help="Allocator that shares the budget over the layers; with its size, too: pyramid:512.")
@@ -104,7 +105,9 @@ def run(
     ] = 1,
     probe: Annotated[
         list[str] | None,
-        typer.Option(help="Probe beyond the standard ones, several separated by commas; `kvbench probes` lists them."),
+        typer.Option(
+            help="Probe beyond the standard ones; several by commas, or the option again; `kvbench probes` lists them."
+        ),
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Run `full` on the same examples.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
