@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from kvbench.cli import app, table
+from kvbench.api import index as index_table
+from kvbench.api import runs_table
+from kvbench.cli import app
 from kvbench.compare import leaderboard
 
 ROOT = Path(__file__).parent.parent
@@ -50,12 +52,13 @@ def test_ci_runs_the_readme_test_command():
 
 def headings():
     """Column headings of the command line's tables without units, and the rows of `kvbench run`."""
-    found = {label for label, _, _ in table._entries({}, None)} | {short for _, short, _ in table._entries({}, None)}
-    for file in sorted((ROOT / "kvbench/cli").glob("*.py")):
+    entries = runs_table._entries({}, None)
+    found = {label for label, _, _ in entries} | {short for _, short, _ in entries} | set(index_table._HEADINGS)
+    for file in sorted([*(ROOT / "kvbench/cli").glob("*.py"), *(ROOT / "kvbench/api").glob("*.py")]):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.For) and "add_column" in ast.unparse(node.body[0]):
                 found |= {part.value for part in ast.walk(node.iter) if isinstance(part, ast.Constant)}
-            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("add_column"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("add_column", "Column")):
                 found |= {part.value for part in node.args if isinstance(part, ast.Constant)}
     found |= {name.replace("_", " ") for name in leaderboard.COLUMNS}
     words = {" ".join(heading.split()).replace(" @", "@") for heading in found if heading}

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from kvbench.api.capture import captured
 from kvbench.cli.capture import (
     DecodeTokens,
     Decoding,
@@ -16,13 +17,13 @@ from kvbench.cli.capture import (
     RopeScaling,
     SourceTextName,
     StoreDtype,
-    captured,
 )  # fmt: skip
 from kvbench.cli.common import (
     Device,
     Dtype,
     Json,
     Model,
+    Steps,
     app,
     err,
     grouped,
@@ -56,7 +57,7 @@ def analyze(
     ] = None,
     model: Model = "smollm2-135m",
     text: SourceTextName = "default",
-    context_length: Annotated[int, typer.Option(min=2, help="Tokens to capture, prompt and decoding together.")] = 4096,
+    context_length: Annotated[int, typer.Option(help="Tokens to capture, prompt and decoding together.")] = 4096,
     decode_tokens: DecodeTokens = 128,
     decoding: Decoding = "text",
     rope_scaling: RopeScaling = None,
@@ -95,11 +96,13 @@ def analyze(
         if capture is not None:
             source = load_capture(capture)
         else:
-            source = captured(
-                model, text, context_length, layers or "all", lambda name: output / f"capture-{name}",
-                decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling,
-                prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
-            )  # fmt: skip
+            with Steps() as steps:
+                source = captured(
+                    model, text, context_length, layers or "all", lambda name: output / f"capture-{name}",
+                    decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling,
+                    prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
+                    progress=steps.step,
+                )  # fmt: skip
         with err.status("") as status:
             document = studies.analyse_capture(
                 name, source, given, layers=chosen, heads=chosen_heads, progress=status.update
