@@ -1,6 +1,7 @@
 """The documents stay true: their commands exist, their code is the tested code."""
 
 import ast
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -73,3 +74,20 @@ def test_every_heading_of_a_table_is_in_the_glossary():
     shown = headings()
     assert {"recall@k", "won / lost / tied", "effort", "floor ratio", "check"} <= shown
     assert shown - terms == set()
+
+
+def test_the_page_for_authors_runs_as_it_stands():
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/authors.md").read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    exec(compile("\n".join(blocks), "docs/authors.md", "exec"), {"__name__": "authors"})
+
+
+def test_what_the_documents_import_exists():
+    for document in DOCUMENTS:
+        blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for node in [node for block in blocks for node in ast.walk(ast.parse(block))]:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "kvbench":
+                module = importlib.import_module(node.module)
+                missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                assert not missing, f"{document.name} imports {missing} from {node.module}"

@@ -42,12 +42,17 @@ class SessionSummary:
             *((f"{tier} bytes", f"{size / _MIB:.1f} MiB") for tier, size in self.bytes.items()),
             ("attended tokens", "–" if self.attended_tokens is None else f"{self.attended_tokens:.1f}"),
             ("density", "–" if self.density is None else f"{100 * self.density:.1f}%"),
-            ("recall@k", "not probed" if self.recall_at_k is None else f"{100 * self.recall_at_k:.1f}%"),
+            ("recall@k", self._recall()),
         ]
         known = {"attended_tokens", "density", "recall_at_k"}
         more = {name: value for name, value in self.probes.items() if name not in known}
         numbers = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in more.items()}
         return [*shown, *((name.replace("_", " "), text) for name, text in numbers.items())]
+
+    def _recall(self) -> str:
+        if self.recall_at_k is not None:
+            return f"{100 * self.recall_at_k:.1f}%"
+        return "–" if "recall_at_k" in self.probes else "not probed"
 
     def __str__(self) -> str:
         lines = self.lines()
@@ -61,7 +66,7 @@ class SessionSummary:
             f'<tr><td style="text-align:left">{escape(label)}</td><td>{escape(text)}</td></tr>'
             for label, text in self.lines()
         )
-        return f'<table><caption style="caption-side:top">policy {escape(self.policy)}</caption>{rows}</table>'
+        return f'<table><caption style="text-align:left;caption-side:top">policy {escape(self.policy)}</caption>{rows}</table>'
 
 
 def summarise(
