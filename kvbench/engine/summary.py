@@ -66,7 +66,8 @@ class SessionSummary:
             f'<tr><td style="text-align:left">{escape(label)}</td><td>{escape(text)}</td></tr>'
             for label, text in self.lines()
         )
-        return f'<table><caption style="text-align:left;caption-side:top">policy {escape(self.policy)}</caption>{rows}</table>'
+        caption = f'<caption style="text-align:left;caption-side:top">policy {escape(self.policy)}</caption>'
+        return f"<table>{caption}{rows}</table>"
 
 
 def summarise(
