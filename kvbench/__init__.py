@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvbench.api.run import run
     from kvbench.api.sweep import sweep
     from kvbench.api.table import Table
+    from kvbench.compare.recommend import recommend
     from kvbench.contract.analysis import Analysis
     from kvbench.contract.attention import Attention
     from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget
@@ -60,6 +61,7 @@ _HOMES = {
     "RunResults": "api.results",
     "RunResult": "api.results",
     "IndexResults": "api.index",
+    "recommend": "compare.recommend",
     "resume": "engine.resume",
 }
 
@@ -93,6 +95,7 @@ __all__ = [
     "attach",
     "hookimpl",
     "index",
+    "recommend",
     "resume",
     "run",
     "sweep",

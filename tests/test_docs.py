@@ -1,15 +1,17 @@
 """The documents stay true: their commands exist, their code is the tested code."""
 
 import ast
-import importlib
 import re
 import shlex
 import textwrap
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+import kvbench
 from kvbench.api import index as index_table
 from kvbench.api import runs_table
 from kvbench.cli import app
@@ -44,6 +46,32 @@ def test_links_and_figures_of_the_documents_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def nav(entries):
+    for entry in entries:
+        inner = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from nav(inner) if isinstance(inner, list) else [inner]
+
+
+def test_every_document_is_in_the_site_s_navigation():
+    there = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
+    listed = list(nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(listed) == sorted(there), "add it to nav in mkdocs.yml"
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = {
+        name
+        for file in (ROOT / "docs/reference").glob("*.md")
+        for name in re.findall("^::: (.+)$", file.read_text(), re.MULTILINE)
+    }
+    for name in kvbench.__all__:
+        home = {"KVBenchError": "contract.errors", "hookimpl": "contract.markers"} | kvbench._HOMES
+        assert f"kvbench.{home[name]}.{name}" in shown, f"add {name} to a page in docs/reference"
+    for name in shown:
+        module, _, member = name.rpartition(".")
+        assert hasattr(import_module(module), member)
 
 
 def test_ci_runs_the_readme_test_command():
@@ -90,6 +118,6 @@ def test_what_the_documents_import_exists():
         blocks = re.findall(r"^```python\n(.*?)^```", document.read_text(), flags=re.MULTILINE | re.DOTALL)
         for node in [node for block in blocks for node in ast.walk(ast.parse(textwrap.dedent(block)))]:
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "kvbench":
-                module = importlib.import_module(node.module)
+                module = import_module(node.module)
                 missing = [alias.name for alias in node.names if not hasattr(module, alias.name)]
                 assert not missing, f"{document.name} imports {missing} from {node.module}"

@@ -44,8 +44,25 @@ def allocation(text: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-def numbers(name: str, given: str | Iterable[int] | None) -> tuple[int, ...] | None:
-    """Whole numbers, as text separated by commas, or None for all; `name` is the option's, for the error."""
+def whole_or_auto(name: str, given: str | int | None) -> Any:
+    """A positive whole number, `auto`, or None for an option that was not given; `name` is the option's."""
+    text = str(given).strip()
+    if given is None or text == "auto":
+        return given and "auto"
+    if not isinstance(given, bool) and re.fullmatch(r"[0-9]+", text) and 0 < int(text) < 2**31:
+        return int(text)
+    raise KVBenchError(f"{name} {given} is neither a positive whole number nor auto.")
+
+
+def joined(values: Sequence[str] | None) -> str | None:
+    """What an option was given, once or again and again, as if it had been given once."""
+    return ",".join(values) if values else None
+
+
+def numbers(name: str, given: str | Iterable[int] | Sequence[str] | None) -> tuple[int, ...] | None:
+    """Whole numbers, given as names are, or None for all; `name` is the option's, for the error."""
+    if isinstance(given, list | tuple) and given and all(isinstance(part, str) for part in given):
+        given = joined(given)
     if given is None or (isinstance(given, str) and given.strip() == "all"):
         return None
     parts: Any = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else given

@@ -6,7 +6,10 @@ import sys
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from kvbench.runs.results import RunConfig
 
 
 class Reporter(Protocol):
@@ -22,11 +25,11 @@ class Reporter(Protocol):
 class RunReporter(Reporter, Protocol):
     """Is told how far runs are; a context, entered while they work."""
 
-    def begin(self, policies: Sequence[str], examples: int) -> None:
-        """Runs of these policies start, of so many examples each."""
+    def begin(self, configs: Sequence[RunConfig]) -> None:
+        """These runs start."""
 
-    def __call__(self, policy: str, done: int, of: int, note: str) -> None:
-        """`done` of `of` examples of `policy` are finished."""
+    def __call__(self, config: RunConfig, done: int, of: int, note: str) -> None:
+        """`done` of `of` examples of a run are finished."""
 
     def __enter__(self) -> Self:
         """Start to show it."""
@@ -67,13 +70,13 @@ class Told:
             print("\r" + " " * self._length, end="\r", file=sys.stderr)
             self._length = 0
 
-    def begin(self, policies: Sequence[str], examples: int) -> None:
+    def begin(self, configs: Sequence[RunConfig]) -> None:
         """Say that it begins."""
-        self.show(f"{', '.join(policies)}: {examples} examples each")
+        self.show(f"{', '.join(config.policy for config in configs)}: {configs[0].examples} examples each")
 
-    def __call__(self, policy: str, done: int, of: int, note: str) -> None:
+    def __call__(self, config: RunConfig, done: int, of: int, note: str) -> None:
         """Show how far a policy is."""
-        self.show(f"{policy}: {done} of {of} examples{f' ({note})' if note else ''}")
+        self.show(f"{config.policy}: {done} of {of} examples{f' ({note})' if note else ''}")
 
     def __enter__(self) -> Self:
         return self

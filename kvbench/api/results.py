@@ -262,9 +262,28 @@ def _provenance(documents: Sequence[Mapping[str, Any]]) -> str:
         + (f" ({unled} without the answer prefix, since the chat template opens a thinking block)" if unled else "")
         + f", seed {config['seed']}, question {config['question']}, "
         f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
-        f"{environment['device_name']}, {environment['threads']} threads; "
+        f"{environment['device_name']}, {environment['threads']} threads{_stretched(document)}; "
         f"{_own_prompts(documents)}times, bytes and answers are of undisturbed generations{_overhead(documents)}"
     )
+
+
+def _stretched(document: Mapping[str, Any]) -> str:
+    """What the run states of its model and of sizes that memory decided."""
+    config, environment, metrics = document["config"], document["environment"], document["metrics"]
+    found = []
+    if config["rope_scaling"]:
+        found.append(f"rope scaling {config['rope_scaling']}")
+    if config["weights"]:
+        found.append(f"weights: {environment.get('weights') or config['weights']}")
+    if spread := environment.get("device_map"):
+        found.append("layers on " + ", ".join(f"{place}: {module}" for module, place in spread.items()))
+    for name, text in (("batch", "batches of {}"), ("prefill_chunk", "prompts in chunks of {} tokens")):
+        if config["batch_size" if name == "batch" else name] == "auto" and (sizes := metrics.get(name)):
+            low, high = sizes["smallest"], sizes["largest"]
+            found.append(text.format(low if low == high else f"{low} to {high}"))
+    if short := metrics.get("out_of_memory"):
+        found.append(f"memory ran out {short} time{'s' * (short > 1)} and less was tried")
+    return "".join(f"; {text}" for text in found)
 
 
 def _own_prompts(documents: Sequence[Mapping[str, Any]]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvbench.api.given import allocation, byte_size, listed, one_of, whole
+from kvbench.api.given import allocation, byte_size, listed, one_of, whole, whole_or_auto
 from kvbench.api.progress import Reporter, RunReporter, Told
 from kvbench.api.results import RunResult, RunResults
 from kvbench.contract.errors import KVBenchError, check_output, sentence
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from kvbench.plugins import Registry
     from kvbench.runs.results import RunConfig
 
+Estimates = Callable[["Sequence[RunConfig]", "LoadedModel"], None]
+"""Is given what would run, in place of running it."""
 DECODINGS = ("auto", "graph", "fixed", "eager")
 
 
@@ -39,8 +41,8 @@ def run(
     question: Literal["aware", "agnostic"] = "aware",
     prefix: Literal["none", "cached"] = "none",
     new_tokens: int = 0,
-    prefill_chunk: int | None = None,
-    batch_size: int = 1,
+    prefill_chunk: int | str | None = None,
+    batch_size: int | str = 1,
     share_prefill: bool | None = None,
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto",
     dense_layers: int = 0,
@@ -51,6 +53,8 @@ def run(
     baseline: bool = True,
     device: str | None = None,
     dtype: str | None = None,
+    rope_scaling: str | None = None,
+    device_map: str | None = None,
     output: str | Path = "kvbench-runs",
     fresh: bool = False,
     progress: bool | None = None,
@@ -70,7 +74,8 @@ def run(
         task_options=task_options, question=question, prefix=prefix, new_tokens=new_tokens,
         prefill_chunk=prefill_chunk, batch_size=batch_size, share_prefill=share_prefill, decoding=decoding,
         dense_layers=dense_layers, compress_every=compress_every, recall_k=recall_k, probe_examples=probe_examples,
-        probes=probes, baseline=baseline, device=device, dtype=dtype, output=output, fresh=fresh,
+        probes=probes, baseline=baseline, device=device, dtype=dtype, rope_scaling=rope_scaling, device_map=device_map,
+        output=output, fresh=fresh,
     )  # fmt: skip
     if not found.runs:
         found.require()
@@ -97,12 +102,16 @@ def execute(
     policy: str | Sequence[str], reporter: RunReporter, *, budget: str, tokens: int | None, ratio: float | None,
     size_bytes: str | int | None, model: str | Path | LoadedModel, task: str, context_length: int, examples: int,
     seed: int, options: Mapping[str, Any] | None, budget_options: Mapping[str, Any] | None,
-    task_options: Mapping[str, Any] | None, question: str, prefix: str, new_tokens: int, prefill_chunk: int | None,
-    batch_size: int, share_prefill: bool | None, decoding: str, dense_layers: int, compress_every: int | None,
+    task_options: Mapping[str, Any] | None, question: str, prefix: str, new_tokens: int,
+    prefill_chunk: int | str | None, batch_size: int | str, share_prefill: bool | None, decoding: str, dense_layers: int, compress_every: int | None,
     recall_k: int, probe_examples: int, probes: str | Sequence[str] | None, baseline: bool, device: str | None,
-    dtype: str | None, output: str | Path, fresh: bool,
+    dtype: str | None, rope_scaling: str | None, device_map: str | None, output: str | Path, fresh: bool,
+    dry_run: Estimates | None = None,
 ) -> RunResults:  # fmt: skip
-    """What `run` and the command share; policies that fail are in the result, whatever became of the others."""
+    """What `run` and the command share; policies that fail are in the result, whatever became of the others.
+
+    `dry_run` is given what would run, in place of running it.
+    """
     allocator, size = allocation(budget)
     if len(size) + sum(given is not None for given in (tokens, ratio, size_bytes)) > 1:
         raise KVBenchError("A budget has one size: give one of --tokens, --ratio, --bytes and --budget NAME:SIZE.")
@@ -112,14 +121,13 @@ def execute(
         raise KVBenchError(f"--compress-every {compress_every} is not a positive number of tokens.")
     if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio <= 1):
         raise KVBenchError(f"--ratio {ratio} is not between 0 and 1.")
-    least = {"context_length": 1, "examples": 1, "recall_k": 1, "batch_size": 1, "probe_examples": 0, "new_tokens": 0,
+    least = {"context_length": 1, "examples": 1, "recall_k": 1, "probe_examples": 0, "new_tokens": 0,
              "dense_layers": 0}  # fmt: skip
-    values = {"context_length": context_length, "examples": examples, "recall_k": recall_k, "batch_size": batch_size,
+    values = {"context_length": context_length, "examples": examples, "recall_k": recall_k,
               "probe_examples": probe_examples, "new_tokens": new_tokens, "dense_layers": dense_layers}  # fmt: skip
     for name, value in values.items():
         whole("--" + name.replace("_", "-"), value, least[name])
-    if prefill_chunk is not None:
-        whole("--prefill-chunk", prefill_chunk, 1)
+    chunk, batch = whole_or_auto("--prefill-chunk", prefill_chunk), whole_or_auto("--batch-size", batch_size)
     one_of("--question", question, ("aware", "agnostic"))
     one_of("--prefix", prefix, ("none", "cached"))
     one_of("--decoding", decoding, DECODINGS)
@@ -146,6 +154,7 @@ def execute(
 
     from kvbench.contract.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
     from kvbench.models import LoadedModel, load_model  # noqa: PLC0415
+    from kvbench.models.quantised import check_quantised  # noqa: PLC0415
     from kvbench.runs.planning import load_to_plan  # noqa: PLC0415
     from kvbench.runs.results import over_budget_text, replace  # noqa: PLC0415
     from kvbench.runs.runner import Request, plan  # noqa: PLC0415
@@ -158,8 +167,8 @@ def execute(
         Request(
             policy=name, policy_options=own[name], budget=shared, task=task, task_options=dict(task_options or {}),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
-            prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(extra_probes),
-            batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+            prefill_chunk=chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(extra_probes),
+            batch_size=batch, share_prefill=share_prefill, dense_layers=dense_layers,
             decoding=decoding, prefix=prefix, new_tokens=new_tokens,  # type: ignore[arg-type]
         )
         for name in names
@@ -167,8 +176,12 @@ def execute(
     asked = set(names) - ({"full"} if baseline_added else set())
     failures: dict[str, str] = {}
     configs = []
-    place: dict[str, Any] = {"device": device, "dtype": dtype, "context_length": context_length}
+    place: dict[str, Any] = {
+        "device": device, "dtype": dtype, "context_length": context_length, "rope_scaling": rope_scaling,
+        "device_map": device_map,
+    }  # fmt: skip
     light = model if isinstance(model, LoadedModel) else load_to_plan(os.fspath(model), **place)
+    check_quantised(light.name, light.model.config, light.device)
     for request in requests:
         try:
             configs.append(plan(request, light))
@@ -182,13 +195,17 @@ def execute(
     loaded = light
     if light.model.device.type == "meta":
         loaded = load_model(light.name, **place)
+    title = f"{loaded.name}, {task}, {context_length} tokens"
+    if dry_run is not None:
+        dry_run(configs, loaded)
+        return RunResults((), title=title, asked=len(requests))
     for moved in filter(None, [replace(folder, config) for config in configs] if fresh else []):
         reporter.say(f"Earlier results are in {moved} now.")
 
     def failed(config: RunConfig, error: Exception) -> None:
         failures[config.policy] = sentence(error)
 
-    reporter.begin([config.policy for config in configs], examples)
+    reporter.begin(configs)
     with reporter:
         tell = failed if len(configs) > 1 else None
         runs = execute_runs(configs, loaded, folder, reporter, tell, check_anew=fresh)
@@ -198,7 +215,7 @@ def execute(
             warnings.append(f"{done.config.policy} is {over}.")
     return RunResults(
         tuple(RunResult.of(done.document()) for done in runs),
-        title=f"{loaded.name}, {task}, {context_length} tokens", asked=len(requests),
+        title=title, asked=len(requests),
         failures={name: reason for name, reason in failures.items() if name not in left_out}, left_out=left_out,
         warnings=tuple(warnings), labels=getattr(task_class, "metrics", {}), main=getattr(task_class, "main", None),
     )  # fmt: skip

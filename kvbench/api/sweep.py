@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -80,7 +80,7 @@ def sweep(
     told = Told(progress)
     found = execute(
         file, _Shown(told), engine=engine, address=address, workers=workers, output=output, fresh=fresh,
-        dry_run=dry_run,
+        dry_run=(lambda _: None) if dry_run else None,
     )  # fmt: skip
     for label, reason in found.failures.items():
         told.warn(f"Failed: {label}: {reason}")
@@ -91,9 +91,13 @@ def sweep(
 
 def execute(
     file: str | Path | Mapping[str, Any], reporter: SweepReporter, *, engine: str, address: str | None,
-    workers: int | None, output: str | Path, fresh: bool, dry_run: bool,
+    workers: int | None, output: str | Path, fresh: bool,
+    dry_run: Callable[[Sequence[Planned]], None] | None,
 ) -> SweepResults:  # fmt: skip
-    """What `sweep` and the command share; runs that fail are in the result, whatever became of the others."""
+    """What `sweep` and the command share; runs that fail are in the result, whatever became of the others.
+
+    `dry_run` is given what would run, in place of running it.
+    """
     one_of("--engine", engine, ("local", "ray"))
     if engine == "local" and (address is not None or workers is not None):
         raise KVBenchError("--address and --workers need --engine ray.")
@@ -119,13 +123,15 @@ def execute(
             here = 0 if address else joined.workers(joined.device)[0]
             plans = plan_sweep(source, here=here, device=joined.device)
         outcomes: list[Outcome] = []
-        if not dry_run:
+        if dry_run is None:
             reporter.begin(plans)
             with reporter:
                 moved = [replace(folder, plan.config) for plan in plans] if fresh else []
                 for place in filter(None, moved):
                     reporter.warn(f"earlier results are in {place} now.")
                 outcomes = (joined.run if joined is not None else run_local)(plans, folder, reporter)
+    if dry_run is not None:
+        dry_run(plans)
     outcomes.sort(key=lambda outcome: plans.index(outcome.planned))
     configs = {id(outcome): outcome.planned.config.model_dump(mode="json") for outcome in outcomes}
     failed = [outcome for outcome in outcomes if outcome.error is not None]
@@ -140,5 +146,5 @@ def execute(
             {"config": configs[id(outcome)], "folder": str(outcome.folder), "error": outcome.error}
             for outcome in failed
         ],
-        planned=[plan.config.model_dump(mode="json") for plan in plans], dry=dry_run,
+        planned=[plan.config.model_dump(mode="json") for plan in plans], dry=dry_run is not None,
     )  # fmt: skip

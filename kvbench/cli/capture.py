@@ -9,11 +9,10 @@ from typing import Annotated
 import typer
 
 from kvbench.api.capture import captured
-from kvbench.cli.common import Device, Dtype, Json, Model, Steps, app, interruptible, mib, out
+from kvbench.cli.common import Device, Dtype, Json, Model, RopeScaling, Steps, app, interruptible, joined, mib, out
 from kvbench.contract.errors import check_output
 
 SourceTextName = Annotated[str, typer.Option(help="Text file, or `default`: Python's documentation and library.")]
-RopeScaling = Annotated[str | None, typer.Option(help="yarn: extend the model where its limit is shorter.")]
 PrefillChunk = Annotated[int, typer.Option(help="Compute the prompt this many tokens at a time.")]
 DecodeTokens = Annotated[int, typer.Option(help="Tokens of the context that are decoded one by one.")]
 Decoding = Annotated[str, typer.Option(help="text: the text goes on token by token; greedy: the model's own tokens.")]
@@ -28,7 +27,9 @@ def capture_command(
     text: SourceTextName = "default",
     context_length: Annotated[int, typer.Option(help="Tokens of prompt and decoding together.")] = 4096,
     decode_tokens: DecodeTokens = 128,
-    layers: Annotated[str, typer.Option(help="Layers separated by commas, or `all`.")] = "all",
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all]")
+    ] = None,
     decoding: Decoding = "text",
     rope_scaling: RopeScaling = None,
     prefill_chunk: PrefillChunk = 1024,
@@ -45,9 +46,9 @@ def capture_command(
     check_output(output)
     with Steps() as steps:
         done = captured(
-            model, text, context_length, layers, output, decode_tokens=decode_tokens, decoding=decoding,
-            rope_scaling=rope_scaling, prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device,
-            dtype=dtype, progress=steps.step,
+            model, text, context_length, joined(layers) or "all", output, decode_tokens=decode_tokens,
+            decoding=decoding, rope_scaling=rope_scaling, prefill_chunk=prefill_chunk,
+            store_dtype=store_dtype, seed=seed, device=device, dtype=dtype, progress=steps.step,
         )  # fmt: skip
     manifest = done.manifest
     if as_json:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
 from kvbench.api.formats import mib, seconds, share
-from kvbench.api.given import allocation, byte_size, listed, numbers
+from kvbench.api.given import allocation, byte_size, joined, listed, numbers, whole_or_auto
 from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 __all__ = [
     "allocation",
     "byte_size",
+    "joined",
     "listed",
     "mib",
     "numbers",
     "seconds",
     "share",
+    "whole_or_auto",
 ]  # what the commands take from here
 
 app = typer.Typer(
@@ -48,6 +51,18 @@ Name = Annotated[str | None, typer.Argument(help="Describe this one.")]
 Model = Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")]
+
+
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        help="yarn: extend the model where its limit is shorter than the context; yarn:4: by this factor always."
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto: spread the model by layer over all GPUs, and over memory and disk where these are full."),
+]
 
 
 def interruptible(command: Callable[P, None]) -> Callable[P, None]:
@@ -110,6 +125,16 @@ def grouped(values: dict[str, str], into: str) -> dict[str, Any]:
         if dot:
             parts.setdefault(part, {})[name] = text
     return {**found, into: parts} if parts else found
+
+
+def paths(values: Sequence[Path] | None) -> list[Path]:
+    """Files or folders of an option given once or again and again; one that is not there is parted at its commas."""
+    return [
+        Path(part.strip())
+        for value in values or ()
+        for part in ([str(value)] if value.exists() else str(value).split(","))
+        if part.strip()
+    ]
 
 
 class Steps:

@@ -20,12 +20,17 @@ def export_vectors(
     formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", help="hdf5 (ann-benchmarks' layout), fvecs or npy; several separated by commas. [default: hdf5]"
+            "--format",
+            help="hdf5 (ann-benchmarks' layout), fvecs or npy; several by commas, or the option again. [default: hdf5]",
         ),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Nearest keys of each query in the ground truth.")] = 100,
-    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all captured]")] = None,
-    heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all captured]")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
+    ] = None,
     sinks: Annotated[int, typer.Option(help="First tokens left out of the keys.")] = 4,
     window: Annotated[int, typer.Option(help="Last tokens of the prompt left out of the keys.")] = 64,
     output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("kvbench-vectors"),

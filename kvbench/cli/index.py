@@ -9,8 +9,21 @@ from typing import Annotated
 import typer
 
 from kvbench.api.index import execute
-from kvbench.cli.capture import DecodeTokens, Decoding, PrefillChunk, RopeScaling, SourceTextName, StoreDtype
-from kvbench.cli.common import Device, Dtype, Json, Model, Steps, app, interruptible, listed, numbers, out, pairs
+from kvbench.cli.capture import DecodeTokens, Decoding, PrefillChunk, SourceTextName, StoreDtype
+from kvbench.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    RopeScaling,
+    Steps,
+    app,
+    interruptible,
+    listed,
+    numbers,
+    out,
+    pairs,
+)
 from kvbench.contract.errors import KVBenchError, check_output
 
 
@@ -18,7 +31,8 @@ from kvbench.contract.errors import KVBenchError, check_output
 @interruptible
 def index(
     names: Annotated[
-        list[str], typer.Option("--indexes", help="Indexes separated by commas; `kvbench indexes` lists them.")
+        list[str],
+        typer.Option("--indexes", help="Index; several by commas, or the option again; `kvbench indexes` lists them."),
     ],
     capture: Annotated[Path | None, typer.Option(help="Folder of a capture; without it one is made first.")] = None,
     dataset: Annotated[
@@ -28,8 +42,12 @@ def index(
         int, typer.Option(help="With --dataset: so many of its first test queries are learnt from, not searched.")
     ] = 0,
     k: Annotated[int, typer.Option("-k", help="k of recall@k.")] = 100,
-    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all captured]")] = None,
-    heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all captured]")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
+    ] = None,
     efforts: Annotated[
         list[str] | None,
         typer.Option(help="Values of the search parameter: 32,64,128 for all indexes, or index=1,2,4 for one."),

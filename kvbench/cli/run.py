@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,17 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvbench.api.run import execute
-from kvbench.cli.common import Json, app, err, interruptible, out, pairs
+from kvbench.cli.common import DeviceMap, Json, RopeScaling, app, err, interruptible, out, pairs
+from kvbench.cli.tracking import Tracking, Trackio, WandB
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
+
+    from kvbench.models import LoadedModel
+    from kvbench.runs.results import RunConfig
 
 
 @app.command()
 @interruptible
 def run(
     policy: Annotated[
-        list[str], typer.Option(help="Policy, several separated by commas, or `all`; `kvbench policies` lists them.")
+        list[str],
+        typer.Option(help="Policy, or `all`; several by commas, or the option again; `kvbench policies` lists them."),
     ],
     budget: Annotated[
         str, typer.Option(help="Allocator that shares the budget over the layers; with its size, too: pyramid:512.")
@@ -52,8 +58,19 @@ def run(
         ),
     ] = "none",
     new_tokens: Annotated[int, typer.Option(help="Last tokens of the context that come after the cached prefix.")] = 0,
-    prefill_chunk: Annotated[int | None, typer.Option(help="Compute the prompt this many tokens at a time.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Generate so many examples at once; the probed ones run alone.")] = 1,
+    prefill_chunk: Annotated[
+        str | None,
+        typer.Option(help="Compute the prompt this many tokens at a time; auto: as many as free memory has room for."),
+    ] = None,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            "--batch-size",
+            "--batch",
+            help="Generate so many examples at once, auto: as many as free memory has room for; the probed ones run "
+            "alone. Where memory runs out, half as many are tried.",
+        ),
+    ] = "1",
     share_prefill: Annotated[
         bool | None,
         typer.Option(help="Compute each prompt once for all policies and probes. [default: yes, but not in batches]"),
@@ -81,14 +98,24 @@ def run(
     ] = 1,
     probe: Annotated[
         list[str] | None,
-        typer.Option(help="Probe beyond the standard ones, several separated by commas; `kvbench probes` lists them."),
+        typer.Option(
+            help="Probe beyond the standard ones; several by commas, or the option again; `kvbench probes` lists them."
+        ),
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Run `full` on the same examples.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")] = None,
+    rope_scaling: RopeScaling = None,
+    device_map: DeviceMap = None,
     output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute everything anew; earlier results are moved to OUTPUT/.replaced.")
+    ] = False,
+    wandb: WandB = None,
+    trackio: Trackio = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, estimate time and memory from a few short steps, and stop."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -96,6 +123,8 @@ def run(
 
     A policy that fails leaves the others alone, is told at the end, and makes the exit code 2.
     """
+    tracking = Tracking(wandb, trackio)
+    estimates = functools.partial(_estimates, as_json=as_json) if dry_run else None
     given: dict[str, Any] = {"options": pairs(option), "budget_options": pairs(budget_option)}
     found = execute(
         policy, _Progress(), budget=budget, tokens=tokens, ratio=ratio, size_bytes=size_bytes, model=model, task=task,
@@ -103,8 +132,10 @@ def run(
         question=question, prefix=prefix, new_tokens=new_tokens, prefill_chunk=prefill_chunk, batch_size=batch_size,
         share_prefill=share_prefill, decoding=decoding, dense_layers=dense_layers, compress_every=compress_every,
         recall_k=recall_k, probe_examples=probe_examples, probes=probe, baseline=baseline, device=device, dtype=dtype,
-        output=output, fresh=fresh,
+        rope_scaling=rope_scaling, device_map=device_map, output=output, fresh=fresh, dry_run=estimates,
     )  # fmt: skip
+    if dry_run:
+        return
     for name, reason in found.left_out.items():
         err.print(f"Left out {name}: {reason}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     for warning in found.warnings:
@@ -117,10 +148,22 @@ def run(
             out.print(note, style="dim", highlight=False, markup=False)
         for folder in found.folders():
             out.print(folder, style="dim", highlight=False, markup=False, soft_wrap=True)
+    for done in found.runs:
+        tracking.tell(done.document())
     if found.runs or len(found.failures) > 1:
         for name, reason in found.failures.items():
             err.print(f"Failed: {name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     found.require()
+    tracking.end()
+
+
+def _estimates(configs: Sequence[RunConfig], loaded: LoadedModel, *, as_json: bool) -> None:
+    from kvbench.cli.plan import print_estimates  # noqa: PLC0415
+    from kvbench.runs.estimate import estimate  # noqa: PLC0415
+
+    with err.status("Measuring") as status:
+        found = estimate(configs, loaded, lambda what: status.update(f"Measuring {what}"))
+    print_estimates(found, {config.hash: config.policy for config in configs}, loaded.device, as_json)
 
 
 class _Progress:
@@ -135,8 +178,11 @@ class _Progress:
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
 
-    def begin(self, policies: Sequence[str], examples: int) -> None:
-        self._tasks = {name: self._bars.add_task(name, total=examples, note="", start=False) for name in policies}
+    def begin(self, configs: Sequence[RunConfig]) -> None:
+        self._tasks = {
+            config.hash: self._bars.add_task(config.policy, total=config.examples, note="", start=False)
+            for config in configs
+        }
 
     def say(self, message: str) -> None:
         err.print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
@@ -151,7 +197,7 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def __call__(self, policy: str, done: int, of: int, note: str) -> None:
-        task = self._tasks[policy]
+    def __call__(self, config: RunConfig, done: int, of: int, note: str) -> None:
+        task = self._tasks[config.hash]
         self._bars.start_task(task)
         self._bars.update(task, completed=done, total=of, note=note)

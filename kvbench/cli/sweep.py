@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import typer
 from kvbench.api.results import label_of
 from kvbench.api.sweep import execute
 from kvbench.cli.common import Json, app, err, interruptible, out, share
+from kvbench.cli.plan import duration
+from kvbench.cli.tracking import Tracking, Trackio, WandB
 
 if TYPE_CHECKING:
     from kvbench.runs.sweep import Outcome, Planned
@@ -28,34 +31,78 @@ def sweep(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="With --engine ray: runs at once. [default: one for each GPU, else for each node]"),
+        typer.Option(help="With --engine ray: runs at once. [default: one for each GPU, else for each node]"),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute every run anew; earlier results are moved to OUTPUT/.replaced.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, list the runs, and stop.")] = False,
+    wandb: WandB = None,
+    trackio: Trackio = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate, list the runs with estimated time and memory, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run every combination in a file; the same command continues a sweep that was stopped.
 
     Runs that fail leave the others alone, are listed at the end, and make the exit code 2.
     """
+    tracking = Tracking(wandb, trackio)
+    listing = functools.partial(_list, as_json=as_json, elsewhere=address is not None) if dry_run else None
     found = execute(
-        file, _Progress(), engine=engine, address=address, workers=workers, output=output, fresh=fresh,
-        dry_run=dry_run,
+        file, _Progress(tracking), engine=engine, address=address, workers=workers, output=output, fresh=fresh,
+        dry_run=listing,
     )  # fmt: skip
+    if dry_run:
+        return
     if as_json:
         print(json.dumps(found.document(), indent=2))
-    elif dry_run:
-        for config in found.planned:
-            out.print(label_of(config), highlight=False, soft_wrap=True)
-        out.print(found.table().title, style="dim")
     elif found.runs:
         out.print(found.table())
     for label, reason in found.failures.items():
         err.print(f"Failed: {label}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     found.require()
+    tracking.end()
+
+
+def _list(plans: Sequence[Planned], as_json: bool, *, elsewhere: bool) -> None:
+    """List the runs, with what they are estimated to take where they would run on this machine."""
+    from kvbench.cli.plan import print_estimates  # noqa: PLC0415
+
+    documents = [plan.config.model_dump(mode="json") for plan in plans]
+    if elsewhere:
+        if as_json:
+            print(json.dumps({"schema": 1, "planned": documents}, indent=2))
+            return
+        for plan in plans:
+            out.print(_label(plan), highlight=False, soft_wrap=True)
+        out.print(
+            f"{len(plans)} runs of {plans[0].config.examples} examples; nothing was run, and nothing estimated, since "
+            "they run on another machine.", style="dim",
+        )  # fmt: skip
+        return
+    from kvbench.runs.estimate import estimate  # noqa: PLC0415
+
+    groups: dict[tuple[str, str], list[Planned]] = {}
+    for plan in plans:
+        groups.setdefault((plan.model.model_dump_json(), plan.config.model_fingerprint), []).append(plan)
+    found, device = [], None
+    with err.status("Loading") as status:
+        for together in groups.values():
+            name = Path(together[0].model.name).name
+            status.update(f"Loading {name}")
+            loaded = together[0].load()
+            device = loaded.device
+            found += estimate(
+                [plan.config for plan in together], loaded,
+                lambda what, name=name: status.update(f"Measuring {name}: {what}"),  # type: ignore[misc]
+            )  # fmt: skip
+            del loaded
+    assert device is not None
+    order = {plan.config.hash: number for number, plan in enumerate(plans)}
+    found.sort(key=lambda one: order[one.config.hash])
+    print_estimates(found, {plan.config.hash: _label(plan) for plan in plans}, device, as_json, planned=documents)
 
 
 class _Progress:
@@ -64,13 +111,14 @@ class _Progress:
     The estimate takes the time of an example to be proportional to its context.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tracking: Tracking) -> None:
         from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
 
         self._bars = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[left]}"), console=err
         )
         self._ended = 0
+        self._tracking = tracking
         self._done: dict[str, int] = {}
         self._skipped: dict[str, int] = {}
         self._began: float | None = None
@@ -104,6 +152,8 @@ class _Progress:
         self._done[key] = self._work[key]
         accuracy = share(outcome.document["metrics"]["accuracy"]["mean"]) if outcome.document else ""
         ended = f"accuracy {accuracy}" if outcome.document else f"failed: {outcome.error}"
+        if outcome.document is not None:
+            self._tracking.tell(outcome.document)
         self._print(f"[{self._ended}/{self._runs}] {_label(outcome.planned)}: {ended}{self._left()}")
         self._show("")
 
@@ -126,7 +176,7 @@ class _Progress:
         left = sum(self._work.values()) - sum(self._done.values())
         if not worked or not left or self._began is None:
             return ""
-        return f"; about {_duration(left * (time.monotonic() - self._began) / worked)} left"
+        return f"; about {duration(left * (time.monotonic() - self._began) / worked)} left"
 
 
 def _label(planned: Planned) -> str:
@@ -135,7 +185,3 @@ def _label(planned: Planned) -> str:
 
 def _work(planned: Planned) -> int:
     return planned.config.examples * planned.config.context_length
-
-
-def _duration(left: float) -> str:
-    return f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
