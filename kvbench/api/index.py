@@ -149,7 +149,7 @@ def index(
     context_length: int = 4096,
     decode_tokens: int = 128,
     decoding: Literal["text", "greedy"] = "text",
-    rope_scaling: Literal["yarn"] | None = None,
+    rope_scaling: str | None = None,
     prefill_chunk: int = 1024,
     store_dtype: str | None = None,
     seed: int = 0,

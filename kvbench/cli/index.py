@@ -19,6 +19,7 @@ from kvbench.cli.common import (
     Steps,
     app,
     interruptible,
+    joined,
     listed,
     numbers,
     out,
@@ -78,7 +79,8 @@ def index(
     check_output(output)
     with Steps() as steps:
         found = execute(
-            names, steps, capture=capture, dataset=dataset, learn=learn, k=k, layers=layers, heads=heads,
+            names, steps, capture=capture, dataset=dataset, learn=learn, k=k, layers=joined(layers),
+            heads=joined(heads),
             efforts=_index_efforts(efforts, listed(names)), options=_index_options(option, listed(names)),
             sinks=sinks, window=window, model=model, text=text, context_length=context_length,
             decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling, prefill_chunk=prefill_chunk,
