@@ -28,7 +28,6 @@ from kvbench.cli.common import (
     seconds,
     share,
 )
-from kvbench.cli.run import policy_options
 from kvbench.contract.errors import KVBenchError, check_output, sentence, unwritable
 
 if TYPE_CHECKING:
@@ -130,6 +129,8 @@ def _measure(
     dtype: str | None, folder: Path,
 ) -> None:  # fmt: skip
     """Run every policy with a cached prefix of every length, with a question alone after it and with a quarter more."""
+    from kvbench.api.run import policy_options  # noqa: PLC0415  torch takes seconds to import
+
     registry = load_registry()
     names = ["full", *(name for name in names if name != "full")]
     given = {name: policy_options(registry, name, names, pairs(option)) for name in names}
