@@ -174,3 +174,34 @@ def test_r_kv_keeps_what_is_attended_to_and_not_redundant(mix):
         redundant = alike.mean(0).softmax(0)[:old]
         scores = mix * important - (1 - mix) * redundant
         assert set(ids) == best(scores.tolist(), budget - window) | set(range(old, N))
+
+
+def test_triattention_scores_by_the_mean_query_at_later_distances():
+    model, recent, budget, furthest = shared_model(), 2, 30, 20
+    rotary = Rotary(model, model.config, model.model.layers[0].self_attn, 0)
+    half, places = D // 2, torch.arange(N).double()[:, None]
+    omega = 10000.0 ** (-torch.arange(half).double() / half)
+
+    def unrotated(x):
+        """Complex numbers [n, d/2] before rotation."""
+        return torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones(N, half).double(), -places * omega)
+
+    for (row, group), ids in kept(
+        "triattention", budget, {"furthest": furthest, "recent": recent}, rotary=rotary
+    ).items():
+        queries, keys, _ = prompt(row, group)
+        plain, best = unrotated(keys), []
+        for head in range(SHARE):
+            asked = unrotated(queries[head])
+            mean = asked.mean(0)
+            trigonometric = torch.zeros(N, dtype=torch.float64)
+            offsets = [1, 2, 4, 8, 16]
+            for offset in offsets:
+                distance = (N - 1 - places) + offset
+                phase = mean.angle() - plain.angle()
+                trigonometric += (mean.abs() * plain.abs() * (omega * distance + phase).cos()).sum(1) / len(offsets)
+            norms = ((asked.abs().mean(0) - mean.abs()) * plain.abs()).sum(1)
+            score = trigonometric + norms
+            best.append((score - score.mean()) / score.std(correction=0))
+        total = torch.stack(best).max(0).values[: N - recent]
+        assert set(ids) == set(total.topk(budget - recent).indices.tolist()) | set(range(N - recent, N))

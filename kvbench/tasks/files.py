@@ -174,7 +174,7 @@ class FileTask(Task):
     its `info` then says how many tokens (`truncated_tokens`).
     """
 
-    Options = FileOptions
+    Options: ClassVar[type[FileOptions]] = FileOptions
     patterns: ClassVar[tuple[str, ...]]
     """Names of the file, as globs below the folder; the first is the one to tell users of."""
     published: ClassVar[str]

@@ -70,6 +70,16 @@ def policy_styles(runs: Iterable[ReportRun]) -> dict[str, figures.Style]:
     return {BASELINE: figures.BASELINE_STYLE, **{name: figures.distinct(place) for place, name in enumerate(names)}}
 
 
+def run_styles(runs: Iterable[ReportRun], styles: Mapping[str, figures.Style]) -> dict[int, figures.Style]:
+    """The style of each run (by `id(run)`): its policy's, in which the runs of one policy differ by their dashes."""
+    seen: dict[str, int] = {}
+    found = {}
+    for run in runs:
+        place = seen[run.policy] = seen.get(run.policy, -1) + 1
+        found[id(run)] = styles[run.policy]._replace(dashes=figures.style(place).dashes)
+    return found
+
+
 def portions(groups: Mapping[Setting, Any], most: int = MOST_PANELS) -> Iterator[tuple[str, list[Setting]]]:
     """Settings in portions for one figure each, with the suffix of the figure's name."""
     keys = list(groups)
