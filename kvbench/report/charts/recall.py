@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvbench import figures
 from kvbench.report.charts.chart import (
     NO_RECALL,
     WIDTH,
@@ -23,6 +22,7 @@ from kvbench.report.charts.chart import (
     percent,
     policy_styles,
     portions,
+    run_styles,
     setting_text,
     side_legend,
 )
@@ -179,18 +179,19 @@ def _paint_steps(
     for axis, (setting, runs) in zip(grid.flat, groups.items(), strict=True):
         names = labels(runs)
         by_policy = len(runs) > MOST_NAMES
-        seen: dict[str, int] = {}
+        looks = run_styles(runs, styles)
+        named: set[str] = set()
         for run in runs:
             points = np.array([(step, 100 * value) for step, value, _ in curves[id(run)]])
             if len(points) > MOST_STEPS:
                 points = np.array([part.mean(0) for part in np.array_split(points, MOST_STEPS)])
-            look, place = styles[run.policy], seen.get(run.policy, 0)
-            seen[run.policy] = place + 1
+            look = looks[id(run)]
             axis.plot(
-                points[:, 0], points[:, 1], color=look.color, linestyle=figures.style(place).dashes, marker=look.marker,
+                points[:, 0], points[:, 1], color=look.color, linestyle=look.dashes, marker=look.marker,
                 markersize=3.5, linewidth=1.0, markevery=max(1, len(points) // 12),
-                label=(run.policy if not place else None) if by_policy else names[id(run)],
+                label=(None if run.policy in named else run.policy) if by_policy else names[id(run)],
             )  # fmt: skip
+            named.add(run.policy)
         handles, texts = axis.get_legend_handles_labels()
         side_legend(axis, handles, texts, handlelength=2.6)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
