@@ -15,6 +15,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     capture,
     check,
     compare,
+    export,
     history,
     index,
     leaderboard,

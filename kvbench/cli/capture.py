@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.common import Device, Dtype, Json, Model, RopeScaling, app, err, mib, out
+from kvbench.cli.common import Device, Dtype, Json, Model, RopeScaling, app, err, joined, mib, out
 from kvbench.contract.errors import KVBenchError, check_output
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def capture_command(
     text: SourceTextName = "default",
     context_length: Annotated[int, typer.Option(min=2, help="Tokens of prompt and decoding together.")] = 4096,
     decode_tokens: DecodeTokens = 128,
-    layers: Annotated[str, typer.Option(help="Layers separated by commas, or `all`.")] = "all",
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all]")
+    ] = None,
     decoding: Decoding = "text",
     rope_scaling: RopeScaling = None,
     prefill_chunk: PrefillChunk = 1024,
@@ -69,7 +71,7 @@ def capture_command(
     """Store a model's queries, keys and values over a text, prompt and decoding apart."""
     check_output(output)
     done = captured(
-        model, text, context_length, layers, output, decode_tokens=decode_tokens, decoding=decoding,
+        model, text, context_length, joined(layers) or "all", output, decode_tokens=decode_tokens, decoding=decoding,
         rope_scaling=rope_scaling, prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device,
         dtype=dtype,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
@@ -141,8 +142,24 @@ def whole_or_auto(name: str, text: str | None) -> Any:
     raise KVBenchError(f"{name} {text} is neither a positive whole number nor auto.")
 
 
-def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """Whole numbers separated by commas, or None for all; `name` is the option's, for the error."""
+def joined(values: Sequence[str] | None) -> str | None:
+    """What an option was given, once or again and again, as if it had been given once."""
+    return ",".join(values) if values else None
+
+
+def paths(values: Sequence[Path] | None) -> list[Path]:
+    """Files or folders of an option given once or again and again; one that is not there is parted at its commas."""
+    return [
+        Path(part.strip())
+        for value in values or ()
+        for part in ([str(value)] if value.exists() else str(value).split(","))
+        if part.strip()
+    ]
+
+
+def numbers(name: str, values: str | Sequence[str] | None) -> tuple[int, ...] | None:
+    """Whole numbers, given as names are, or None for all; `name` is the option's, for the error."""
+    text = values if isinstance(values, str) else joined(values)
     if text is None or text.strip() == "all":
         return None
     try:

@@ -35,7 +35,8 @@ def compare(
         typer.Option(help="Compare the runs that meet a condition: column=value, as in `kvbench leaderboard`."),
     ] = None,
     columns: Annotated[
-        list[str] | None, typer.Option(help=f"Columns to show, separated by commas: {', '.join(COLUMNS)}.")
+        list[str] | None,
+        typer.Option(help=f"Column to show; several by commas, or the option again: {', '.join(COLUMNS)}."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -32,9 +32,13 @@ def leaderboard(
     ] = None,
     sort: Annotated[
         list[str] | None,
-        typer.Option(help="Columns separated by commas, descending after a minus. [default: -accuracy]"),
+        typer.Option(
+            help="Column, descending after a minus; several by commas, or the option again. [default: -accuracy]"
+        ),
     ] = None,
-    columns: Annotated[list[str] | None, typer.Option(help="Columns to show, separated by commas, or all.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Column to show, or all; several by commas, or the option again.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows at most, of each task and length.")] = None,
     mixed: Annotated[
         bool, typer.Option("--mixed", help="Rank runs of different tasks and lengths in one list.")

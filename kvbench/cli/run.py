@@ -26,6 +26,7 @@ from kvbench.cli.common import (
     whole_or_auto,
 )
 from kvbench.cli.table import MOST_COLUMNS, results_table
+from kvbench.cli.tracking import Tracking, Trackio, WandB
 from kvbench.contract.errors import KVBenchError, check_output, sentence
 from kvbench.contract.extension import option_names
 
@@ -40,7 +41,8 @@ DECODINGS = ("auto", "graph", "fixed", "eager")
 @interruptible
 def run(
     policy: Annotated[
-        list[str], typer.Option(help="Policy, several separated by commas, or `all`; `kvbench policies` lists them.")
+        list[str],
+        typer.Option(help="Policy, or `all`; several by commas, or the option again; `kvbench policies` lists them."),
     ],
     budget: Annotated[
         str, typer.Option(help="Allocator that shares the budget over the layers; with its size, too: pyramid:512.")
@@ -114,7 +116,9 @@ def run(
     ] = 1,
     probe: Annotated[
         list[str] | None,
-        typer.Option(help="Probe beyond the standard ones, several separated by commas; `kvbench probes` lists them."),
+        typer.Option(
+            help="Probe beyond the standard ones; several by commas, or the option again; `kvbench probes` lists them."
+        ),
     ] = None,
     baseline: Annotated[bool, typer.Option(help="Run `full` on the same examples.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
@@ -125,6 +129,8 @@ def run(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute everything anew; earlier results are moved to OUTPUT/.replaced.")
     ] = False,
+    wandb: WandB = None,
+    trackio: Trackio = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check everything, estimate time and memory from a few short steps, and stop."),
@@ -159,6 +165,7 @@ def run(
             f"--policy '{','.join(policy)}' names no policy: `kvbench policies` lists them; `full` is a policy, too."
         )
     check_output(output)
+    tracking = Tracking(wandb, trackio)
     every = names == ["all"]
     if every:
         names = [name for name, cls in found.classes["policy"].items() if cls.cached]
@@ -236,14 +243,16 @@ def run(
         if over := over_budget_text(done.metrics):
             err.print(f"Warning: {done.config.policy} is {over}.", style="yellow", highlight=False, markup=False)
     documents = [done.document() for done in runs]
-    told = [{"policy": name, "error": reason} for name, reason in failures.items()]
+    failed_runs = [{"policy": name, "error": reason} for name, reason in failures.items()]
     failures = {name: reason for name, reason in failures.items() if name not in left_out}
     if as_json and (runs or not failures):
-        print(json.dumps({"schema": 1, "runs": documents, "failures": told}, indent=2))
+        print(json.dumps({"schema": 1, "runs": documents, "failures": failed_runs}, indent=2))
     elif runs:
         _print_runs(documents, task_class, f"{loaded.name}, {task}, {context_length} tokens")
     if len(failures) == 1 and not runs:
         raise KVBenchError(next(iter(failures.values())))
+    for document in documents:
+        tracking.tell(document)
     for name, reason in failures.items():
         err.print(f"Failed: {name}: {reason}", style="red", highlight=False, markup=False, soft_wrap=True)
     if failures:
@@ -251,6 +260,7 @@ def run(
             f"{len(failures)} of {len(requests)} policies failed; the others are kept, and the same command tries "
             "these again."
         )
+    tracking.end()
 
 
 def _print_runs(documents: list[dict[str, Any]], task: type[Any], setting: str) -> None:

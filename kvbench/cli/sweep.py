@@ -14,6 +14,7 @@ from rich.table import Table
 
 from kvbench.cli.common import Json, app, err, interruptible, load_registry, out, seconds, share
 from kvbench.cli.plan import duration
+from kvbench.cli.tracking import Tracking, Trackio, WandB
 from kvbench.contract.errors import KVBenchError, check_output
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def sweep(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute every run anew; earlier results are moved to OUTPUT/.replaced.")
     ] = False,
+    wandb: WandB = None,
+    trackio: Trackio = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Validate, list the runs with estimated time and memory, and stop.")
     ] = False,
@@ -51,6 +54,7 @@ def sweep(
         raise KVBenchError("--address and --workers need --engine ray.")
     check_output(output)
     load_registry()
+    tracking = Tracking(wandb, trackio)
     from kvbench.runs.results import replace  # noqa: PLC0415
     from kvbench.runs.sweep import plan_sweep, run_local  # noqa: PLC0415  torch takes seconds to import
     from kvbench.runs.sweep_file import load  # noqa: PLC0415
@@ -69,7 +73,7 @@ def sweep(
             plans = plan_sweep(file, here=0 if address else joined.workers(joined.device)[0], device=joined.device)
         outcomes: list[Outcome] = []
         if not dry_run:
-            with _Progress(plans) as progress:
+            with _Progress(plans, tracking) as progress:
                 moved = [replace(output, plan.config) for plan in plans] if fresh else []
                 for folder in filter(None, moved):
                     progress.warn(f"earlier results are in {folder} now.")
@@ -78,6 +82,7 @@ def sweep(
         _list(plans, as_json, elsewhere=address is not None)
         return
     _report(sorted(outcomes, key=lambda outcome: plans.index(outcome.planned)), as_json)
+    tracking.end()
 
 
 def _list(plans: Sequence[Planned], as_json: bool, *, elsewhere: bool) -> None:
@@ -178,7 +183,7 @@ class _Progress:
     The estimate takes the time of an example to be proportional to its context.
     """
 
-    def __init__(self, plans: Sequence[Planned]) -> None:
+    def __init__(self, plans: Sequence[Planned], tracking: Tracking) -> None:
         from rich.progress import BarColumn, Progress, TextColumn  # noqa: PLC0415
 
         self._bars = Progress(
@@ -186,6 +191,7 @@ class _Progress:
         )
         self._bar = self._bars.add_task("", total=sum(map(_work, plans)), left="")
         self._runs, self._ended = len(plans), 0
+        self._tracking = tracking
         self._done: dict[str, int] = {}
         self._skipped: dict[str, int] = {}
         self._work = {plan.config.hash: _work(plan) for plan in plans}
@@ -215,6 +221,8 @@ class _Progress:
         self._done[key] = self._work[key]
         accuracy = share(outcome.document["metrics"]["accuracy"]["mean"]) if outcome.document else ""
         ended = f"accuracy {accuracy}" if outcome.document else f"failed: {outcome.error}"
+        if outcome.document is not None:
+            self._tracking.tell(outcome.document)
         self._print(f"[{self._ended}/{self._runs}] {_label(outcome.planned)}: {ended}{self._left()}")
         self._show("")
 
