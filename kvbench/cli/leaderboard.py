@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,7 +48,7 @@ def leaderboard(
 ) -> None:
     """List all runs below a folder, best first within each task and length, with averages over task families."""
     from kvbench.compare import leaderboard as board  # noqa: PLC0415  imports scipy and duckdb
-    from kvbench.compare.averages import NEEDED, averages  # noqa: PLC0415
+    from kvbench.compare.averages import NEEDED, averages, policy_names  # noqa: PLC0415
 
     given = list(board.COLUMNS) if columns == ["all"] else listed(columns)
     order = listed(sort or "-accuracy")
@@ -58,6 +58,7 @@ def leaderboard(
     for sentence in skipped:
         err.print(f"Warning: {sentence}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     rows = [dict(zip(found.columns, row, strict=True)) for row in found.fetchall()]
+    names = policy_names([(row["policy"], row["policy_options"]) for row in rows])
     if export is not None:
         board.export(found.project(", ".join(f'"{name}"' for name in wanted)), export)
     means = [] if limit is not None else averages(rows)  # a part of the rows gives no average
@@ -66,8 +67,11 @@ def leaderboard(
                     "averages": [dataclasses.asdict(one) for one in means]}  # fmt: skip
         print(json.dumps(document, indent=2))
         return
-    for _, part in groupby(means, key=lambda one: one.title):
-        out.print(_means(list(part)))
+    for _, family in groupby(means, key=lambda one: one.title):
+        out.print(_means(list(family), names))
+    view = [name for name in board.VIEW if name not in ("seed", "mode") or len({row[name] for row in rows}) > 1]
+    if not given:
+        rows = [{**row, "policy": names[row["policy"], row["policy_options"]]} for row in rows]
     grouped = board.is_grouped(order, mixed=mixed)
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -75,7 +79,7 @@ def leaderboard(
 
     settings = len(set(map(place, rows)))
     if grouped:
-        shown = given or board.VIEW
+        shown = given or view
         for (model, task, length, question), part in groupby(rows, key=place):
             title = f"{model}, {task}, {length} tokens, question {question}"
             inside = [name for name in shown if name not in board.GROUP]
@@ -85,7 +89,7 @@ def leaderboard(
     else:
         title = f"{len(rows)} runs" + (f" of {settings} tasks and lengths in one list" if settings > 1 else "")
         several = [name for name in board.GROUP if len({row[name] for row in rows}) > 1]
-        out.print(_table(title, rows, given or [*several, *board.VIEW], board.COLUMNS))
+        out.print(_table(title, rows, given or [*several, *view], board.COLUMNS))
     if export is not None:
         out.print(str(export), style="dim", highlight=False, soft_wrap=True)
 
@@ -114,13 +118,10 @@ def _table(
 
 def readable(name: str, value: Any) -> str:
     """A value of a column in the unit that reads best."""
-    from kvbench.compare.averages import options_text  # noqa: PLC0415
     from kvbench.compare.wording import bytes_text, seconds_text  # noqa: PLC0415
 
     if value is None:
         return "–"
-    if name == "policy_options":
-        return options_text(value)
     if name in SHARES or name.startswith("accuracy"):
         return share(value)
     if name.endswith("_bytes"):
@@ -130,9 +131,7 @@ def readable(name: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _means(found: Sequence[Average]) -> Table:
-    from kvbench.compare.averages import options_text  # noqa: PLC0415
-
+def _means(found: Sequence[Average], names: Mapping[tuple[str, str], str]) -> Table:
     table = Table(title=f"{found[0].title}\n{', '.join(found[0].tasks)}", title_justify="left")
     table.add_column("policy")
     table.add_column("budget")
@@ -141,7 +140,7 @@ def _means(found: Sequence[Average]) -> Table:
     for one in found:
         score = share(one.score) if one.score is not None else f"– (not run: {', '.join(one.lacks)})"
         table.add_row(
-            f"{one.policy} {options_text(one.policy_options)}".strip(), one.budget, score, str(one.examples),
+            names[one.policy, one.policy_options], one.budget, score, str(one.examples),
             readable("total_bytes", one.total_bytes), readable("tpot_p50_s", one.tpot_p50_s),
         )  # fmt: skip
     return table

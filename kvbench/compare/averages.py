@@ -70,9 +70,17 @@ def averages(rows: Sequence[dict[str, Any]]) -> list[Average]:
     return found
 
 
-def options_text(options: str) -> str:
-    """A policy's options, given as JSON, in words."""
-    return " ".join(f"{key}={value}" for key, value in json.loads(options or "{}").items())
+def policy_names(found: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """Names of policies, given with their options as JSON: with those options in which runs of a policy here differ."""
+    options: dict[str, list[dict[str, Any]]] = {}
+    for policy, text in found:
+        options.setdefault(policy, []).append(json.loads(text or "{}"))
+    names = {}
+    for policy, text in found:
+        peers, mine = options[policy], json.loads(text or "{}")
+        told = [f"{key}={mine[key]}" for key in mine if any(peer.get(key) != mine[key] for peer in peers)]
+        names[policy, text] = " ".join([policy, *told])
+    return names
 
 
 def _pooled(rows: Sequence[dict[str, Any]]) -> float:

@@ -82,8 +82,8 @@ SHOWN = (
 """Columns of the table where none are asked for."""
 
 VIEW = (
-    "policy", "policy_options", "budget", "seed", "accuracy", "accuracy_low", "accuracy_high", "examples",
-    "total_bytes", "resident_bytes", "tpot_p50_s", "ttft_s", "recall_at_k", "density", "over_budget", "mode",
+    "policy", "budget", "seed", "accuracy", "accuracy_low", "accuracy_high", "examples", "total_bytes",
+    "resident_bytes", "tpot_p50_s", "ttft_s", "recall_at_k", "density", "over_budget", "mode",
 )  # fmt: skip
 """Columns of the printed table where none are asked for, those that decide first."""
 GROUP = ("model", "task", "context_length", "question")

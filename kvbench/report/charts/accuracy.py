@@ -23,7 +23,7 @@ from kvbench.report.charts.chart import (
     portions,
     setting_text,
 )
-from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting, budget_text, labels
+from kvbench.report.collect import Collection, ReportRun, Setting, budget_text, labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -128,11 +128,13 @@ def _paint(
     for row, (setting, runs) in enumerate(groups.items()):
         for place, quantity in enumerate(quantities):
             axis = grid[2 * row + place, 0]
-            points = [
-                Point(value, 100 * run.accuracy, *(100 * end for end in _interval(run)), styles[run.policy],
-                      "" if run.policy == BASELINE else budget_text(run.config["budget"]), run.partial)
-                for run in runs if (value := quantity.of(run)) is not None
-            ]  # fmt: skip
+            points = []
+            for run in runs:
+                value, (low, high) = quantity.of(run), _interval(run)
+                if value is not None:
+                    label = budget_text(run.config["budget"]) if run.config["budget"] else ""
+                    points.append(Point(value, 100 * run.accuracy, 100 * low, 100 * high, styles[run.policy], label,
+                                        run.partial))  # fmt: skip
             alike = [one for one in quantities if one.unit == quantity.unit]
             values = [v for one in alike for run in runs if (v := one.of(run)) is not None]
             axis.set_ylim(-4, 106)

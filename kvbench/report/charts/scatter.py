@@ -67,7 +67,7 @@ class Marks(Artist):
         super().__init__()
         self.points, self.first, self.panel = points, first, axes
         self.set_zorder(3)
-        self.set_in_layout(False)  # type: ignore[no-untyped-call]
+        self.set_in_layout(False)
 
     def layout(self, scale: float) -> tuple[list[Place], list[Place], list[Box | None]]:
         """Where marks belong, where they are drawn, and the boxes of the labels that find room, in pixels."""
@@ -87,7 +87,7 @@ class Marks(Artist):
 
     def draw(self, renderer: RendererBase) -> None:
         """Place and draw."""
-        scale = renderer.points_to_pixels(1.0)
+        scale = float(np.asarray(renderer.points_to_pixels(1.0), float))
         true, places, boxes = self.layout(scale)
         for one, here, there in zip(self.points, true, places, strict=True):
             if here != there:
