@@ -89,8 +89,19 @@ def _table(entries: list[Comparison], shown: list[str]) -> Table:
         title_justify="left",
     )
     table.add_column("policy")
-    for heading in (COLUMNS[name] for name in shown):
-        table.add_column(heading, justify="right")
+    named = {heading: name for name, heading in COLUMNS.items()}
+    for heading in (
+        "accuracy",
+        "difference",
+        "95% interval",
+        "won / lost / tied",
+        "p",
+        "p (Holm)",
+        "examples",
+        "seeds",
+    ):
+        if named[heading] in shown:
+            table.add_column(heading, justify="right")
     for entry in entries:
         r = entry.result
         name = entry.candidate + (" (over budget)" if entry.over_budget else "")
@@ -102,5 +113,5 @@ def _table(entries: list[Comparison], shown: list[str]) -> Table:
             "seeds": (f"{len(r.by_seed)}" if r.by_seed else "–")
             + ("" if r.seed_std is None else f", sd {100 * r.seed_std:.1f}%"),
         }  # fmt: skip
-        table.add_row(name, *(cells[column] for column in shown))
+        table.add_row(name, *(cells[column] for column in COLUMNS if column in shown))
     return table
