@@ -134,7 +134,9 @@ def collect(folders: Sequence[Path]) -> Collection:
     found = Collection()
     seen: set[str] = set()
     for folder in folders:
-        if not folder.is_dir():
+        with reading(lambda reason, folder=folder: f"{folder} cannot be searched for runs ({reason})."):
+            exists = folder.is_dir()
+        if not exists:
             raise KVBenchError(f"{folder} is no folder: give folders that `kvbench run` or `kvbench analyze` wrote.")
         for file in _candidates(folder):
             place = os.path.realpath(file)  # Path.resolve raises on a loop of links
