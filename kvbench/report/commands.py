@@ -16,7 +16,7 @@ FLAGS = {
     "seed": "--seed", "question": "--question", "prefill_chunk": "--prefill-chunk", "recall_k": "--recall-k",
     "probe_examples": "--probe-examples", "batch_size": "--batch-size", "dense_layers": "--dense-layers",
     "decoding": "--decoding", "prefix": "--prefix", "new_tokens": "--new-tokens",
-    "device": "--device", "dtype": "--dtype",
+    "device": "--device", "dtype": "--dtype", "rope_scaling": "--rope-scaling", "device_map": "--device-map",
 }  # fmt: skip
 """Options of `kvbench run`, by the field of the configuration that they set as it is."""
 
@@ -33,6 +33,7 @@ def run_command(config: Mapping[str, Any], output: Path | None = None, *, probes
         words += ["--budget", budget["allocator"]]
         words += [word for size in ("tokens", "ratio", "bytes") if budget.get(size) is not None
                   for word in (f"--{size}", _text(budget[size]))]  # fmt: skip
+        words += ["--compress-every", str(budget["compress_every"])] if budget.get("compress_every") else []
         words += _pairs("--budget-option", "budget", budget["allocator"], budget["options"])
     for key, flag in FLAGS.items():
         value, field = config[key], RunConfig.model_fields[key]

@@ -14,7 +14,7 @@ from kvbench.runs.timing import STEP_METRICS
 RESERVED = frozenset((
     "accuracy", "bytes", "answer_bytes", "ttft_s", "tpot_s", "peak_memory_bytes", "context_tokens", "generated_tokens",
     "probed_examples", "truncated_examples", "probe_overhead", "budget_tokens", "attended_bytes", "over_budget",
-    *STEP_METRICS,
+    "batch", "prefill_chunk", "out_of_memory", "device_bytes", "device_peak_bytes", *STEP_METRICS,
 ))  # fmt: skip
 """Metrics of every run, which no probe can give."""
 
@@ -90,6 +90,23 @@ def checked_score(task: Any, example: str, value: Any, name: str = "") -> float:
             "expected a finite number."
         )
     return value  # type: ignore[no-any-return]
+
+
+def checked_measures(task: Any, example: str, values: Any) -> dict[str, float]:
+    """What a task measured of an example besides; raises KVBenchError for a name it never gave, and for no number."""
+    if not isinstance(values, dict):
+        raise KVBenchError(
+            f"Task '{task.name}' ({type(task).__module__}) measured example {example} with {shown(values)}; expected a "
+            "dictionary of names and numbers."
+        )
+    for name in values:
+        if name not in task.metrics or name in RESERVED:
+            wanted = ", ".join(sorted(set(task.metrics) - RESERVED)) or "nothing, since it has no `metrics`"
+            raise KVBenchError(
+                f"Task '{task.name}' ({type(task).__module__}) measured {name!r} of example {example}; expected "
+                f"{wanted}."
+            )
+    return {name: checked_score(task, example, value, name) for name, value in values.items()}
 
 
 @contextmanager
