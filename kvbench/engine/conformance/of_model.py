@@ -121,12 +121,11 @@ def _covering(trial: Trial, ids: Tensor, mask: Tensor | None, ends: Ends, plain:
     check = trial.compare(name, logits, plain, ends)
     if check.status == "passed":
         return check
-    found = []
-    for policy in (Covering(evicting=int(chunked)), full()):
-        found.append(Watch(policy, covering=type(policy) is Covering))
-        with trial.session(policy, found[-1]):
+    covering, exact = Watch(Covering(policy.evicting), covering=True), Watch(full(), covering=False)
+    for watch in (covering, exact):
+        with trial.session(watch.policy, watch):
             trial.logits(ids, mask, tuple(range(STEPS)), chunked=chunked)  # step by step, to name the first
-    where = first_difference(found[0], found[1], trial.tolerance)
+    where = first_difference(covering, exact, trial.tolerance)
     return replace(check, detail=f"{check.detail}; {where}" if where else check.detail)
 
 
