@@ -44,7 +44,9 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-DATA_DEPENDENT = {"infinigen", "magicpig", "oracle_topp", "retroinfer", "squeezed_attention", "vattention"}
+DATA_DEPENDENT = {
+    "infinigen", "magicpig", "oracle_topp", "retroinfer", "squeezed_attention", "twilight", "vattention",
+}  # fmt: skip
 """Policies whose number of tokens depends on the data, with the budget as its upper bound."""
 
 

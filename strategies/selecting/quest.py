@@ -63,7 +63,7 @@ class Quest(KVCachePolicy):
         if "low" in layer.state and layer.store.static_tokens > self.options.page_size:
             self._note_pages(layer, layer.store.advance(self.options.page_size)[0])
 
-    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
         """Pages in place; None where only some rows of the layer have any."""
         paged = {"low" in part.layer.state for part in parts}
         if len(paged) > 1:
