@@ -96,7 +96,7 @@ def test_vattention_estimates_the_output_without_bias():
         assert ((found.mean(0) - exact).abs() < 5 * error + 0.01).all()
 
 
-@pytest.mark.parametrize("policy", ["double_sparsity", "kascade", "vattention"])
+@pytest.mark.parametrize("policy", ["double_sparsity", "kascade", "twilight", "vattention"])
 @pytest.mark.parametrize("allocator", ["uniform", "ada"])
 @torch.inference_mode()
 def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator):

@@ -99,6 +99,14 @@ def matrix_policies() -> list[str]:
 INDEX_KINDS = ("flat", "ivf", "retrieval")
 
 
+ALIKE = {
+    **dict.fromkeys(("chunkkv", "compactor", "criticalkv", "lagkv", "r_kv"), "snapkv"),
+    **dict.fromkeys(("fp8", "turboquant"), "int8"),
+}  # fmt: skip
+"""Policies that hold and save what another one does, and differ in scores or codes alone, which tests of their own
+compare with formulas: tests of what is held from step to step, and saved, take that one for them."""
+
+
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Random token ids [batch, length] without the special ones."""
     return torch.randint(3, 97, (batch, length), generator=torch.Generator().manual_seed(seed))

@@ -11,9 +11,15 @@ from kvbench.contract.budget import LayerBudget
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
-from kvbench.contract.step import Clock, FixedStep, Part
+from kvbench.contract.step import Clock, FixedStep, Part, rows_of
+from kvbench.kernels.attention import Segment, attend
+from kvbench.kernels.bounds import update_bounds
+from kvbench.kernels.insert import insert
+from kvbench.kernels.score import page_scores
+from kvbench.kernels.score import scores as all_scores
+from kvbench.kernels.select import select_top
 from kvbench.strategies.compressing.kivi_storage import pack, unpack
-from kvbench.strategies.selecting.quest import Quest
+from kvbench.strategies.selecting.quest import PlainTokens, Quest, QuestStep
 
 _LAST = 15
 """The largest code."""
@@ -96,9 +102,90 @@ class Twilight(Quest):
         return Selection(chosen[..., : max(int(needed.sum(-1).max()), 1)], padded=True, evaluations=float(pages))
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
-        """None yet: what is pruned has no step of fixed shapes."""
-        return "twilight's pruning has no step of fixed shapes"
+        """The same choice in fixed shapes; Quest's where nothing is pruned."""
+        covered = {part.layer.budget.covers_all for part in parts}
+        paged = {"low" in part.layer.state for part in parts}
+        if len(covered) > 1 or len(paged) > 1:
+            return None
+        if covered.pop() or not paged.pop():
+            return super().fixed_step(parts, clock)
+        return _PruningStep(parts, clock, self)
 
     def held_step(self, parts: Sequence[Part], clock: Clock, holder: KVCachePolicy) -> FixedStep | str | None:
-        """None yet, as for `fixed_step`."""
-        return self.fixed_step(parts, clock)
+        """None: what another policy holds is read a page at a time, not a token."""
+        return f"no step of fixed shapes prunes the codes of '{holder.name}'"
+
+
+class _PruningStep(QuestStep):
+    """Quest's pages, of which the codes say what is attended to, token by token."""
+
+    def __init__(self, parts: Sequence[Part], clock: Clock, policy: Twilight) -> None:
+        layer, size = parts[0].layer, int(policy.options.page_size)
+        longest = max(part.layer.tokens for part in parts)
+        room = -(-(longest + clock.new_tokens) // size) * size
+        state = layer.state
+        self._codes, self._facts = (
+            state[name].new_zeros(clock.batch, layer.kv_heads, room, state[name].shape[3])
+            for name in ("codes", "facts")
+        )
+        for part in parts:
+            rows, store = list(rows_of(part)), part.layer.store
+            late = _encoded(store.static_parts()[0][0])
+            for target, known, more in zip(
+                (self._codes, self._facts), (part.layer.state["codes"], part.layer.state["facts"]), late, strict=True
+            ):
+                target[rows, :, : store.aside_stop], target[rows, :, store.aside_stop : store.tokens] = known, more
+        tokens = PlainTokens(parts, clock, room)
+        self._plain = tokens
+        super().__init__(parts, clock, size, tokens)
+        self._p, self._heads, self._share = policy.options.p, layer.heads, layer.heads // layer.kv_heads
+        self._asked = policy.options.candidates
+        most = (min(8192, room // 2) if self._asked is None else min(self._asked, room)) // size
+        self._most_pages = max(most, 1)
+        self._most_tokens = max(min(int(self._budget.max()), self._most_pages * size), 1)
+        self._offset = torch.arange(size, dtype=torch.int32, device=clock.positions.device)
+        self._rank = torch.arange(self._most_pages * size, device=clock.positions.device)
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Append, choose pages, estimate their tokens' weights, and attend to the fewest that reach the share."""
+        shared, positions, size = self._pages, self._positions, self._size
+        if self._leads:
+            shared.count()
+        self._tokens.insert(keys, values)
+        update_bounds(keys, positions, size, self._low, self._high)
+        codes, facts = _encoded(keys)
+        insert(self._codes, self._facts, codes, facts, positions)
+        bounds = page_scores(queries, self._low, self._high, shared.full, output=self._bounds)
+        asked = (shared.tokens // 2).clamp_max(8192) if self._asked is None else torch.full_like(positions, self._asked)
+        wanted = (asked // size).clamp(1, self._most_pages).minimum(shared.full)
+        pages = select_top(bounds, wanted.int(), self._most_pages)
+        ids = (pages[..., None] * size + self._offset).masked_fill(pages[..., None] < 0, -1).flatten(2)
+        estimates = _estimates(queries, self._codes, self._facts, self._scaling)
+        found = estimates.gather(-1, ids.long().clamp_min(0)).masked_fill(ids < 0, -torch.inf)
+        static = (shared.full * size)[:, None] + self._offset
+        static = torch.where(static <= positions[:, None], static, -1)[:, None].expand(-1, self._heads, -1)
+        places = static[:, :: self._share, :, None].long().clamp_min(0)
+        current = self._plain.keys.gather(2, places.expand(-1, -1, -1, keys.shape[3]))
+        exact = all_scores(queries, current, scaling=self._scaling).masked_fill(static < 0, -torch.inf)
+        known = exact.logsumexp(-1, keepdim=True)
+        total = known.logaddexp(found.logsumexp(-1, keepdim=True))
+        order = found.sort(dim=-1, descending=True, stable=True)
+        weights = (order.values - total).double().exp()
+        before = weights.cumsum(-1) - weights + (known - total).double().exp()
+        room = (self._budget - (shared.tokens - shared.full * size)[:, None]).clamp_min(0)
+        needed = (before < self._p) & (self._rank < room[..., None]) & (order.values > -torch.inf)
+        chosen = torch.where(needed, ids.gather(-1, order.indices), -1)[..., : self._most_tokens]
+        segment = Segment(self._plain.keys, self._plain.values, ids=torch.cat([chosen, static], dim=-1).int())
+        return attend(queries, segment, scaling=self._scaling, dtype=queries.dtype)[0]
+
+    def bytes(self) -> dict[str, int]:
+        """Quest's, and the codes."""
+        found = super().bytes()
+        return found | {"index": found["index"] + self._codes.nbytes + self._facts.nbytes}
+
+    def reads(self, tokens: int) -> dict[str, int]:
+        """Quest's, and the codes of the candidates; the tokens attended to are the budget at most."""
+        found = super().reads(tokens)
+        candidates = min(self._most_pages * self._size, tokens)
+        coded = (self._codes.nbytes + self._facts.nbytes) * candidates // self._codes.shape[2]
+        return found | {"device": found["device"] + coded}
