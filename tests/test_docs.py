@@ -3,11 +3,14 @@
 import ast
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+import kvbench
 from kvbench.cli import app, table
 from kvbench.compare import leaderboard
 
@@ -40,6 +43,32 @@ def test_links_and_figures_of_the_documents_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def nav(entries):
+    for entry in entries:
+        inner = next(iter(entry.values())) if isinstance(entry, dict) else entry
+        yield from nav(inner) if isinstance(inner, list) else [inner]
+
+
+def test_every_document_is_in_the_site_s_navigation():
+    there = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
+    listed = list(nav(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert sorted(listed) == sorted(there), "add it to nav in mkdocs.yml"
+
+
+def test_every_public_name_is_in_the_reference():
+    shown = {
+        name
+        for file in (ROOT / "docs/reference").glob("*.md")
+        for name in re.findall("^::: (.+)$", file.read_text(), re.MULTILINE)
+    }
+    for name in kvbench.__all__:
+        home = {"KVBenchError": "contract.errors", "hookimpl": "contract.markers"} | kvbench._HOMES
+        assert f"kvbench.{home[name]}.{name}" in shown, f"add {name} to a page in docs/reference"
+    for name in shown:
+        module, _, member = name.rpartition(".")
+        assert hasattr(import_module(module), member)
 
 
 def test_ci_runs_the_readme_test_command():

@@ -25,7 +25,7 @@ def check(
     model: Model = "smollm2-135m",
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="Policy to check too, several separated by commas, or `all`; none by default."),
+        typer.Option(help="Policy to check too, or `all`; several by commas, or the option again. [default: none]"),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of the policy, name=value.")

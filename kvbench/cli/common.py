@@ -6,6 +6,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
@@ -33,6 +34,16 @@ Name = Annotated[str | None, typer.Argument(help="Describe this one.")]
 Model = Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        help="yarn: extend the model where its limit is shorter than the context; yarn:4: by this factor always."
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto: spread the model by layer over all GPUs, and over memory and disk where these are full."),
+]
 
 
 def interruptible(command: Callable[P, None]) -> Callable[P, None]:
@@ -122,8 +133,33 @@ def allocation(text: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """Whole numbers separated by commas, or None for all; `name` is the option's, for the error."""
+def whole_or_auto(name: str, text: str | None) -> Any:
+    """A positive whole number, `auto`, or None for an option that was not given; `name` is the option's."""
+    if text is None or text.strip() == "auto":
+        return text and "auto"
+    if re.fullmatch(r"[0-9]+", text.strip()) and 0 < int(text) < 2**31:
+        return int(text)
+    raise KVBenchError(f"{name} {text} is neither a positive whole number nor auto.")
+
+
+def joined(values: Sequence[str] | None) -> str | None:
+    """What an option was given, once or again and again, as if it had been given once."""
+    return ",".join(values) if values else None
+
+
+def paths(values: Sequence[Path] | None) -> list[Path]:
+    """Files or folders of an option given once or again and again; one that is not there is parted at its commas."""
+    return [
+        Path(part.strip())
+        for value in values or ()
+        for part in ([str(value)] if value.exists() else str(value).split(","))
+        if part.strip()
+    ]
+
+
+def numbers(name: str, values: str | Sequence[str] | None) -> tuple[int, ...] | None:
+    """Whole numbers, given as names are, or None for all; `name` is the option's, for the error."""
+    text = values if isinstance(values, str) else joined(values)
     if text is None or text.strip() == "all":
         return None
     try:

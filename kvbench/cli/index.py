@@ -13,7 +13,6 @@ from kvbench.cli.capture import (
     DecodeTokens,
     Decoding,
     PrefillChunk,
-    RopeScaling,
     SourceTextName,
     StoreDtype,
     captured,
@@ -23,8 +22,10 @@ from kvbench.cli.common import (
     Dtype,
     Json,
     Model,
+    RopeScaling,
     app,
     err,
+    joined,
     listed,
     load_registry,
     mib,
@@ -39,12 +40,17 @@ from kvbench.contract.errors import KVBenchError, check_output
 @app.command()
 def index(
     names: Annotated[
-        list[str], typer.Option("--indexes", help="Indexes separated by commas; `kvbench indexes` lists them.")
+        list[str],
+        typer.Option("--indexes", help="Index; several by commas, or the option again; `kvbench indexes` lists them."),
     ],
     capture: Annotated[Path | None, typer.Option(help="Folder of a capture; without it one is made first.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="k of recall@k.")] = 100,
-    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all captured]")] = None,
-    heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all captured]")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
+    ] = None,
     efforts: Annotated[
         list[str] | None,
         typer.Option(help="Values of the search parameter: 32,64,128 for all indexes, or index=1,2,4 for one."),
@@ -87,7 +93,7 @@ def index(
         source = load_capture(capture)
     else:
         source = captured(
-            model, text, context_length, layers or "all", lambda name: output / f"capture-{name}",
+            model, text, context_length, joined(layers) or "all", lambda name: output / f"capture-{name}",
             decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling, prefill_chunk=prefill_chunk,
             store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
         )  # fmt: skip

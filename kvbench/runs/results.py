@@ -22,6 +22,7 @@ from kvbench.contract.errors import KVBenchError, unwritable
 from kvbench.contract.reading import plain, read_json, reading
 from kvbench.identity import differences
 from kvbench.runs.config import SCHEMA, RunConfig
+from kvbench.runs.contents import hashes
 from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
 from kvbench.runs.stored import StoredRun
 from kvbench.runs.summary import over_budget_text, summarise
@@ -57,6 +58,10 @@ class Run:
         self.conformance: list[dict[str, Any]] = []
         """What was proven of the model, and of the policy on it, before the run."""
         self.notes: list[str] = []
+        self.chunk: int | None = None
+        """Tokens of the prompt computed at a time, where the configuration leaves it to the memory."""
+        self.shortages = 0
+        """How often memory ran out before, in this stretch."""
         with _disk(self.path):
             new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -84,6 +89,13 @@ class Run:
                 )
             if self.rows and self.status != "complete":
                 self._note_changes(found["environment"])
+
+    @property
+    def working(self) -> RunConfig:
+        """The configuration with the chunk that is in use."""
+        if self.config.prefill_chunk != "auto":
+            return self.config
+        return self.config.model_copy(update={"prefill_chunk": self.chunk})
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -158,6 +170,7 @@ class Run:
         content = {
             "schema": SCHEMA,
             **{k: v for k, v in self.document().items() if k not in ("policy", "budget", "folder")},
+            **({"files": hashes(self.path)} if status == "complete" else {}),
         }
         with _disk(self.path):
             temporary = self.path / ".run.json"
