@@ -96,7 +96,7 @@ def push_folder(folder: Path, files: Sequence[Path], repository: str, *, private
 
 
 def push_model_card(runs: Sequence[Finished], repository: str) -> str:
-    """Add results to the metadata of a model's card by a pull request there, whose address it gives."""
+    """Add results to the metadata of a model's card by a pull request there; gives its commit's address."""
     from huggingface_hub import metadata_update  # noqa: PLC0415  slow to import
     from huggingface_hub.repocard_data import eval_results_to_model_index  # noqa: PLC0415
 
