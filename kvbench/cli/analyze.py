@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from kvbench.api.capture import captured
 from kvbench.cli.capture import (
     DecodeTokens,
     Decoding,
     PrefillChunk,
     SourceTextName,
     StoreDtype,
-    captured,
 )  # fmt: skip
 from kvbench.cli.common import (
     Device,
@@ -23,6 +23,7 @@ from kvbench.cli.common import (
     Json,
     Model,
     RopeScaling,
+    Steps,
     app,
     err,
     grouped,
@@ -63,7 +64,7 @@ def analyze(
     ] = None,
     model: Model = "smollm2-135m",
     text: SourceTextName = "default",
-    context_length: Annotated[int, typer.Option(min=2, help="Tokens to capture, prompt and decoding together.")] = 4096,
+    context_length: Annotated[int, typer.Option(help="Tokens to capture, prompt and decoding together.")] = 4096,
     decode_tokens: DecodeTokens = 128,
     decoding: Decoding = "text",
     rope_scaling: RopeScaling = None,
@@ -103,11 +104,13 @@ def analyze(
         if capture is not None:
             source = load_capture(capture)
         else:
-            source = captured(
-                model, text, context_length, joined(layers) or "all", lambda name: output / f"capture-{name}",
-                decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling,
-                prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
-            )  # fmt: skip
+            with Steps() as steps:
+                source = captured(
+                    model, text, context_length, joined(layers) or "all", lambda name: output / f"capture-{name}",
+                    decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling,
+                    prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
+                    progress=steps.step,
+                )  # fmt: skip
         with err.status("") as status:
             document = studies.analyse_capture(
                 name, source, given, layers=chosen, heads=chosen_heads, progress=status.update

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.api.run import policy_options
 from kvbench.cli.common import Device, Dtype, Json, Model, app, interruptible, listed, load_registry, out, pairs
-from kvbench.cli.run import policy_options
 from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
