@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from test_session import options_of, padded_batch
-from tiny import budgeted_policies, tiny_model, tokens
+from tiny import matrix_policies, tiny_model, tokens
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -41,7 +41,7 @@ def same(one, other):
 # -- chunks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["full", *budgeted_policies()])
+@pytest.mark.parametrize("policy", ["full", *matrix_policies()])
 def test_generate_in_chunks_gives_what_generate_in_one_call_gives(policy):
     model = tiny_model()
     if policy == "squeezed_attention":
@@ -204,10 +204,19 @@ def test_conversations_can_take_turns_within_a_block():
 # -- caches of other kinds -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-@pytest.mark.parametrize("kind", ["static", "offloaded", "dynamic"])
-@pytest.mark.parametrize("chunk", [None, 20])
-@pytest.mark.parametrize("policy", ["full", "snapkv", "quest"])
+@pytest.mark.parametrize(
+    ("architecture", "kind", "chunk", "policy"),
+    [
+        ("llama", "static", None, "full"),
+        ("llama", "static", 20, "snapkv"),
+        ("llama", "offloaded", 20, "quest"),
+        ("llama", "dynamic", 20, "full"),
+        ("gemma3", "static", 20, "quest"),
+        ("gemma3", "static", None, "snapkv"),
+        ("gemma3", "offloaded", None, "full"),
+        ("gemma3", "dynamic", 20, "snapkv"),
+    ],
+)
 def test_the_policy_s_cache_takes_the_place_of_the_one_that_generate_makes(architecture, kind, chunk, policy):
     model, (ids, mask) = tiny_model(architecture), padded_batch()
     with attach(model, policy):
