@@ -22,8 +22,6 @@ from kvbench.strategies.budgets.pyramid import Pyramid
 from kvbench.strategies.budgets.squeeze import Squeeze
 from kvbench.strategies.budgets.uniform import Uniform
 
-pytestmark = pytest.mark.transformers
-
 POLICIES = registry().classes["policy"]
 OPTIONS = {name: small_options(cls) for name, cls in POLICIES.items()}
 ALIKE = ("vamana", "robust_vamana", "cagra", "ivf", "ivfpq", "hnsw")
@@ -262,6 +260,7 @@ def test_an_allocator_that_breaks_its_promise_to_the_heads_is_named(wrong, monke
 # -- the whole prompt --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
 @pytest.mark.parametrize("chunk", [None, 50])
 def test_squeeze_cuts_the_layers_that_change_the_hidden_states_least(architecture, chunk):

@@ -56,7 +56,8 @@ def test_the_policy_of_another_package_is_listed_and_runs(environment, tmp_path)
     tokenizer.save_pretrained(tmp_path / "model")
     done = python.kvbench(
         "run", "--policy", "keynorm", "--ratio", "0.2", "-o", "window=24", "--model", tmp_path / "model",
-        "--context-length", 512, "--examples", 1, "--output", tmp_path / "out", "--json",
+        "--task", "infinitebench_passkey", "--context-length", 512, "--examples", 1,
+        "--output", tmp_path / "out", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ours = json.loads(done.stdout)["runs"][0]
@@ -73,7 +74,8 @@ def test_an_edited_plugin_runs_anew_and_says_so(environment, tmp_path):
     def run():
         done = python.kvbench(
             "run", "--policy", "keynorm", "--tokens", 60, "--model", tmp_path / "model", "--no-baseline",
-            "--context-length", 512, "--examples", 1, "--output", tmp_path / "out", "--json",
+            "--task", "infinitebench_passkey", "--context-length", 512, "--examples", 1,
+            "--output", tmp_path / "out", "--json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["runs"][0], " ".join(done.stderr.split())

@@ -13,8 +13,6 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 
-pytestmark = pytest.mark.transformers
-
 SILENT = {"instruction": "", "continuation": ""}
 BUDGETED = {
     "infinigen": {"partial_weight_ratio": 0.4},
@@ -80,6 +78,7 @@ def softmax_attention(query, keys, values, scaling):
 # -- what all of them promise ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(
     ("architecture", "policy"),
     [*(("gemma3", policy) for policy in EVERY), *(("llama", policy) for policy in UNBUDGETED)],
