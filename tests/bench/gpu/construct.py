@@ -170,8 +170,9 @@ def main() -> None:
         row["layers_above_plain"] = (row["peak_gib"] * 2**30 - plain) / layer
         found["rows"].append(row)
         ratio = row["construction_s"] / row["prefill_s"]
+        index = row["index_bytes"] / row["held_bytes"]
         print(f"{name:20} {row['prefill_s']:9.2f} {row['construction_s']:9.2f} {ratio:6.2f} {row['peak_gib']:9.1f} "
-              f"{row['layers_above_plain']:8.2f} {row['index_bytes'] / row['held_bytes']:6.3f}", flush=True)  # fmt: skip
+              f"{row['layers_above_plain']:8.2f} {index:6.3f}", flush=True)  # fmt: skip
         if arguments.output:
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 
