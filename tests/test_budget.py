@@ -163,7 +163,7 @@ class Watch(kvbench.Probe):
         return None
 
     def prefill(self, layer, queries, keys, values):
-        self.prompts[layer.index] = layer.prompt_queries.clone(), keys.clone(), layer
+        self.prompts[layer.ordinal] = layer.prompt_queries.clone(), keys.clone(), layer
         return (yield)
 
     def select(self, layer, queries, budget):

@@ -332,7 +332,7 @@ class Failing(kvbench.KVCachePolicy):
     name, summary, takes_budget = "failing", "Fails in layer 1 at the third step.", False
 
     def insert(self, layer, keys, values):
-        if layer.index == 1 and layer.tokens == 64:
+        if layer.ordinal == 1 and layer.tokens == 64:
             raise ZeroDivisionError
 
 

@@ -293,7 +293,7 @@ def test_probes_that_watch_the_prompt_are_refused_and_others_go_on(state):
 
         def select(self, layer, queries, budget):
             selection = yield
-            self.count += layer.index == 0
+            self.count += layer.ordinal == 0
             return selection
 
         def result(self):
