@@ -10,6 +10,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.markers import hookimpl
 
 if TYPE_CHECKING:
+    from kvbench.compare.recommend import recommend
     from kvbench.contract.analysis import Analysis
     from kvbench.contract.attention import Attention
     from kvbench.contract.budget import Budget, BudgetAllocator, BudgetRequest, LayerBudget
@@ -45,6 +46,7 @@ _HOMES = {
     "Selection": "contract.selection",
     "Session": "engine.session",
     "attach": "engine.attach",
+    "recommend": "compare.recommend",
     "resume": "engine.resume",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "Session",
     "attach",
     "hookimpl",
+    "recommend",
     "resume",
 ]
 

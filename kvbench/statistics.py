@@ -6,6 +6,8 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil, log
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -35,7 +37,7 @@ def confidence_interval(scores: Sequence[float], *, level: float = 0.95, seed: i
         return 0.0, 1.0
     if np.ptp(values) == 0:
         return float(values[0]), float(values[0])
-    return _bootstrap(values, level, seed)
+    return _bootstrap((tuple(map(float, values)),), level, seed)
 
 
 def mean_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
@@ -48,7 +50,7 @@ def mean_interval(values: Sequence[float], *, level: float = 0.95, seed: int = 0
     array = np.asarray(values, dtype=np.float64)
     if np.ptp(array) == 0:
         return float(array[0]), float(array[0])
-    return _bootstrap(array, level, seed)
+    return _bootstrap((tuple(map(float, array)),), level, seed)
 
 
 def percentiles(values: Sequence[float], *points: float) -> list[float]:
@@ -90,23 +92,16 @@ def paired_difference(a: Scores, b: Scores, *, seed: int = 0) -> PairedDifferenc
     else the paired permutation test of the mean (Fisher 1935; exact up to 13 observations). `seed` draws the resamples.
     Raises KVBenchError where the two have no example in common.
     """
-    keys_a, keys_b = ({(run, example) for run in side for example in side[run]} for side in (a, b))
+    keys_a, keys_b = _keys(a), _keys(b)
     pairs = sorted(keys_a & keys_b)
-    if not pairs:
-        raise KVBenchError(
-            "The two have no example and seed in common, and only paired scores can be compared: run both with the "
-            "same model, task, context length and seed."
-        )
-    by_example: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    left, right = _observations(a, b, pairs)
     by_seed: dict[int, list[float]] = defaultdict(list)
     for run, example in pairs:
-        by_example[example].append((a[run][example], b[run][example]))
         by_seed[run].append(b[run][example] - a[run][example])
-    left, right = (np.array([fmean(pair[side] for pair in group) for group in by_example.values()]) for side in (0, 1))
     change = np.round(right - left, 12)  # rounding errors are no wins
     means = {run: fmean(values) for run, values in by_seed.items()}
     wins, losses = int((change > 0).sum()), int((change < 0).sum())
-    binary = bool(np.isin(left, (0.0, 1.0)).all() and np.isin(right, (0.0, 1.0)).all())
+    binary = bool(np.isin((left, right), (0.0, 1.0)).all())
     return PairedDifference(
         n=len(change), pairs=len(pairs), unpaired=len(keys_a ^ keys_b),
         mean_a=float(left.mean()), mean_b=float(right.mean()), difference=float(change.mean()),
@@ -115,6 +110,59 @@ def paired_difference(a: Scores, b: Scores, *, seed: int = 0) -> PairedDifferenc
         test="mcnemar" if binary else "permutation",
         by_seed=means, seed_std=stdev(means.values()) if len(means) > 1 else None,
     )  # fmt: skip
+
+
+def averaged_difference(strata: Sequence[tuple[Scores, Scores]], *, seed: int = 0) -> PairedDifference:
+    """The mean over several tasks of the paired differences `b` minus `a`, each task with the same weight.
+
+    With one task it is `paired_difference`. With more the interval is the bootstrap that draws examples within each
+    task (bias-corrected and accelerated, but for tasks of one example), and the p-value that of the paired permutation
+    test of the mean over the tasks. Where no task's differences vary, the interval is that of `paired_difference` for
+    as many examples as count with these weights (Kish 1965). Raises KVBenchError where a task has no example in common.
+    """
+    if len(strata) == 1:
+        return paired_difference(*strata[0], seed=seed)
+    keys = [(_keys(a), _keys(b)) for a, b in strata]
+    common = [sorted(one & other) for one, other in keys]
+    observed = [_observations(a, b, pairs) for (a, b), pairs in zip(strata, common, strict=True)]
+    changes = [np.round(right - left, 12) for left, right in observed]
+    weights = np.concatenate([np.full(len(change), 1 / len(change) / len(changes)) for change in changes])
+    left, right = (np.concatenate([pair[side] for pair in observed]) for side in (0, 1))
+    change = np.concatenate(changes)
+    value = float(weights @ change)
+    if any(np.ptp(one) > 0 for one in changes):
+        interval = _bootstrap(tuple(tuple(map(float, one)) for one in changes), 0.95, seed)
+    else:
+        interval = _bound(value, 1 / float(weights @ weights))
+    wins, losses = int((change > 0).sum()), int((change < 0).sum())
+    return PairedDifference(
+        n=len(change), pairs=sum(map(len, common)), unpaired=sum(len(one ^ other) for one, other in keys),
+        mean_a=float(weights @ left), mean_b=float(weights @ right), difference=value, ci95=interval, wins=wins,
+        losses=losses, ties=len(change) - wins - losses, p_value=_permutation(left, right, seed, weights),
+        test="permutation", by_seed={}, seed_std=None,
+    )  # fmt: skip
+
+
+def least_examples(margin: float) -> int:
+    """Examples without a single loss that it takes to rule out a drop of more than `margin` (0 to 1) in the mean.
+
+    97.5% confidence (Clopper & Pearson 1934): with fewer, losses that nobody has seen may be as many as that.
+    """
+    return ceil(log(0.025) / log(1 - margin)) if 0 < margin < 1 else 1 if margin else 2**31 - 1
+
+
+def examples_needed(found: PairedDifference, margin: float) -> int | None:
+    """About how many examples in all tell whether `b` is more than `margin` (0 to 1) below `a`; None where none would.
+
+    From the spread of the differences seen (normal approximation), and never fewer than `least_examples` where the
+    difference itself is within the margin.
+    """
+    distance = found.difference + margin
+    if abs(distance) < 1e-9:
+        return None
+    spread = max((found.wins + found.losses) / found.n - found.difference**2, 0.0)
+    needed = ceil(1.96**2 * spread / distance**2)
+    return max(needed, least_examples(margin)) if distance > 0 else max(needed, 6)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -127,11 +175,35 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def _keys(scores: Scores) -> set[tuple[int, str]]:
+    return {(run, example) for run in scores for example in scores[run]}
+
+
+def _observations(
+    a: Scores, b: Scores, pairs: Sequence[tuple[int, str]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The scores of both sides by example, means over the seeds."""
+    if not pairs:
+        raise KVBenchError(
+            "The two have no example and seed in common, and only paired scores can be compared: run both with the "
+            "same model, task, context length and seed."
+        )
+    by_example: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for run, example in pairs:
+        by_example[example].append((a[run][example], b[run][example]))
+    left, right = (np.array([fmean(pair[side] for pair in group) for group in by_example.values()]) for side in (0, 1))
+    return left, right
+
+
 def _difference_interval(change: NDArray[np.float64], seed: int) -> tuple[float, float]:
     if np.ptp(change) > 0:
-        return _bootstrap(change, 0.95, seed)
-    # With 97.5% confidence at most this share of examples differs from what all n showed; each by at most to -1 or 1.
-    share, value = stats.binomtest(0, len(change)).proportion_ci(0.95, method="exact").high, float(change[0])
+        return _bootstrap((tuple(map(float, change)),), 0.95, seed)
+    return _bound(float(change[0]), len(change))
+
+
+def _bound(value: float, n: float) -> tuple[float, float]:
+    """With 97.5% confidence at most a share of examples differs from what all n showed; each by at most to -1 or 1."""
+    share = 1 - 0.025 ** (1 / n)
     return value - share * (1 + value), value + share * (1 - value)
 
 
@@ -139,12 +211,16 @@ def _mcnemar(wins: int, losses: int) -> float:
     return float(stats.binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
 
 
-def _permutation(left: NDArray[np.float64], right: NDArray[np.float64], seed: int) -> float:
+def _permutation(
+    left: NDArray[np.float64], right: NDArray[np.float64], seed: int, weights: NDArray[np.float64] | None = None
+) -> float:
     if len(left) < 2 or not (left != right).any():
         return 1.0
 
     def mean_difference(x: NDArray[np.float64], y: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        return np.asarray((y - x).mean(axis=axis), np.float64)
+        if weights is None:
+            return np.asarray((y - x).mean(axis=axis), np.float64)
+        return np.asarray(np.moveaxis(y - x, axis, -1) @ weights, np.float64)
 
     found = stats.permutation_test(
         (left, right), mean_difference, permutation_type="samples", vectorized=True, rng=np.random.default_rng(seed)
@@ -152,10 +228,18 @@ def _permutation(left: NDArray[np.float64], right: NDArray[np.float64], seed: in
     return float(found.pvalue)
 
 
-def _bootstrap(values: NDArray[np.float64], level: float, seed: int) -> tuple[float, float]:
+@lru_cache(maxsize=4096)
+def _bootstrap(strata: tuple[tuple[float, ...], ...], level: float, seed: int) -> tuple[float, float]:
+    """BCa interval of the mean over the strata of their means, each resampled by itself."""
+
+    def mean(*samples: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+        total = sum(np.mean(sample, axis=axis) for sample in samples)
+        return np.asarray(total / len(samples), np.float64)
+
+    method: Literal["percentile", "BCa"] = "BCa" if min(map(len, strata)) > 1 else "percentile"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
         low, high = stats.bootstrap(
-            (values,), np.mean, confidence_level=level, rng=np.random.default_rng(seed), method="BCa"
+            strata, mean, confidence_level=level, rng=np.random.default_rng(seed), method=method, vectorized=True
         ).confidence_interval
     return float(low), float(high)

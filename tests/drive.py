@@ -74,7 +74,7 @@ class Driven:
     """A policy that has taken over the prompt of some vectors, with a budget in tokens, and decodes the rest."""
 
     def __init__(self, name: str, vectors: Vectors, budget: int, options: dict[str, Any] | None = None,
-                 rotary: Rotary | None = None) -> None:  # fmt: skip
+                 rotary: Rotary | None = None, module: nn.Module | None = None) -> None:  # fmt: skip
         self.vectors, self.policy = vectors, registry().make("policy", name, options or {})
         default = DefaultPolicy()
         self._select = getattr(self.policy, "select", default.select)
@@ -85,7 +85,7 @@ class Driven:
             ordinal=0, count=1, number=0, heads=heads, kv_heads=keys.shape[1], head_dim=d, scaling=d**-0.5, rows=batch,
             store=KVStore(keys[:, :, :prompt].clone(), values[:, :, :prompt].clone()),
             budget=LayerBudget(budget, covers_all=budget == prompt), static=self.policy.static_tokens(prompt),
-            prompt_tokens=prompt, module=nn.Identity(), rotary=rotary,
+            prompt_tokens=prompt, module=module or nn.Identity(), rotary=rotary,
         )  # fmt: skip
         window = prompt if self.policy.query_window is None else min(self.policy.query_window, prompt)
         self.policy.prefill(

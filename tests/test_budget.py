@@ -200,7 +200,7 @@ def test_every_head_attends_to_its_own_number_of_tokens(policy):
     shares = torch.stack([layer.by_lane[0].budget.heads for layer in session.cache.governed])
     assert (shares.sum(-1) == 80).all()
     assert shares.min() < 40 < shares.max()
-    page = {"quest": 4, "shadowkv": 8, "infllm": 8}.get(policy, 0)
+    page = {"quest": 4, "shadowkv": 8, "infllm": 8, "chunkkv": 4}.get(policy, 0)
     for layer, counts, generated in probe.steps:
         wanted = layer.budget.heads.repeat_interleave(3, dim=1) + (generated if POLICIES[policy].grows else 0)
         assert (counts <= wanted).all()

@@ -1,5 +1,7 @@
 """Compression while decoding: every so many tokens the answer is cut down too, by hooks and in fixed steps alike."""
 
+import itertools
+
 import pytest
 import torch
 from operations import copying
@@ -13,6 +15,8 @@ from kvbench.engine.generation import generate, generate_batch
 from kvbench.plugins import registry
 
 POLICIES = ("snapkv", "h2o", "tova", "knorm", "keydiff", "expected_attention", "streaming_llm")
+SCORERS = ("lagkv", "chunkkv", "criticalkv", "r_kv")
+"""Further ones, whose prompts are scored as `score_held` scores what is held."""
 EVERY, BUDGET = 12, 30
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61)]
 SHORT = tokens(1, 17, seed=17)[0].tolist()
@@ -34,9 +38,13 @@ def decode(session, prompts, steps, decoding):
         session.model.lm_head.forward = head
 
 
-@pytest.mark.parametrize("allocator", ["uniform", "pyramid", "ada"])
-@pytest.mark.parametrize("policy", [*POLICIES, plugins.LongestValues])
-@pytest.mark.parametrize("prompts", [[SHORT], PROMPTS], ids=["short", "unequal"])
+@pytest.mark.parametrize(
+    ("prompts", "policy", "allocator"),
+    [
+        *itertools.product(([SHORT], PROMPTS), (*POLICIES, plugins.LongestValues), ("uniform", "pyramid", "ada")),
+        *((PROMPTS, policy, "ada") for policy in SCORERS),
+    ],
+)
 @torch.inference_mode()
 def test_fixed_steps_compress_as_the_hooks_do(policy, allocator, prompts):
     model = tiny_model(pad_token_id=None)

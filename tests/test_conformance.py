@@ -25,11 +25,12 @@ from kvbench.plugins import registry
 pytestmark = pytest.mark.transformers
 
 OPTIONS = {
+    "minference": {"vertical": 4, "slash": 4, "first": 1, "nearest": 1},
     "kvzip": {"instruction": "", "continuation": ""}, "kivi": {"group": 8, "residual": 16}, "ivfpq": {"subspaces": 4},
     "vamana": {"degree": 8}, "robust_vamana": {"degree": 8},
     "cagra": {"degree": 8, "intermediate": 16},
 }  # fmt: skip
-NEVER_EXACT = {"kivi", "think"}
+NEVER_EXACT = {"kivi", "think", "int8", "fp8", "turboquant", "minference"}
 TINY = tiny_model()
 
 

@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-DATA_DEPENDENT = {"infinigen", "magicpig", "oracle_topp", "retroinfer", "squeezed_attention"}
+DATA_DEPENDENT = {"infinigen", "magicpig", "oracle_topp", "retroinfer", "squeezed_attention", "vattention"}
 """Policies whose number of tokens depends on the data, with the budget as its upper bound."""
 
 

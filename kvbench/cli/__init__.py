@@ -19,6 +19,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     leaderboard,
     lists,
     lm_eval,
+    recommend,
     report,
     run,
     sweep,

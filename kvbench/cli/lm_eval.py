@@ -7,7 +7,7 @@ import sys
 import typer
 
 from kvbench.cli.common import app, interruptible
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extras import need
 
 
 @app.command(
@@ -17,12 +17,7 @@ from kvbench.contract.errors import KVBenchError
 @interruptible
 def lm_eval(context: typer.Context) -> None:
     """Run lm-evaluation-harness with --model kvbench --model_args pretrained=...,policy=...,budget=...,tokens=..."""
-    try:
-        from lm_eval.__main__ import cli_evaluate  # noqa: PLC0415  heavy, and not always installed
-    except ImportError as error:
-        raise KVBenchError(
-            f"lm-evaluation-harness is not installed ({error}): run pip install 'kvbench[lm-eval]'."
-        ) from None
+    cli_evaluate = need("lm_eval.__main__", "kvbench lm-eval").cli_evaluate
     import kvbench.integrations.lm_eval  # noqa: F401, PLC0415  registers the model
 
     before = sys.argv

@@ -91,8 +91,8 @@ _OF_PREFIXES = {
 
 
 def _entries(metrics: Mapping[str, str], main: str | None) -> list[tuple[str, str, Cell]]:
-    if not metrics:
-        metrics, main = {"accuracy": "accuracy"}, "accuracy"
+    if main is None:
+        metrics, main = {"accuracy": "accuracy", **metrics}, "accuracy"
     entries: list[tuple[str, str, Cell]] = []
     for name, label in metrics.items():
         shown = _shown(name, main)
@@ -102,7 +102,7 @@ def _entries(metrics: Mapping[str, str], main: str | None) -> list[tuple[str, st
 
 
 def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[str, str], main: str | None) -> Table:
-    """Make the table; `metrics` are the task's, by name with their labels, or empty for accuracy.
+    """Make the table; `metrics` are the task's labels by name, beside the accuracy or, with `main`, in its place.
 
     Without rows that would be empty for every policy.
     """

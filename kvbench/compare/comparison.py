@@ -20,6 +20,8 @@ SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "cont
 """Fields of a configuration that must agree for scores to be comparable."""
 POOLED = ("seed", "examples", "recall_k", "probe_examples", "probes")
 """Fields in which runs of one side may differ; every other field makes another side."""
+TOLD = ("dense_layers",)
+"""Fields beside the policy's options that make it another policy, named where they are set."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,25 @@ class Comparison:
 
 
 @dataclass
-class _Side:
+class Side:
     """The runs of one configuration on one model, task and length, over all its seeds."""
 
     config: dict[str, Any]
     folders: list[str] = dataclasses.field(default_factory=list)
     scores: dict[int, dict[str, float]] = dataclasses.field(default_factory=dict)
+    kl: list[float] = dataclasses.field(default_factory=list)
+    """The divergence from exact attention, nats, of each example of a task that measures it."""
+    metrics: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Of each run."""
+    device: str = ""
     over_budget: dict[str, float] | None = None
 
     def add(self, folder: Path, run: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Add a finished run; raises KVBenchError where an example has another score than in an earlier one."""
         self.over_budget = run["metrics"].get("over_budget") or self.over_budget
+        self.metrics.append(run["metrics"])
+        self.device = run["environment"].get("device_name") or self.device
+        self.kl += [float(row["scores"]["kl"]) for row in rows if "kl" in (row.get("scores") or {})]
         known = self.scores.setdefault(run["config"]["seed"], {})
         for row in rows:
             if known.setdefault(row["id"], row["score"]) != row["score"]:
@@ -76,7 +87,7 @@ def compare(
     where the baseline is not one configuration, where a run is unfinished, and where nothing can be compared.
     """
     skipped: list[str] = []
-    asked = {_side_key(side.config): side for side in _sides([baseline], skipped, skip_unfinished).values()}
+    asked = {side_key(side.config): side for side in sides([baseline], skipped, skip_unfinished).values()}
     if not asked:
         raise KVBenchError(f"The baseline {baseline} has no finished run that can be read: {' '.join(skipped)}")
     if len(asked) > 1:
@@ -87,15 +98,15 @@ def compare(
         )
     ((base_key, base),) = asked.items()
     skipped.clear()  # the baseline's are among all
-    everything = _sides([baseline, *others], skipped, skip_unfinished).values()
-    by_cell = {_cell_key(side.config): side for side in everything if _side_key(side.config) == base_key}
-    rest = [side for side in everything if _side_key(side.config) != base_key]
+    everything = sides([baseline, *others], skipped, skip_unfinished).values()
+    by_cell = {cell_key(side.config): side for side in everything if side_key(side.config) == base_key}
+    rest = [side for side in everything if side_key(side.config) != base_key]
     if not rest:
         left_out = f" {' '.join(skipped)}" if skipped else ""
         raise KVBenchError(f"There is nothing to compare: all runs are those of the baseline {baseline}.{left_out}")
     pairs, unread = [], len(skipped)
     for side in rest:
-        counterpart = by_cell.get(_cell_key(side.config))
+        counterpart = by_cell.get(cell_key(side.config))
         if counterpart is None:
             skipped.append(_why(base, side))
         else:
@@ -107,7 +118,7 @@ def compare(
     return [
         Comparison(
             side.config["model"], side.config["task"], side.config["context_length"], describe(counterpart.config),
-            named[_side_key(side.config)], result, p, tuple(counterpart.folders), tuple(side.folders), side.over_budget,
+            named[side_key(side.config)], result, p, tuple(counterpart.folders), tuple(side.folders), side.over_budget,
         )
         for (counterpart, side, result), p in zip(pairs, corrected, strict=True)
     ], skipped  # fmt: skip
@@ -115,22 +126,28 @@ def compare(
 
 def describe(config: dict[str, Any]) -> str:
     """Name a configuration: its policy, its size and allocator, and its options that are not the default ones."""
-    from kvbench.plugins import registry  # noqa: PLC0415  imports torch
-
-    words = [config["policy"]]
+    policy, *options = policy_text(config).split(" ")
+    words = [policy]
     if config["budget"]:
         budget = config["budget"]
         size = next(f"{name} {budget[name]:g}" for name in budget if isinstance(budget[name], (int, float)))
         words += [size, budget["allocator"], *(f"{key}={value}" for key, value in sorted(budget["options"].items()))]
+    return " ".join([*words, *options])
+
+
+def policy_text(config: dict[str, Any]) -> str:
+    """Name a configuration without its budget: its policy, and its options that are not the default ones."""
+    from kvbench.plugins import registry  # noqa: PLC0415  imports torch
+
     known = registry().classes["policy"].get(config["policy"])  # a plugin may have gone since
     defaults = known.Options().model_dump(mode="json") if known else {}
-    words += [f"{key}={value}" for key, value in config["policy_options"].items() if defaults.get(key) != value]
-    return " ".join(words)
+    options = [f"{key}={value}" for key, value in config["policy_options"].items() if defaults.get(key) != value]
+    return " ".join([config["policy"], *options, *(f"{name}={config[name]}" for name in TOLD if config.get(name))])
 
 
 def _names(configs: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Names of configurations by their keys; those that differ in their plugins' code alone name it."""
-    found = {_side_key(config): (describe(config), config["plugins"].get("policy")) for config in configs}
+    found = {side_key(config): (describe(config), config["plugins"].get("policy")) for config in configs}
     taken = Counter(name for name, _ in found.values())
     return {
         key: name if taken[name] == 1 or code is None else f"{name} ({Identity.model_validate(code)})"
@@ -138,9 +155,9 @@ def _names(configs: Sequence[dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _sides(paths: Sequence[Path], skipped: list[str], skip_unfinished: bool) -> dict[str, _Side]:
+def sides(paths: Sequence[Path], skipped: list[str], skip_unfinished: bool) -> dict[str, Side]:
     """The finished runs by cell and side; `skipped` tells of those that cannot be read, and of unfinished ones."""
-    found: dict[str, _Side] = {}
+    found: dict[str, Side] = {}
     for folder in sorted({os.path.realpath(folder): folder for path in paths for folder in find_runs(path)}.values()):
         try:
             run, rows = read(folder), finished_rows(folder)
@@ -158,16 +175,18 @@ def _sides(paths: Sequence[Path], skipped: list[str], skip_unfinished: bool) -> 
                 )
             skipped.append(f"{unfinished} and was left out.")
             continue
-        key = _cell_key(run["config"]) + _side_key(run["config"])
-        found.setdefault(key, _Side(run["config"])).add(folder, run, rows)
+        key = cell_key(run["config"]) + side_key(run["config"])
+        found.setdefault(key, Side(run["config"])).add(folder, run, rows)
     return found
 
 
-def _cell_key(config: dict[str, Any]) -> str:
+def cell_key(config: dict[str, Any]) -> str:
+    """What two configurations whose scores can be compared have in common."""
     return json.dumps([*(config[name] for name in SAME), config["plugins"].get("task")], sort_keys=True)
 
 
-def _side_key(config: dict[str, Any]) -> str:
+def side_key(config: dict[str, Any]) -> str:
+    """What all runs of one configuration have in common, whatever their task, length and seed."""
     plugins = {role: code for role, code in config["plugins"].items() if role in ("policy", "budget")}
     rest = {key: config[key] for key in config if key not in (*SAME, *POOLED, "plugins")}
     return json.dumps({**rest, "plugins": plugins}, sort_keys=True)
@@ -178,7 +197,7 @@ def same_task(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return bool(one["plugins"].get("task") == other["plugins"].get("task"))
 
 
-def _why(base: _Side, side: _Side) -> str:
+def _why(base: Side, side: Side) -> str:
     def told(config: dict[str, Any], name: str) -> Any:
         if name != "code of the task":
             return config[name]

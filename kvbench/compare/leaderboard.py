@@ -10,14 +10,16 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import duckdb
+from typing import TYPE_CHECKING, Any
 
 from kvbench import spreadsheet
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extras import need
 from kvbench.contract.reading import shown
 from kvbench.runs.results import find_runs, read
+
+if TYPE_CHECKING:
+    import duckdb
 
 COLUMNS: dict[str, tuple[str, str]] = {
     "model": ("VARCHAR", "config.model"),
@@ -94,6 +96,7 @@ def query(
     descending after a minus. Column names are checked against COLUMNS, and values are bound, never part of the SQL.
     Raises KVBenchError for an unknown column, a condition without an operator and a value of another type.
     """
+    database = need("duckdb", "kvbench leaderboard")
     documents, skipped = [], []
     for folder in find_runs(root):
         try:
@@ -119,12 +122,14 @@ def query(
     if limit is not None:
         sql += " LIMIT ?"
         parameters.append(limit)
-    connection = duckdb.connect(":memory:", config={"threads": 1, "autoinstall_known_extensions": False})
-    return connection.sql(sql, params=parameters), skipped
+    connection = database.connect(":memory:", config={"threads": 1, "autoinstall_known_extensions": False})
+    selection: duckdb.DuckDBPyRelation = connection.sql(sql, params=parameters)
+    return selection, skipped
 
 
 def export(found: duckdb.DuckDBPyRelation, file: Path) -> None:
     """Write a selection as CSV, Parquet or Markdown, by the file's ending; raises KVBenchError for another one."""
+    database = need("duckdb", "kvbench leaderboard")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         match file.suffix:
@@ -137,7 +142,7 @@ def export(found: duckdb.DuckDBPyRelation, file: Path) -> None:
                 file.write_text(markdown(found.columns, found.fetchall()), encoding="utf-8")
             case _:
                 raise KVBenchError(f"{file} does not say its format: end it in .csv, .parquet or .md.")
-    except (OSError, duckdb.IOException) as error:
+    except (OSError, database.IOException) as error:
         raise KVBenchError(f"Cannot write to {file}: {error}.") from None
 
 

@@ -60,8 +60,18 @@ class Observe(Protocol):
         """Queries [B, H, m, d] and keys [B, G, m, d] of the replayed tokens, which follow the tokens in the store."""
 
 
-Replay = Callable[[Tensor, Observe], None]
-"""Runs token ids [B, m] through the model after the stored prompt, shows each layer's vectors and forgets them."""
+class Replay(Protocol):
+    """Runs token ids through the model after the stored prompt."""
+
+    def __call__(self, ids: Tensor, observe: Observe) -> None:
+        """Run ids [B, m] through the model, show each layer's vectors and forget them."""
+
+    def continuation(self, tokens: int) -> Tensor:
+        """What follows the prompt under exact attention: ids [B, m], m at most `tokens`, −1 after a row's end.
+
+        What is known to follow (a question that passes through the policy, given tokens), then greedily. For yardsticks
+        that look ahead: each token beyond the known ones takes a replay of those before it.
+        """
 
 
 class Pluggable(Extension):

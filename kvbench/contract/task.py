@@ -65,6 +65,8 @@ class Task(Extension, ABC):
     """A source of examples with a score; third parties subclass it and register the class with `kvbench_tasks`."""
 
     Options: ClassVar[type[BaseModel]] = TaskOptions
+    metrics: ClassVar[dict[str, str]] = {}
+    """Names, and labels for tables, of what `measures` gives beside the score."""
 
     def __init__(self, options: BaseModel | None = None) -> None:
         self.options = self.Options() if options is None else options
@@ -85,6 +87,13 @@ class Task(Extension, ABC):
     @abstractmethod
     def score(self, prediction: str, example: Example) -> float:
         """Score the generated text (without prompt and answer prefix) between 0 and 1."""
+
+    def measures(self, prediction: str, example: Example) -> dict[str, float]:
+        """What else the generated text shows, by names of `metrics`; a name whose value there is none of is left out.
+
+        Like the score it may depend on the text, the references and `info` alone, so that it can be had again.
+        """
+        return {}
 
     def data(self) -> dict[str, str]:
         """Name and hash the texts that the examples are made from: they belong to a run's configuration."""

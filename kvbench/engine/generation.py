@@ -125,7 +125,11 @@ def generate_batch(
         reason = _hooks_because(session, decoding, "it keeps no cache")
         return [_generate_uncached(session, prompt, limit, stop, reason) for prompt, limit in pairs]
     ids, mask = pad(prompts, input_device(session.model))
-    logits, prefill_s = _prompt(session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder, begun)
+    ahead = ids[:, ids.shape[1] if prompt_tokens is None else prompt_tokens :]
+    with session.followed_by(ahead):
+        logits, prefill_s = _prompt(
+            session, ids, mask, prompt_tokens, prefill_chunk, prefilled, border, recorder, begun
+        )
     assert session.cache is not None
     found = logits.argmax(-1)
     tokens: list[list[int]] = [[] for _ in prompts]
@@ -303,7 +307,8 @@ def force(
 
     m = len(input_ids) − prompt_tokens − 1 positions: every token after the prompt but the last, which has no successor.
     """
-    with session.prompt_of(prompt_tokens):
+    following = torch.tensor([list(input_ids[prompt_tokens:])], device=input_device(session.model))
+    with session.prompt_of(prompt_tokens), session.followed_by(following):
         logits, first_s, step_s = _forced(
             session.model,
             input_ids,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -161,7 +162,7 @@ class PrefixStore:
             with suppress(FileNotFoundError):
                 old = time.time() - path.stat().st_mtime > _DAY
                 if old or (host == socket.gethostname() and not _lives(process)):
-                    path.unlink()
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _lives(process: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +51,52 @@ class ReplayCache(Cache):
         if isinstance(held, _ReplayLayer) and held.pending:
             held.pending = False
             self._observe(held.layer, queries, keys[:, :, held.layer.tokens :])
+
+
+class Replayer:
+    """`kvbench.contract.policy.Replay` for one lane of a session's cache."""
+
+    def __init__(
+        self, run: Callable[[Tensor, Observe], Tensor], first: Tensor | None, known: Tensor | None, ends: set[int]
+    ) -> None:
+        """`run` gives the logits [B, V] after the ids; `first` are those after the prompt, `known` the ids [B, m] that
+        follow it, where there are any, `ends` the ids that end an answer."""
+        self._run, self._first, self._known, self._ends = run, first, known, ends
+
+    def __call__(self, ids: Tensor, observe: Observe) -> None:
+        """Run ids [B, m] through the model, show each layer's vectors and forget them."""
+        self._run(ids, observe)
+
+    def continuation(self, tokens: int) -> Tensor:
+        """What follows the prompt under exact attention; see `kvbench.contract.policy.Replay`."""
+        found, logits = self._known, self._first
+        if found is not None and found.shape[1] >= tokens:
+            return found[:, :tokens]
+        ended: Tensor | None = None
+        while found is None or found.shape[1] < tokens:
+            if found is not None:
+                logits = self._run(found.clamp_min(0), _unseen)
+            if logits is None:
+                raise KVBenchError("The model gave no logits after its prompt, so what follows it is not known.")
+            after = logits.argmax(-1, keepdim=True)
+            ended = torch.zeros_like(after, dtype=torch.bool) if ended is None else ended
+            for end in self._ends:
+                ended = ended | (after == end)
+            after = after.masked_fill(ended, -1)
+            if bool(ended.all()):
+                break
+            found = after if found is None else torch.cat([found, after], dim=1)
+        return after[:, :0] if found is None else found
+
+
+def ends_of(model: Any) -> set[int]:
+    """Token ids that end what a model generates."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {found} if isinstance(found, int) else set(found or ())
+
+
+def _unseen(layer: Layer, queries: Tensor, keys: Tensor) -> None:
+    """What a layer sees of the continuation is not looked at."""
 
 
 class _ReplayLayer(CacheLayerMixin):

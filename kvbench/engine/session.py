@@ -26,7 +26,7 @@ from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.interface import answering, attached
 from kvbench.engine.lanes import Lane, last_queries
 from kvbench.engine.prompt import Prefill
-from kvbench.engine.replay import ReplayCache
+from kvbench.engine.replay import ReplayCache, Replayer, ends_of
 from kvbench.engine.residual import watch_residual
 from kvbench.engine.saving.context import Attributes, load_context, save_context
 
@@ -56,6 +56,8 @@ class Session(Attending):
         self.saved: Path | None = None
         """The file whose context is loaded when the session is entered; see `kvbench.resume`."""
         self._attributes: Attributes | None = None
+        self._following: Tensor | None = None
+        self._logits: Tensor | None = None
         self._replaced: WeakKeyDictionary[Any, PolicyCache] = WeakKeyDictionary()
         """The caches that came with a prompt, and those that took their place."""
 
@@ -157,6 +159,15 @@ class Session(Attending):
         return (), {**kwargs, "past_key_values": cache, "use_cache": True}
 
     @contextmanager
+    def followed_by(self, ids: Tensor) -> Iterator[None]:
+        """Announce, within the block, the token ids [B, m] that follow the prompt, for yardsticks that look ahead."""
+        self._following = ids if ids.shape[1] else None
+        try:
+            yield
+        finally:
+            self._following = None
+
+    @contextmanager
     def prompt_of(self, tokens: int) -> Iterator[None]:
         """Announce, within the block, that prompts have so many tokens."""
         before, self.prompt_tokens = self.prompt_tokens, tokens
@@ -182,6 +193,8 @@ class Session(Attending):
                 f"{type(model).__name__} does not pass its attention through transformers' attention interface in "
                 "every layer, so no policy can govern it: use another architecture."
             )
+        self._logits = getattr(output, "logits", None) if not cache.complete else None
+        self._logits = None if self._logits is None else self._logits[:, -1]
         self._complete(cache)
         cache.open = False
 
@@ -229,6 +242,7 @@ class Session(Attending):
                 cached.end_prompt(part.attends)
         if self.defers:
             cache.finish_prompt()
+        self._logits = prompt.logits if tokens is None else None
         self._complete(cache)
 
     # -- saving ----------------------------------------------------------------------------------------------------
@@ -290,14 +304,23 @@ class Session(Attending):
             layers = [cached.by_lane[number] for cached in cache.governed]
             own = ids if lane.rows is None else ids[lane.rows.to(ids.device)]
 
-            def replay(more: Tensor, observe: Observe, lane: Lane = lane, layers: list[Layer] = layers) -> None:
+            def run(more: Tensor, observe: Observe, lane: Lane = lane, layers: list[Layer] = layers) -> Tensor:
                 self._replay = ReplayCache(cache, lane, layers, observe)
                 try:
                     with torch.no_grad():
-                        self.model(input_ids=more, past_key_values=self._replay, use_cache=True, logits_to_keep=1)
+                        found = self.model(
+                            input_ids=more, past_key_values=self._replay, use_cache=True, logits_to_keep=1
+                        )
                 finally:
                     self._replay = None
+                logits: Tensor = found.logits[:, -1].to(ids.device)
+                return logits
 
+            rows = slice(None) if lane.rows is None else lane.rows.to(ids.device)
+            known, after = (
+                None if part is None else part.to(ids.device)[rows] for part in (self._following, self._logits)
+            )
+            replay = Replayer(run, after, known, ends_of(self.model))
             start = self.now()
             self.call("after_prompt", layers=layers, ids=own[:, lane.padding :], replay=replay)
             cache.index_s += self.now() - start

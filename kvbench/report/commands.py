@@ -33,6 +33,7 @@ def run_command(config: Mapping[str, Any], output: Path | None = None, *, probes
         words += ["--budget", budget["allocator"]]
         words += [word for size in ("tokens", "ratio", "bytes") if budget.get(size) is not None
                   for word in (f"--{size}", _text(budget[size]))]  # fmt: skip
+        words += ["--compress-every", str(budget["compress_every"])] if budget.get("compress_every") else []
         words += _pairs("--budget-option", "budget", budget["allocator"], budget["options"])
     for key, flag in FLAGS.items():
         value, field = config[key], RunConfig.model_fields[key]

@@ -19,7 +19,7 @@ from kvbench.engine.prompt import Prefill
 from kvbench.engine.survey import token_bytes
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
-from kvbench.runs.measured import checked_score, probed_trace, probed_values, task_errors
+from kvbench.runs.measured import checked_measures, checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, release
 from kvbench.runs.planning import AnyTask
 from kvbench.runs.prefixed import forget, generate_prefixed, recall_around
@@ -89,8 +89,13 @@ def _scored(
     if isinstance(example, Example):
         assert not isinstance(task, ForcedTask)
         with task_errors(task, f"the score of example {example.id}"):
-            score = task.score(prediction, example)
-        return {"score": checked_score(task, example.id, score), "references": list(example.references)}
+            score, measures = task.score(prediction, example), task.measures(prediction, example)
+        values = checked_measures(task, example.id, measures)
+        return {
+            "score": checked_score(task, example.id, score),
+            **({"scores": values} if values else {}),
+            "references": list(example.references),
+        }
     assert isinstance(task, ForcedTask) and isinstance(result, Forced)
     targets = list(example.input_ids[example.prompt_tokens + 1 :])
     exact = _exact(config, loaded, example)

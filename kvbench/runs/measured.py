@@ -92,6 +92,23 @@ def checked_score(task: Any, example: str, value: Any, name: str = "") -> float:
     return value  # type: ignore[no-any-return]
 
 
+def checked_measures(task: Any, example: str, values: Any) -> dict[str, float]:
+    """What a task measured of an example besides; raises KVBenchError for a name it never gave, and for no number."""
+    if not isinstance(values, dict):
+        raise KVBenchError(
+            f"Task '{task.name}' ({type(task).__module__}) measured example {example} with {shown(values)}; expected a "
+            "dictionary of names and numbers."
+        )
+    for name in values:
+        if name not in task.metrics or name in RESERVED:
+            wanted = ", ".join(sorted(set(task.metrics) - RESERVED)) or "nothing, since it has no `metrics`"
+            raise KVBenchError(
+                f"Task '{task.name}' ({type(task).__module__}) measured {name!r} of example {example}; expected "
+                f"{wanted}."
+            )
+    return {name: checked_score(task, example, value, name) for name, value in values.items()}
+
+
 @contextmanager
 def task_errors(task: Any, doing: str) -> Iterator[None]:
     """Report an error in a task's code with the task's name."""

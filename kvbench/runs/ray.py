@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbench.contract.errors import KVBenchError, sentence
+from kvbench.contract.extras import need
 from kvbench.models import LoadedModel
 from kvbench.runs.results import RunConfig
 from kvbench.runs.sweep import Outcome, Planned, Progress, document, reuse, run_one
@@ -50,10 +51,7 @@ class _Silent:
 @contextmanager
 def cluster(address: str | None, workers: int | None) -> Iterator[_Cluster]:
     """Join the Ray cluster at `address`, or start one on this machine for the time of the block."""
-    try:
-        import ray  # noqa: PLC0415  an extra
-    except ImportError:
-        raise KVBenchError("The engine ray needs the package ray: pip install 'kvbench[ray]'.") from None
+    ray = need("ray", "--engine ray")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         if address is None:

@@ -60,10 +60,12 @@ def _verify(path: Path) -> Verification:
         notes, count = [f"scores were not computed again: {scores}"], 0
     else:
         notes, count = [], len(scores)
-        faults += [
-            f"example {row['id']} states a score of {row['score']:g}, and its answer has {again:g}"
-            for row, again in zip(rows, scores, strict=True) if not _close(row["score"], again)
-        ]  # fmt: skip
+        for row, values in zip(rows, scores, strict=True):
+            stated = {**row.get("scores", {}), "score": row["score"]}
+            faults += [
+                f"example {row['id']} states a {name} of {_told(value)}, and its answer has {_told(values.get(name))}"
+                for name, value in stated.items() if name not in values or not _close(value, values[name])
+            ]  # fmt: skip
     again = json.loads(json.dumps(summarise(rows))) if rows else {}
     faults += [
         f"{name} is {_told(stated)} in run.json, and {_told(value)} by the examples"
@@ -72,8 +74,8 @@ def _verify(path: Path) -> Verification:
     return Verification(path, len(rows), count, faults, notes)
 
 
-def _scores(config: RunConfig, rows: list[dict[str, Any]]) -> list[float] | str:
-    """Every example's score from its answer and references, or why they cannot be had."""
+def _scores(config: RunConfig, rows: list[dict[str, Any]]) -> list[dict[str, float]] | str:
+    """Every example's score, and what its task measures besides, from its answer and references; or why not."""
     task = registry().make("task", config.task, config.task_options)
     if isinstance(task, ForcedTask):
         return f"task '{config.task}' scores logits, which are not kept"
@@ -83,7 +85,7 @@ def _scores(config: RunConfig, rows: list[dict[str, Any]]) -> list[float] | str:
             row["id"], "", "", "", tuple(row["references"]), row["generated_tokens"], info=row.get("info", {})
         )
         try:
-            found.append(float(task.score(row["prediction"], example)))
+            found.append({**task.measures(row["prediction"], example), "score": task.score(row["prediction"], example)})
         except Exception as error:  # a plugin may raise anything
             raise KVBenchError(
                 f"Task '{config.task}' cannot score example {row['id']} ({type(error).__name__}: {error}): install the "

@@ -9,7 +9,9 @@ from kvbench.tasks import (
     infinitebench,
     infinitebench_files,
     jsonl,
+    long_answers,
     longbench,
+    reasoning,
     ruler,
     ruler_more,
     shared,
@@ -68,6 +70,8 @@ def kvbench_tasks() -> list[type[Task] | type[ForcedTask]]:
         *shared.SCBENCH,
         code.LongCode,
         code.ClassEval,
+        *long_answers.LONG_ANSWERS,
+        *reasoning.REASONING,
         jsonl.JsonLines,
         fidelity.Fidelity,
     ]

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions, FileTask
-from kvbench.tasks.metrics import edit_similarity
+from kvbench.tasks.metrics import check_installed, edit_similarity
 from kvbench.tasks.prompts import fill
 
 
@@ -82,6 +82,11 @@ class ClassEval(FileTask):
         """Where the published file is, and how long an answer may be."""
 
         max_new_tokens: int = Field(1024, ge=1, description="Most tokens to generate.")
+
+    def data(self) -> dict[str, str]:
+        """Name the published file and its hash."""
+        check_installed("edit_similarity")
+        return super().data()
 
     def build(self, row: Any, name: str) -> list[Example]:
         """Make the example of a row, with the published prompt for whole classes."""

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, cast
 from pydantic import Field
 
 from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extras import need
 from kvbench.contract.reading import parse_json, plain, read_bytes, reading
 from kvbench.contract.task import Example, Task, TaskOptions
 from kvbench.tasks.prompts import prompt_length
@@ -150,11 +151,8 @@ def _read(file: Path, member: str, _mtime: int) -> Published:
 
 def _parse(name: str, data: bytes) -> Any:
     if name.endswith(".parquet"):
-        try:
-            import pyarrow  # noqa: PLC0415
-            import pyarrow.parquet  # noqa: PLC0415
-        except ImportError:
-            raise KVBenchError(f"{name} is read with pyarrow: pip install 'kvbench[hub]'.") from None
+        pyarrow = need("pyarrow", f"Reading {name}")
+        need("pyarrow.parquet", f"Reading {name}")
         return pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     text = data.decode("utf-8-sig")
     if not name.endswith(".jsonl"):
@@ -176,7 +174,7 @@ class FileTask(Task):
     its `info` then says how many tokens (`truncated_tokens`).
     """
 
-    Options = FileOptions
+    Options: ClassVar[type[FileOptions]] = FileOptions
     patterns: ClassVar[tuple[str, ...]]
     """Names of the file, as globs below the folder; the first is the one to tell users of."""
     published: ClassVar[str]

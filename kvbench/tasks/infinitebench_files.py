@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from kvbench.contract.task import Example
 from kvbench.tasks.files import FileTask
-from kvbench.tasks.metrics import f1, f1_characters, rouge_lsum
+from kvbench.tasks.metrics import check_installed, f1, f1_characters, rouge_lsum
 
 _LETTERS = "ABCD"
 
@@ -85,6 +85,11 @@ class BookSummary(InfiniteBenchFile):
     summary = "∞-Bench En.Sum: summarise a book (needs its published file)"
     patterns = ("longbook_sum_eng.jsonl",)
     max_new_tokens = 1200
+
+    def data(self) -> dict[str, str]:
+        """Name the published file and its hash."""
+        check_installed("rouge_lsum")
+        return super().data()
 
     def prompt(self, row: Any) -> tuple[str, str, str]:
         """Give the context, no question and the answer prefix of a row."""

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.reading import parse_json, read_bytes, reading
 from kvbench.contract.task import Example, Task, TaskOptions
-from kvbench.tasks.metrics import METRICS
+from kvbench.tasks.metrics import METRICS, check_installed
 from kvbench.tasks.prompts import prompt_length
 
 Metric = Literal[
@@ -60,7 +60,10 @@ class JsonLines(Task):
     def data(self) -> dict[str, str]:
         """Name the file and its hash."""
         file = self._file()
-        _read(file, file.stat().st_mtime_ns)  # what is wrong with a line is told before a model is loaded
+        # What is wrong with a line, or is not installed, is told before a model is loaded.
+        lines = _read(file, file.stat().st_mtime_ns)
+        for metric in sorted({line.metric or self._options.metric for _, line in lines}):
+            check_installed(metric)
         return {"haystack": file.name, "haystack_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:

@@ -9,7 +9,7 @@ from pydantic import Field
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileOptions, FileTask, Published, load
-from kvbench.tasks.metrics import edit_similarity, f1, f1_chinese, rouge_l, rouge_l_chinese
+from kvbench.tasks.metrics import check_installed, edit_similarity, f1, f1_chinese, rouge_l, rouge_l_chinese
 
 Metric = Callable[[str, Sequence[str]], float]
 
@@ -176,6 +176,13 @@ class LongBench(FileTask):
         """Where the published files are, and which of them."""
 
         balanced: bool = Field(False, description="LongBench-E's file of evenly spread lengths instead.")
+
+    def data(self) -> dict[str, str]:
+        """Name the published file and its hash."""
+        metric = DATASETS[self.dataset][1]
+        if metric is not None:
+            check_installed(metric.__name__)
+        return super().data()
 
     def build(self, row: Any, name: str) -> list[Example]:
         """Make the example of a row."""

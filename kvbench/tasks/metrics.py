@@ -4,9 +4,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.extras import check_extras, need
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
@@ -58,16 +58,12 @@ def rouge_lsum(prediction: str, references: Sequence[str]) -> float:
 
 def bleu(prediction: str, references: Sequence[str]) -> float:
     """Sentence BLEU against all references, 0 to 1, by sacrebleu (arXiv:1804.08771)."""
-    import sacrebleu  # noqa: PLC0415
-
-    return float(sacrebleu.sentence_bleu(prediction, list(references)).score) / 100
+    return float(_package(bleu, "sacrebleu").sentence_bleu(prediction, list(references)).score) / 100
 
 
 def chrf(prediction: str, references: Sequence[str]) -> float:
     """Sentence chrF, 0 to 1, the best over the references, by sacrebleu (Popović 2015)."""
-    import sacrebleu  # noqa: PLC0415
-
-    return float(sacrebleu.sentence_chrf(prediction, list(references)).score) / 100
+    return float(_package(chrf, "sacrebleu").sentence_chrf(prediction, list(references)).score) / 100
 
 
 def edit_similarity(prediction: str, references: Sequence[str]) -> float:
@@ -75,9 +71,8 @@ def edit_similarity(prediction: str, references: Sequence[str]) -> float:
 
     This is fuzzywuzzy's `ratio`, which LongBench's code tasks use (arXiv:2308.14508).
     """
-    from rapidfuzz import fuzz  # noqa: PLC0415
-
-    return max(round(fuzz.ratio(prediction, reference)) / 100 for reference in references)
+    ratio: Callable[[str, str], float] = _package(edit_similarity, "rapidfuzz.fuzz").ratio
+    return max(round(ratio(prediction, reference)) / 100 for reference in references)
 
 
 def f1_chinese(prediction: str, references: Sequence[str]) -> float:
@@ -100,20 +95,17 @@ class _Words(Protocol):
 
 
 def _english() -> _Words:
-    from rouge_score.tokenizers import DefaultTokenizer  # noqa: PLC0415
-
-    words: _Words = DefaultTokenizer()
+    words: _Words = _package(rouge_l, "rouge_score.tokenizers").DefaultTokenizer()
     return words
 
 
 def _rouge_l(words: _Words, prediction: str, references: Sequence[str]) -> float:
-    from rapidfuzz.distance import LCSseq  # noqa: PLC0415
-
+    common = _package(rouge_l, "rapidfuzz.distance").LCSseq
     predicted = words.tokenize(prediction)
     best = 0.0
     for reference in references:
         expected = words.tokenize(reference)
-        best = max(best, _f_measure(LCSseq.similarity(predicted, expected), len(predicted), len(expected)))
+        best = max(best, _f_measure(common.similarity(predicted, expected), len(predicted), len(expected)))
     return best
 
 
@@ -192,10 +184,7 @@ class _Chinese:
 
 
 def _cut(text: str) -> list[str]:
-    try:
-        import jieba  # noqa: PLC0415
-    except ImportError:
-        raise KVBenchError("Chinese answers are cut into words by jieba: pip install 'kvbench[chinese]'.") from None
+    jieba = _package(f1_chinese, "jieba")
     jieba.setLogLevel("WARNING")
     return list(jieba.cut(text))
 
@@ -224,3 +213,19 @@ METRICS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
     )
 }  # fmt: skip
 """The metrics that a file of examples can name."""
+
+_PACKAGES: Mapping[str, tuple[str, ...]] = {
+    "rouge_l": ("rouge_score", "rapidfuzz"), "rouge_lsum": ("rouge_score",), "bleu": ("sacrebleu",),
+    "chrf": ("sacrebleu",), "edit_similarity": ("rapidfuzz",), "next_line_similarity": ("rapidfuzz",),
+    "f1_chinese": ("jieba",), "rouge_l_chinese": ("jieba", "rapidfuzz"), "function_right": ("nltk",),
+}  # fmt: skip
+"""Metric -> the packages of extras that it is made with."""
+
+
+def check_installed(name: str) -> None:
+    """Raise KVBenchError, which names the pip command, where a metric's packages are missing."""
+    check_extras(f"The metric {name}", *_PACKAGES.get(name, ()))
+
+
+def _package(metric: Callable[..., float], module: str) -> Any:
+    return need(module, f"The metric {metric.__name__}")

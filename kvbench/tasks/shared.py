@@ -10,10 +10,11 @@ from typing import Any, ClassVar, cast
 
 from pydantic import BaseModel, Field
 
+from kvbench.contract.extras import need
 from kvbench.contract.task import Example, Task
 from kvbench.tasks.files import FileTask
 from kvbench.tasks.infinitebench_files import choice_right
-from kvbench.tasks.metrics import f1_characters, rouge_lsum, string_match_all
+from kvbench.tasks.metrics import check_installed, f1_characters, rouge_lsum, string_match_all
 from kvbench.tasks.prompts import fill
 from kvbench.tasks.ruler import NeedleTask, RulerFileOptions
 
@@ -91,6 +92,14 @@ class SCBench(FileTask):
     published = "SCBench's data (hub dataset microsoft/SCBench)"
     task: ClassVar[str]
 
+    def data(self) -> dict[str, str]:
+        """Name the published file and its hash."""
+        metric = SCBENCH_TASKS[self.task][2]
+        kinds = [metric] if metric else [kind for kind, _ in _MIXED.values()]
+        for name in kinds:
+            check_installed({"rouge": "rouge_lsum", "function": "function_right"}.get(name, name))
+        return super().data()
+
     def build(self, row: Any, name: str) -> list[Example]:
         """Make the examples of a row: one for each of its questions."""
         before, after, metric, max_new_tokens = SCBENCH_TASKS[self.task]
@@ -154,13 +163,13 @@ def function_right(prediction: str, function: str) -> float:
 
     This is RepoQA's criterion (arXiv:2406.06025) without its comparison to the other functions.
     """
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # noqa: PLC0415 - comes with rouge-score
-
     block = re.search(r"^```\w*\s*\n(.*?)^```", prediction.strip(), re.DOTALL | re.MULTILINE)
     words = (block.group(1) if block else prediction).split()
     if not words:
         return 0.0
-    return float(sentence_bleu([function.split()], words, smoothing_function=SmoothingFunction().method4) >= 0.8)
+    scores = need("nltk.translate.bleu_score", "The metric function_right")  # comes with rouge-score
+    smoothed = scores.SmoothingFunction().method4
+    return float(scores.sentence_bleu([function.split()], words, smoothing_function=smoothed) >= 0.8)
 
 
 def _task(task: str) -> type[Task]:

@@ -31,6 +31,15 @@ def window_votes(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     )
 
 
+def held_votes(held: HeldTokens, scaling: float) -> Tensor:
+    """Sums [B, H, t] of the latest queries' weights, float32, over what is held."""
+    queries, groups = held.queries, held.keys.shape[1]
+    grouped = queries.reshape(queries.shape[0], groups, -1, queries.shape[3])
+    logits = (grouped @ held.keys.transpose(-1, -2)).float().mul_(scaling)
+    later = held.later.repeat(1, 1, queries.shape[1] // groups, 1)
+    return logits.masked_fill_(later, -torch.inf).softmax(-1).view(*queries.shape[:3], -1).sum(2)
+
+
 def pooled(votes: Tensor, kv_heads: int, kernel: int, pooling: Literal["avg", "max"]) -> Tensor:
     """Pool votes [B, H, n] over `kernel` neighbouring tokens, then average each key/value head's queries: [B, G, n]."""
     pool = functional.avg_pool1d if pooling == "avg" else functional.max_pool1d
@@ -74,11 +83,7 @@ class SnapKV(KVCachePolicy):
     def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
         """Vote with the latest queries as with the prompt's; the window stays."""
         queries, window = held.queries, self.options.window
-        grouped = queries.reshape(*held.keys.shape[:2], -1, layer.head_dim)
-        logits = (grouped @ held.keys.transpose(-1, -2)).float().mul_(layer.scaling)
-        later = held.later.repeat(1, 1, queries.shape[1] // held.keys.shape[1], 1)
-        votes = logits.masked_fill_(later, -torch.inf).softmax(-1)
-        summed = votes.view(*queries.shape[:3], -1).sum(2)
+        summed = held_votes(held, layer.scaling)
         newest = held.newest(window)
         share = queries.shape[1] // held.keys.shape[1]
         # the window has no part in the pooling, as where the prompt is scored

@@ -6,10 +6,10 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,17 +45,17 @@ def write(path: Path, about: About, tree: Any, views: list[dict[str, Any]], tens
     metadata = {"format": FORMAT, "version": VERSION, "state": text, "sha256": _sha256(text.encode())}
     temporary = path.with_name(f".{path.name}~{socket.gethostname()}~{os.getpid()}~{secrets.token_hex(4)}")
     try:
-        save_file(dict(tensors), str(temporary), metadata=metadata)
-        _settle(temporary)
-        temporary.replace(path)
+        temporary.mkdir()  # a folder: safetensors writes to a file with a name of its own, and renames it
+        save_file(dict(tensors), str(temporary / "state"), metadata=metadata)
+        _settle(temporary / "state")
+        (temporary / "state").replace(path)
         _settle(path.parent)
     except (OSError, SafetensorError) as error:
         raise KVBenchError(
             f"The state cannot be written to {path} ({reason(error)}): free some space or choose another path."
         ) from error
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class StateFile:
@@ -100,7 +100,7 @@ class StateFile:
 
 
 def temporaries(folder: Path) -> Iterator[tuple[Path, str, int]]:
-    """The files that are being written in a folder, or were by a process that ended: with its host and number."""
+    """The folders in which states are being written, or were by a process that ended: with its host and number."""
     for path in folder.glob(".*~*~*~*"):
         parts = path.name.split("~")
         if len(parts) == 4 and parts[2].isdigit():

@@ -8,6 +8,7 @@ from pathlib import Path
 from kvbench import figures, spreadsheet
 from kvbench.report.charts.accuracy import accuracy_charts
 from kvbench.report.charts.analyses import analysis_charts, ood_charts
+from kvbench.report.charts.answers import answer_charts
 from kvbench.report.charts.chart import MIB, Chart, Row, model_text, percent, setting_text
 from kvbench.report.charts.latency import latency_charts
 from kvbench.report.charts.needles import needle_charts
@@ -21,7 +22,7 @@ def charts(found: Collection) -> list[Chart]:
     """Every figure of the report, in its order, not yet drawn."""
     return [
         *accuracy_charts(found), *recall_charts(found), *needle_charts(found), *latency_charts(found),
-        *step_charts(found), *ood_charts(found), *analysis_charts(found),
+        *step_charts(found), *answer_charts(found), *ood_charts(found), *analysis_charts(found),
     ]  # fmt: skip
 
 
