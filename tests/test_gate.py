@@ -129,3 +129,21 @@ def test_no_mutation_of_a_baseline_is_a_traceback(tmp_path):
         file.write_bytes(content)
         outcomes.add(isinstance(measured(file), str))
     assert outcomes == {True, False}
+
+
+def test_what_ran_on_a_gpu_has_a_baseline_for_each_card(tmp_path):
+    def measured(value, card, update=False):
+        benchmark = SimpleNamespace(extra_info={})
+        gate = RatioGate(benchmark, tmp_path / "benchmarks.json", update)
+        return gate.ratio("mine / theirs", value, device=card)
+
+    with pytest.raises(pytest.skip.Exception, match="has no baseline: run once on this card"):
+        measured(1.0, "NVIDIA H200")
+    measured(1.0, "NVIDIA H200", update=True)
+    measured(2.0, "NVIDIA H100", update=True)
+    assert measured(1.1, "NVIDIA H200") == 1.1
+    assert measured(2.2, "NVIDIA H100") == 2.2
+    with pytest.raises(pytest.fail.Exception, match=r"'mine / theirs on NVIDIA H200' measured 1\.300, more"):
+        measured(1.3, "NVIDIA H200")
+    with pytest.raises(pytest.fail.Exception, match="has no baseline in"):
+        RatioGate(SimpleNamespace(extra_info={}), tmp_path / "benchmarks.json", False).ratio("mine / theirs", 1.0)

@@ -223,3 +223,27 @@ def test_on_a_ray_cluster_of_two_workers_with_one_killed_nothing_is_lost_and_not
     assert code == 0
     assert examples(tmp_path / "ray") == examples(tmp_path / "local")
     assert len(examples(tmp_path / "local")) == 4
+
+
+def test_ray_places_each_run_on_a_gpu_of_its_own_and_a_spread_model_on_all_of_a_node():
+    ray = pytest.importorskip("ray")
+    from kvbench.runs.ray import _Cluster
+
+    class Worker:
+        def place(self):
+            return ray.get_gpu_ids()
+
+    ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
+             object_store_memory=80 * 2**20)  # fmt: skip
+    try:
+        joined = _Cluster(ray, None)
+        assert joined.device == "cuda"
+        count, share = joined.workers("cuda")
+        assert (count, share) == (2, {"num_gpus": 1, "num_cpus": 1})
+        workers = [ray.remote(Worker).options(**share).remote() for _ in range(count)]
+        places = ray.get([worker.place.remote() for worker in workers], timeout=120)
+        assert sorted(places) in ([[0], [1]], [["0"], ["1"]])
+        assert joined.workers("cuda", spread=True) == (1, {"num_gpus": 2, "num_cpus": 1})
+        assert joined.workers("cpu")[1]["num_gpus"] == 0
+    finally:
+        ray.shutdown()

@@ -30,30 +30,66 @@ TOLERANCE = 1e-6
 Wrapper = Generator[None, Any, Any]
 
 _ATTENDED, _FIRST = "kvbench.analysis.attended", "kvbench.analysis.first"
+MOST_WAITING = 4096
+"""Values that stay on the device at most before they are read."""
 _PARTS = ("retrieval_s", "attention_s", "insertion_s")
 
 
 class _Means:
-    """Means of named quantities over every row, head, layer and step, and for a batch of one their trace."""
+    """Means of named quantities over every row, head, layer and step, and for a batch of one their trace.
+
+    What is added stays on its device until it is read, or there is much of it: a step waits for no number.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
         self._counts: dict[str, int] = defaultdict(int)
         self._trace: dict[str, dict[tuple[int, int], list[float]]] = defaultdict(dict)
+        self._waiting: list[tuple[str, Tensor, int]] = []
+        self._traced: list[tuple[str, int, int, Tensor]] = []
 
     def add(self, name: str, layer: Layer, values: Tensor) -> None:
         """Add values [B, H], [B, H, 1] or one for all; NaN where a head has none."""
         self.add_unseen(name, values, 1)
         if layer.rows == 1:
-            self._trace[name][layer.tokens, layer.number] = values.reshape(-1).tolist()
+            self._traced.append((name, layer.tokens, layer.number, values.reshape(-1)))
 
     def add_unseen(self, name: str, values: Tensor, times: int) -> None:
         """Add values for so many layers, which leave no trace."""
-        self._sums[name] += times * float(values.nansum(dtype=torch.float64))
-        self._counts[name] += times * int(values.isfinite().sum())
+        count = values.isfinite().sum()
+        self._waiting.append((name, torch.stack([values.nansum(dtype=torch.float64), count.double()]), times))
+        if len(self._waiting) >= MOST_WAITING:
+            self._settle()
 
     def result(self) -> dict[str, float | None]:
+        self._settle()
         return {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
+
+    def trace(self) -> dict[str, dict[tuple[int, int], list[float]]]:
+        """Every quantity by step and layer."""
+        self._settle()
+        return self._trace
+
+    def _settle(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for (name, _, times), (total, count) in zip(waiting, _numbers([pair for _, pair, _ in waiting]), strict=True):
+            self._sums[name] += times * total
+            self._counts[name] += times * int(count)
+        traced, self._traced = self._traced, []
+        for (name, tokens, number, _), found in zip(traced, _numbers([one for *_, one in traced]), strict=True):
+            self._trace[name][tokens, number] = found
+
+
+def _numbers(tensors: Sequence[Tensor]) -> list[list[float]]:
+    """What tensors [m] hold, read from each device once for all of one length and type."""
+    alike: dict[Any, list[int]] = defaultdict(list)
+    for place, tensor in enumerate(tensors):
+        alike[tensor.device, tensor.dtype, len(tensor)].append(place)
+    found: list[list[float]] = [[] for _ in tensors]
+    for places in alike.values():
+        for place, values in zip(places, torch.stack([tensors[place] for place in places]).tolist(), strict=True):
+            found[place] = values
+    return found
 
 
 class MeasuringProbe(ContextProbe):
@@ -69,7 +105,7 @@ class MeasuringProbe(ContextProbe):
 
     def trace(self) -> StepTrace:
         """Every quantity by step, layer and head; the steps of a batch of several rows are not kept."""
-        return {name: dict[tuple[int, int], Sequence[float]](steps) for name, steps in self._means._trace.items()}
+        return {name: dict[tuple[int, int], Sequence[float]](steps) for name, steps in self._means.trace().items()}
 
 
 class Recall(MeasuringProbe):
@@ -128,22 +164,27 @@ class Recovery(MeasuringProbe):
         selection: Selection = yield
         step = self.step(layer, queries, selection)
         weights = step.weights
-        first: Tensor = layer.state.setdefault(_FIRST, weights)
-        for name, sinks in (("", 0), ("_without_sinks", SINKS)):
+        if _FIRST not in layer.state:  # in order, once for all steps
+            layer.state[_FIRST] = [_order(weights[..., sinks:]) for sinks in (0, SINKS)]
+        for first, (name, sinks) in zip(layer.state[_FIRST], (("", 0), ("_without_sinks", SINKS)), strict=True):
             rest, attended = weights[..., sinks:], step.attended[..., sinks:]
             total = rest.sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
             count = attended.sum(-1, keepdim=True)
             self._means.add(f"recovered_mass{name}", layer, (rest * attended).sum(-1) / total)
-            self._means.add(f"dynamic_mass{name}", layer, _of_largest(rest, rest, count) / total)
-            self._means.add(f"static_mass{name}", layer, _of_largest(rest, first[..., sinks:], count) / total)
+            largest = rest.sort(dim=-1, descending=True).values
+            self._means.add(f"dynamic_mass{name}", layer, _of_first(largest, count) / total)
+            self._means.add(f"static_mass{name}", layer, _of_first(rest.gather(-1, first), count) / total)
         return selection
 
 
-def _of_largest(weights: Tensor, ranking: Tensor, count: Tensor) -> Tensor:
-    """Sum [B, H] of the weights [B, H, n] of the `count` [B, H, 1] tokens ranked first by `ranking` [B, H, m ≤ n]."""
-    order = ranking.sort(dim=-1, descending=True, stable=True).indices
-    taken = torch.arange(order.shape[-1], device=order.device) < count
-    return (weights.gather(-1, order) * taken).sum(-1)
+def _order(ranking: Tensor) -> Tensor:
+    """The places [B, H, n] of values [B, H, n], the largest first, the earlier one of equals."""
+    return ranking.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _of_first(weights: Tensor, count: Tensor) -> Tensor:
+    """Sum [B, H] of the first `count` [B, H, 1] of the weights [B, H, m]."""
+    return (weights * (torch.arange(weights.shape[-1], device=weights.device) < count)).sum(-1)
 
 
 class Density(MeasuringProbe):
@@ -157,7 +198,7 @@ class Density(MeasuringProbe):
 
     def __init__(self, options: Any = None) -> None:
         super().__init__(options)
-        self._beyond: dict[int, list[tuple[float, float]]] = defaultdict(list)
+        self._beyond: dict[int, list[tuple[Tensor, float]]] = defaultdict(list)
         """By tokens of the context, for each layer: tokens attended and those allowed."""
 
     def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Wrapper:
@@ -172,7 +213,7 @@ class Density(MeasuringProbe):
             self._means.add_unseen("density", everything.double() / layer.tokens, layer.ungoverned)
         allowed = None if layer.most_attended is None else layer.most_attended(layer)
         if allowed is not None:
-            self._beyond[layer.tokens].append((float(attended.double().mean()), float(allowed)))
+            self._beyond[layer.tokens].append((attended.double().mean()[None], float(allowed)))
         return selection
 
     def result(self) -> dict[str, float | None]:
@@ -181,7 +222,9 @@ class Density(MeasuringProbe):
         `tokens_beyond_budget` are its tokens per layer and head beyond `KVCachePolicy.most_attended`, 0 where it stayed
         within, and `most_attended_tokens` all of its tokens.
         """
-        steps = [[sum(part) / len(found) for part in zip(*found, strict=True)] for found in self._beyond.values()]
+        means = iter(_numbers([mean for found in self._beyond.values() for mean, _ in found]))
+        pairs = [[(next(means)[0], allowed) for _, allowed in found] for found in self._beyond.values()]
+        steps = [[sum(part) / len(found) for part in zip(*found, strict=True)] for found in pairs]
         if not steps:
             return super().result()
         attended, allowed = max(steps, key=lambda step: step[0] - step[1])

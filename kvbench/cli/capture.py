@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvbench.cli.common import Device, Dtype, Json, Model, app, err, mib, out
+from kvbench.cli.common import Device, Dtype, Json, Model, RopeScaling, app, err, mib, out
 from kvbench.contract.errors import KVBenchError, check_output
 
 if TYPE_CHECKING:
     from kvbench.capture.files import Capture
 
 SourceTextName = Annotated[str, typer.Option(help="Text file, or `default`: Python's documentation and library.")]
-RopeScaling = Annotated[str | None, typer.Option(help="yarn: extend the model where its limit is shorter.")]
 PrefillChunk = Annotated[int, typer.Option(min=1, help="Compute the prompt this many tokens at a time.")]
 DecodeTokens = Annotated[int, typer.Option(min=1, help="Tokens of the context that are decoded one by one.")]
 Decoding = Annotated[str, typer.Option(help="text: the text goes on token by token; greedy: the model's own tokens.")]
@@ -29,21 +28,21 @@ def captured(
     seed: int, device: str | None, dtype: str | None,
 ) -> Capture:  # fmt: skip
     """Make the capture that the options ask for, or find it in its folder (`output`, or of the capture's hash)."""
-    if rope_scaling not in (None, "yarn"):
-        raise KVBenchError(f"--rope-scaling {rope_scaling} is not known: give yarn, or leave it out.")
     if decoding not in ("greedy", "text"):
         raise KVBenchError(f"--decoding {decoding} is neither 'greedy' nor 'text'.")
     from kvbench.capture.record import capture, plan_capture, read_text  # noqa: PLC0415
     from kvbench.models import load_model  # noqa: PLC0415
+    from kvbench.models.scaling import rope_scaling_named  # noqa: PLC0415
 
+    scaling = rope_scaling_named(rope_scaling)
     source = read_text(text)
     loaded = load_model(
-        model, device=device, dtype=dtype, context_length=context_length,
-        rope_scaling=rope_scaling,  # type: ignore[arg-type]
+        model, device=device, dtype=dtype, context_length=context_length, rope_scaling=rope_scaling,
     )  # fmt: skip
     config = plan_capture(
         loaded, source, context_length=context_length, decode_tokens=decode_tokens, layers=layers,
-        decoding=decoding, dtype=store_dtype, seed=seed, rope_scaling=rope_scaling,  # type: ignore[arg-type]
+        decoding=decoding, dtype=store_dtype, seed=seed,  # type: ignore[arg-type]
+        rope_scaling=scaling and scaling.kind,  # type: ignore[arg-type]
     )  # fmt: skip
     folder = output if isinstance(output, Path) else output(config.hash)
     with err.status(f"Capturing {len(config.layers)} layers over {context_length} tokens"):

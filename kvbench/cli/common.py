@@ -33,6 +33,16 @@ Name = Annotated[str | None, typer.Argument(help="Describe this one.")]
 Model = Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")]
+RopeScaling = Annotated[
+    str | None,
+    typer.Option(
+        help="yarn: extend the model where its limit is shorter than the context; yarn:4: by this factor always."
+    ),
+]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(help="auto: spread the model by layer over all GPUs, and over memory and disk where these are full."),
+]
 
 
 def interruptible(command: Callable[P, None]) -> Callable[P, None]:
@@ -120,6 +130,15 @@ def allocation(text: str) -> tuple[str, dict[str, Any]]:
         f"--budget {text} has a size that is none: give tokens (512), a share of the context (10%) or bytes (64MiB), "
         "as in pyramid:512, or an allocator alone."
     )
+
+
+def whole_or_auto(name: str, text: str | None) -> Any:
+    """A positive whole number, `auto`, or None for an option that was not given; `name` is the option's."""
+    if text is None or text.strip() == "auto":
+        return text and "auto"
+    if re.fullmatch(r"[0-9]+", text.strip()) and 0 < int(text) < 2**31:
+        return int(text)
+    raise KVBenchError(f"{name} {text} is neither a positive whole number nor auto.")
 
 
 def numbers(name: str, text: str | None) -> tuple[int, ...] | None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kvbench.cli.common import (
+    DeviceMap,
     Json,
+    RopeScaling,
     allocation,
     app,
     byte_size,
@@ -20,6 +23,7 @@ from kvbench.cli.common import (
     mib,
     out,
     pairs,
+    whole_or_auto,
 )
 from kvbench.cli.table import MOST_COLUMNS, results_table
 from kvbench.contract.errors import KVBenchError, check_output, sentence
@@ -71,11 +75,18 @@ def run(
         int, typer.Option(min=0, help="Last tokens of the context that come after the cached prefix.")
     ] = 0,
     prefill_chunk: Annotated[
-        int | None, typer.Option(min=1, help="Compute the prompt this many tokens at a time.")
+        str | None,
+        typer.Option(help="Compute the prompt this many tokens at a time; auto: as many as free memory has room for."),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Generate so many examples at once; the probed ones run alone.")
-    ] = 1,
+        str,
+        typer.Option(
+            "--batch-size",
+            "--batch",
+            help="Generate so many examples at once, auto: as many as free memory has room for; the probed ones run "
+            "alone. Where memory runs out, half as many are tried.",
+        ),
+    ] = "1",
     share_prefill: Annotated[
         bool | None,
         typer.Option(help="Compute each prompt once for all policies and probes. [default: yes, but not in batches]"),
@@ -108,9 +119,15 @@ def run(
     baseline: Annotated[bool, typer.Option(help="Run `full` on the same examples.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")] = None,
+    rope_scaling: RopeScaling = None,
+    device_map: DeviceMap = None,
     output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute everything anew; earlier results are moved to OUTPUT/.replaced.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check everything, estimate time and memory from a few short steps, and stop."),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -133,6 +150,8 @@ def run(
         raise KVBenchError(f"--prefix {prefix} is neither 'none' nor 'cached'.")
     if decoding not in DECODINGS:
         raise KVBenchError(f"--decoding {decoding} is none of {', '.join(DECODINGS)}.")
+    chunk, batch = whole_or_auto("--prefill-chunk", prefill_chunk), whole_or_auto("--batch-size", batch_size)
+    place: dict[str, Any] = {"device": device, "dtype": dtype, "rope_scaling": rope_scaling, "device_map": device_map}
     found = load_registry()
     names, probes = listed(policy), listed(probe)
     if not names:
@@ -155,6 +174,7 @@ def run(
 
     from kvbench.contract.budget import Budget  # noqa: PLC0415  torch takes seconds to import, so names are checked before
     from kvbench.models import load_model  # noqa: PLC0415
+    from kvbench.models.quantised import check_quantised  # noqa: PLC0415
     from kvbench.runs.planning import load_to_plan  # noqa: PLC0415
     from kvbench.runs.results import over_budget_text, replace  # noqa: PLC0415
     from kvbench.runs.runner import Request, execute, plan  # noqa: PLC0415
@@ -166,8 +186,8 @@ def run(
         Request(
             policy=name, policy_options=options[name], budget=shared, task=task, task_options=pairs(task_option),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
-            prefill_chunk=prefill_chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probes),
-            batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+            prefill_chunk=chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(probes),
+            batch_size=batch, share_prefill=share_prefill, dense_layers=dense_layers,
             decoding=decoding, prefix=prefix, new_tokens=new_tokens,  # type: ignore[arg-type]
         )
         for name in names
@@ -175,7 +195,8 @@ def run(
     asked = set(names) - ({"full"} if baseline_added else set())
     failures: dict[str, str] = {}
     configs = []
-    light = load_to_plan(model, device=device, dtype=dtype, context_length=context_length)
+    light = load_to_plan(model, context_length=context_length, **place)
+    check_quantised(model, light.model.config, light.device)
     for request in requests:
         try:
             configs.append(plan(request, light))
@@ -188,7 +209,15 @@ def run(
     left_out = dict(failures) if every else {}
     loaded = light
     if light.model.device.type == "meta":
-        loaded = load_model(model, device=device, dtype=dtype, context_length=context_length)
+        loaded = load_model(model, context_length=context_length, **place)
+    if dry_run:
+        from kvbench.cli.plan import print_estimates  # noqa: PLC0415
+        from kvbench.runs.estimate import estimate  # noqa: PLC0415
+
+        with err.status("Measuring") as status:
+            found_s = estimate(configs, loaded, lambda what: status.update(f"Measuring {what}"))
+        print_estimates(found_s, {config.hash: config.policy for config in configs}, loaded.device, as_json)
+        return
     moved = [replace(output, config) for config in configs] if fresh else []
     for folder in filter(None, moved):
         err.print(f"Earlier results are in {folder} now.", style="dim", highlight=False, markup=False, soft_wrap=True)
@@ -196,7 +225,7 @@ def run(
     def failed(config: RunConfig, error: Exception) -> None:
         failures[config.policy] = sentence(error)
 
-    with _Progress([config.policy for config in configs], examples) as progress:
+    with _Progress(configs) as progress:
         tell = failed if len(configs) > 1 else None
         runs = execute(configs, loaded, output, progress, tell, check_anew=fresh)
     for name, reason in left_out.items():
@@ -257,14 +286,17 @@ def policy_options(found: Registry, name: str, names: list[str], pairs: dict[str
 class _Progress:
     """A live bar per policy on stderr."""
 
-    def __init__(self, names: list[str], examples: int) -> None:
+    def __init__(self, configs: Sequence[RunConfig]) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
         self._bars = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[note]}", markup=False), console=err,
         )  # fmt: skip
-        self._tasks = {name: self._bars.add_task(name, total=examples, note="", start=False) for name in names}
+        self._tasks = {
+            config.hash: self._bars.add_task(config.policy, total=config.examples, note="", start=False)
+            for config in configs
+        }
 
     def __enter__(self) -> _Progress:
         self._bars.start()
@@ -273,8 +305,8 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
 
-    def __call__(self, policy: str, done: int, of: int, note: str) -> None:
-        task = self._tasks[policy]
+    def __call__(self, config: RunConfig, done: int, of: int, note: str) -> None:
+        task = self._tasks[config.hash]
         self._bars.start_task(task)
         self._bars.update(task, completed=done, total=of, note=note)
 
@@ -301,9 +333,28 @@ def _provenance(documents: list[dict[str, Any]]) -> str:
         + (f" ({unled} without the answer prefix, since the chat template opens a thinking block)" if unled else "")
         + f", seed {config['seed']}, question {config['question']}, "
         f"k = {config['recall_k']}, {metrics['probed_examples']} probed; {config['dtype']} on "
-        f"{environment['device_name']}, {environment['threads']} threads; "
+        f"{environment['device_name']}, {environment['threads']} threads{_stretched(document)}; "
         f"{_own_prompts(documents)}times, bytes and answers are of undisturbed generations{_overhead(documents)}"
     )
+
+
+def _stretched(document: dict[str, Any]) -> str:
+    """What the run states of its model and of sizes that memory decided."""
+    config, environment, metrics = document["config"], document["environment"], document["metrics"]
+    found = []
+    if config["rope_scaling"]:
+        found.append(f"rope scaling {config['rope_scaling']}")
+    if config["weights"]:
+        found.append(f"weights: {environment.get('weights') or config['weights']}")
+    if spread := environment.get("device_map"):
+        found.append("layers on " + ", ".join(f"{place}: {module}" for module, place in spread.items()))
+    for name, text in (("batch", "batches of {}"), ("prefill_chunk", "prompts in chunks of {} tokens")):
+        if config["batch_size" if name == "batch" else name] == "auto" and (sizes := metrics.get(name)):
+            low, high = sizes["smallest"], sizes["largest"]
+            found.append(text.format(low if low == high else f"{low} to {high}"))
+    if short := metrics.get("out_of_memory"):
+        found.append(f"memory ran out {short} time{'s' * (short > 1)} and less was tried")
+    return "".join(f"; {text}" for text in found)
 
 
 def _own_prompts(documents: list[dict[str, Any]]) -> str:

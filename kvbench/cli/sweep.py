@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from kvbench.cli.common import Json, app, err, interruptible, load_registry, out, seconds, share
+from kvbench.cli.plan import duration
 from kvbench.contract.errors import KVBenchError, check_output
 
 if TYPE_CHECKING:
@@ -35,7 +36,9 @@ def sweep(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute every run anew; earlier results are moved to OUTPUT/.replaced.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Validate, list the runs, and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Validate, list the runs with estimated time and memory, and stop.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run every combination in a file; the same command continues a sweep that was stopped.
@@ -72,18 +75,48 @@ def sweep(
                     progress.warn(f"earlier results are in {folder} now.")
                 outcomes = (joined.run if joined is not None else run_local)(plans, output, progress)
     if dry_run:
-        _list(plans, as_json)
+        _list(plans, as_json, elsewhere=address is not None)
         return
     _report(sorted(outcomes, key=lambda outcome: plans.index(outcome.planned)), as_json)
 
 
-def _list(plans: Sequence[Planned], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"schema": 1, "planned": [plan.config.model_dump(mode="json") for plan in plans]}, indent=2))
+def _list(plans: Sequence[Planned], as_json: bool, *, elsewhere: bool) -> None:
+    """List the runs, with what they are estimated to take where they would run on this machine."""
+    from kvbench.cli.plan import print_estimates  # noqa: PLC0415
+
+    documents = [plan.config.model_dump(mode="json") for plan in plans]
+    if elsewhere:
+        if as_json:
+            print(json.dumps({"schema": 1, "planned": documents}, indent=2))
+            return
+        for plan in plans:
+            out.print(_label(plan), highlight=False, soft_wrap=True)
+        out.print(
+            f"{len(plans)} runs of {plans[0].config.examples} examples; nothing was run, and nothing estimated, since "
+            "they run on another machine.", style="dim",
+        )  # fmt: skip
         return
+    from kvbench.runs.estimate import estimate  # noqa: PLC0415
+
+    groups: dict[tuple[str, str], list[Planned]] = {}
     for plan in plans:
-        out.print(_label(plan), highlight=False, soft_wrap=True)
-    out.print(f"{len(plans)} runs of {plans[0].config.examples} examples; nothing was run.", style="dim")
+        groups.setdefault((plan.model.model_dump_json(), plan.config.model_fingerprint), []).append(plan)
+    found, device = [], None
+    with err.status("Loading") as status:
+        for together in groups.values():
+            name = Path(together[0].model.name).name
+            status.update(f"Loading {name}")
+            loaded = together[0].load()
+            device = loaded.device
+            found += estimate(
+                [plan.config for plan in together], loaded,
+                lambda what, name=name: status.update(f"Measuring {name}: {what}"),  # type: ignore[misc]
+            )  # fmt: skip
+            del loaded
+    assert device is not None
+    order = {plan.config.hash: number for number, plan in enumerate(plans)}
+    found.sort(key=lambda one: order[one.config.hash])
+    print_estimates(found, {plan.config.hash: _label(plan) for plan in plans}, device, as_json, planned=documents)
 
 
 def _report(outcomes: Sequence[Outcome], as_json: bool) -> None:
@@ -201,12 +234,8 @@ class _Progress:
         left = sum(self._work.values()) - sum(self._done.values())
         if not worked or not left or self._began is None:
             return ""
-        return f"; about {_duration(left * (time.monotonic() - self._began) / worked)} left"
+        return f"; about {duration(left * (time.monotonic() - self._began) / worked)} left"
 
 
 def _work(planned: Planned) -> int:
     return planned.config.examples * planned.config.context_length
-
-
-def _duration(left: float) -> str:
-    return f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"

@@ -13,7 +13,8 @@ from typing import Any
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
-from kvbench.runs.results import find_runs, finished_rows, read
+from kvbench.runs.packed import read_scores
+from kvbench.runs.results import find_runs, read
 from kvbench.statistics import PairedDifference, holm, paired_difference
 
 SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "context_length", "question")
@@ -160,7 +161,7 @@ def sides(paths: Sequence[Path], skipped: list[str], skip_unfinished: bool) -> d
     found: dict[str, Side] = {}
     for folder in sorted({os.path.realpath(folder): folder for path in paths for folder in find_runs(path)}.values()):
         try:
-            run, rows = read(folder), finished_rows(folder)
+            run, rows = read(folder), read_scores(folder)
         except KVBenchError as error:
             skipped.append(f"Left out: {error}")
             continue

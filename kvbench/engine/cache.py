@@ -121,6 +121,15 @@ class PolicyCache(Cache):
             "index": sum(store.index_bytes for store in stores),
         }
 
+    def device_bytes(self) -> dict[str, int]:
+        """The `resident` bytes by the device that holds them; empty where the model lies on one."""
+        found: dict[str, int] = {}
+        for layer in self.governed:
+            for lane in layer.by_lane:
+                place = str(lane.store.device)
+                found[place] = found.get(place, 0) + lane.store.resident_bytes
+        return found if len(found) > 1 else {}
+
     def allocate(self, lane: int, tokens: int) -> tuple[BudgetRequest | None, list[LayerBudget]]:
         """What was asked for a lane, rows of `tokens` prompt tokens, and the budgets of the governed layers."""
         key = lane if self.session.defers else tokens

@@ -52,6 +52,8 @@ class Generation:
     """With `Budget.compress_every`: tokens held per layer and head, on average, after each step."""
     parts_s: list[dict[str, float]] = field(default_factory=list)
     """Parts of each step that the host takes part in (`FixedDecoder.parts`); empty for others."""
+    device_bytes: dict[str, int] = field(default_factory=dict)
+    """The `resident` bytes by device, of a model that lies on several; else empty."""
     hot_hit_rate: float | None = None
     """The share of the tokens chosen from the host that a hot set on the device had; None without such a set."""
 
@@ -177,12 +179,14 @@ def generate_batch(
             held_tokens.append(sum(store.static_tokens for store in stores) / len(stores))
     whole = decoder.bytes() if isinstance(decoder, FixedDecoder) else session.cache.bytes()
     held = {tier: size // len(prompts) for tier, size in whole.items()}
+    by_device = {place: size // len(prompts) for place, size in session.cache.device_bytes().items()}
     about: dict[str, Any] = {"mode_reason": decoder}
     device_s: list[float] = []
     parts_s: list[dict[str, float]] = []
     if isinstance(decoder, FixedDecoder):
         halfway = sum(map(len, prompts)) // len(prompts) + max(map(len, step_s)) // 2
         device_s, parts_s = decoder.device_s(), decoder.parts
+        by_device = {}
         about = {"mode": decoder.mode, "capture_s": capture_s, "reads": decoder.reads(halfway)}
         held_bytes = [sum(whole.values())]  # memory for all steps is there from the first on
         about["hot_hit_rate"] = decoder.hot_hit_rate()
@@ -194,6 +198,7 @@ def generate_batch(
     for mine, steps in zip(tokens, step_s, strict=True):
         taken = len(steps)
         own = about | {
+            "device_bytes": by_device,
             "device_step_s": device_s[:taken],
             "parts_s": parts_s[:taken],
             "held_tokens": held_tokens[:taken],

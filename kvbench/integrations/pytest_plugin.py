@@ -65,17 +65,27 @@ class RatioGate:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(candidate_s, reference_s, strict=True))
         return self.ratio(name, scale * ratio)
 
-    def ratio(self, name: str, value: float, *, better: Literal["lower", "higher"] = "lower") -> float:
-        """Record a ratio in pytest-benchmark's `extra_info` and gate it; return it."""
+    def ratio(
+        self, name: str, value: float, *, better: Literal["lower", "higher"] = "lower", device: str | None = None
+    ) -> float:
+        """Record a ratio in pytest-benchmark's `extra_info` and gate it; return it.
+
+        Of what ran on a GPU, `device` is the card's name: it has a baseline of its own for each card, and where there
+        is none for this one the test is skipped.
+        """
         from kvbench.runs.environment import processor  # noqa: PLC0415 - it is slow to import
 
+        if device is not None:
+            name = f"{name} on {device}"
         self.benchmark.extra_info[name] = value
-        here = processor()
+        here = device or processor()
         known = self._known()
         if self.update:
             known[name] = {"ratio": round(value, 4), "better": better, "processor": here}
             self._write(json.dumps(known, indent=2, sort_keys=True) + "\n")
             return value
+        if name not in known and device is not None:
+            pytest.skip(f"Benchmark '{name}' has no baseline: run once on this card with --kvbench-update-baseline.")
         if name not in known:
             pytest.fail(
                 f"Benchmark '{name}' has no baseline in {self.baseline}: run once with --kvbench-update-baseline.",

@@ -10,9 +10,11 @@ from kvbench.contract.reading import plain
 from kvbench.models.cards import DEFAULT_MODEL, MODELS
 from kvbench.models.embedded import CONVERSION_VERSION, GGUF_SHA256, embedded_model
 from kvbench.models.local import locate
-from kvbench.models.places import check_device, device_named, dtype_named
+from kvbench.models.places import check_device, device_named, dtype_named, placed
+from kvbench.models.quantised import check_quantised, loaded_format, weights_format
 from kvbench.models.quiet import quiet
 from kvbench.models.sanity import check_config, check_model, check_tokenizer
+from kvbench.models.scaling import extend, rope_scaling_named
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,22 @@ class LoadedModel:
     max_context: int | None
     lasting: bool = False
     """Whether `fingerprint` says the same of another process's model."""
+    rope_scaling: str | None = None
+    """What the rotary embedding was stretched by, such as `yarn:4`."""
+    weights: str | None = None
+    """What quantised weights are stored as, such as `fp8`; None for plain numbers."""
+    device_map: Literal["auto"] | None = None
+    """Whether accelerate spread the model by layer over all GPUs; `placed` says what lies where."""
+
+    @property
+    def placed(self) -> dict[str, str] | None:
+        """Devices by the modules that accelerate put there; None for a model that lies on one device."""
+        return placed(self.model)
+
+    @property
+    def computed_with(self) -> str | None:
+        """As `weights`, and whether loading turned them into plain numbers; of a model with its weights only."""
+        return loaded_format(self.model, self.weights) if self.weights else None
 
 
 def load_model(
@@ -44,7 +62,8 @@ def load_model(
     device: str | None = None,
     dtype: str | None = None,
     context_length: int | None = None,
-    rope_scaling: Literal["yarn"] | None = None,
+    rope_scaling: str | None = None,
+    device_map: Literal["auto"] | None = None,
     weights: bool = True,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer for inference.
@@ -52,14 +71,19 @@ def load_model(
     `name` is a name from MODELS, a local folder, a .gguf file or a Hugging Face id. Only safetensors and GGUF weights
     are read, and no code that comes with a model is run. `device` defaults to CUDA where there is one, `dtype` to
     bfloat16 on CUDA and float32 elsewhere. `context_length` is the number of tokens that the caller needs; with
-    `rope_scaling="yarn"` (arXiv:2309.00071) a model with rotary embedding is extended to it where its limit is shorter.
+    `rope_scaling="yarn"` (arXiv:2309.00071) a model with rotary embedding is extended to it where its limit is shorter,
+    and with `"yarn:4"` it is extended by this factor whatever the context. With `device_map="auto"` accelerate spreads
+    the model by layer over all GPUs, and over memory and disk where these are too small. Quantised weights are read
+    where transformers and its libraries can.
     Without `weights` the model's tensors are on PyTorch's meta device: it has its configuration, tokenizer, fingerprint
     and sizes, takes no memory and cannot run; `device` is then where it would run, and need not be on this machine.
     Raises KVBenchError for a model that cannot be had, read, or made to fit.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 - slow
 
-    place = device_named(device)
+    place, scaling = device_named(device), rope_scaling_named(rope_scaling, "rope_scaling")
+    if device_map not in (None, "auto"):
+        raise KVBenchError(f"The device map {device_map} is not known: give auto, or leave it out.")
     if weights:
         check_device(place)
     number_type = dtype_named(dtype, place)
@@ -75,19 +99,24 @@ def load_model(
     with _readable_errors(name):
         config = AutoConfig.from_pretrained(source, **arguments)
         check_config(name, config)
-        extended = ""
-        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if rope_scaling and context_length and limit and context_length > limit:
-            extended = "+" + _extend(name, config.get_text_config(), rope_scaling, limit, context_length)
-            limit = context_length
+        stored = weights_format(config)
+        if weights:
+            check_quantised(name, config, place)
+        limit, extended = extend(name, config.get_text_config(), scaling, context_length)
         _check_limit(name, limit, context_length)
         commit = getattr(config, "_commit_hash", None)
         lasting = bool(fingerprint or commit)
-        fingerprint = (fingerprint or f"commit:{commit}") + extended
+        fingerprint = (fingerprint or f"commit:{commit}") + (
+            f"+{extended.kind}:{extended.factor:g}" if extended else ""
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", **arguments)
         check_tokenizer(name, tokenizer)
         if weights:
-            model = _with_weights(name, source, config, number_type, arguments).to(place)
+            spread = "auto" if device_map and place.type != "cpu" else {"": place} if device_map or stored else None
+            if spread is not None:  # accelerate puts it there while it reads
+                arguments["device_map"] = spread
+            model = _with_weights(name, source, config, number_type, arguments)
+            model = model.to(place) if spread is None else model
         else:
             import torch  # noqa: PLC0415 - see device_named
 
@@ -108,6 +137,9 @@ def load_model(
         dtype=number_type,
         max_context=limit,
         lasting=lasting,
+        rope_scaling=None if extended is None else extended.text,
+        weights=stored,
+        device_map=device_map,
     )
 
 
@@ -117,7 +149,7 @@ def _with_weights(
     from transformers import AutoModelForCausalLM, GgufConfig  # noqa: PLC0415 - slow
 
     gguf = "gguf_file" in arguments
-    with quiet(gguf=gguf):
+    with quiet(gguf=gguf, bar=True):
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
@@ -146,25 +178,6 @@ def _check_limit(name: str, limit: int | None, tokens: int | None) -> None:
             f"{name} reads at most {limit} tokens and {tokens} were asked for: choose a shorter context length, a "
             "model with a longer context, or extend this one, where the command has it, with --rope-scaling yarn."
         )
-
-
-def _extend(name: str, config: Any, kind: str, limit: int, context_length: int) -> str:
-    """Stretch the rotary embedding of a text configuration; give the change in words."""
-    rope = getattr(config, "rope_parameters", None)
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise KVBenchError(
-            f"{name} cannot be extended from {limit} to {context_length} tokens with rope_scaling={kind}: it has no "
-            "plain rotary embedding; choose a shorter context length or another model."
-        )
-    factor = context_length / limit
-    config.rope_parameters = {
-        **rope,
-        "rope_type": kind,
-        "factor": factor,
-        "original_max_position_embeddings": limit,
-    }
-    config.max_position_embeddings = context_length
-    return f"{kind}:{factor:g}"
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Devices and number types by their names."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvbench.contract.errors import KVBenchError
 
@@ -47,3 +47,30 @@ def dtype_named(name: str | None, device: "torch.device") -> "torch.dtype":
     if name not in types:
         raise KVBenchError(f"{name} is not a number type for weights: choose {', '.join(types)}.")
     return types[name]
+
+
+def placed(model: Any) -> dict[str, str] | None:
+    """Devices by the modules that lie on them, as accelerate put them; None for a model on one device.
+
+    Numbered modules that follow each other on one device are one entry: `model.layers.0-15`.
+    """
+    found = getattr(model, "hf_device_map", None)
+    if not found or len({_device_text(place) for place in found.values()}) < 2:
+        return None
+    runs: list[list[str]] = []  # name before the number, first, last, device
+    for name, place in found.items():
+        stem, _, number = name.rpartition(".")
+        where = _device_text(place)
+        last = runs[-1] if runs else None
+        if number.isdigit() and last is not None and last[0] == stem and last[3] == where:
+            last[2] = number
+        else:
+            runs.append([stem, number, number, where] if number.isdigit() else [name, "", "", where])
+    return {
+        stem if not first else f"{stem}.{first}" + (f"-{last}" if last != first else ""): where
+        for stem, first, last, where in runs
+    }
+
+
+def _device_text(place: Any) -> str:
+    return f"cuda:{place}" if isinstance(place, int) else str(place)

@@ -16,7 +16,7 @@ FLAGS = {
     "seed": "--seed", "question": "--question", "prefill_chunk": "--prefill-chunk", "recall_k": "--recall-k",
     "probe_examples": "--probe-examples", "batch_size": "--batch-size", "dense_layers": "--dense-layers",
     "decoding": "--decoding", "prefix": "--prefix", "new_tokens": "--new-tokens",
-    "device": "--device", "dtype": "--dtype",
+    "device": "--device", "dtype": "--dtype", "rope_scaling": "--rope-scaling", "device_map": "--device-map",
 }  # fmt: skip
 """Options of `kvbench run`, by the field of the configuration that they set as it is."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -16,7 +16,9 @@ SCHEMA = 2
 """Version of a run's folder. Version 1 kept the times in `examples.jsonl`; it is read, and never written to."""
 LARGEST = 2**31 - 1
 """Of the numbers that a run is asked for."""
-LATER = ("dense_layers", "prompt_attention", "decoding", "prefix", "new_tokens")
+LATER = (
+    "dense_layers", "prompt_attention", "decoding", "prefix", "new_tokens", "rope_scaling", "weights", "device_map",
+)  # fmt: skip
 """Fields of a configuration that earlier versions did not have, and whose defaults are what these did."""
 
 
@@ -39,12 +41,14 @@ class RunConfig(BaseModel):
     examples: int = Field(ge=1, le=LARGEST)
     seed: int = Field(ge=-LARGEST, le=LARGEST)
     question: Literal["aware", "agnostic"]
-    prefill_chunk: int | None = Field(ge=1, le=LARGEST)
+    prefill_chunk: Annotated[int, Field(ge=1, le=LARGEST)] | Literal["auto"] | None
+    """Tokens of the prompt computed at a time; `auto`: as many as memory has room for, stated by each example."""
     recall_k: int = Field(ge=1, le=LARGEST)
     probe_examples: int = Field(ge=0, le=LARGEST)
     probes: tuple[str, ...] = ()
     """Probes beyond the standard ones."""
-    batch_size: int = Field(1, ge=1, le=LARGEST)
+    batch_size: Annotated[int, Field(ge=1, le=LARGEST)] | Literal["auto"] = 1
+    """Examples generated at once; `auto`: as many as memory has room for, stated by each example."""
     share_prefill: bool = False
     dense_layers: int = Field(0, ge=0, le=LARGEST)
     """First full-attention layers that keep everything and attend to it, whatever the policy; beyond the budget."""
@@ -55,6 +59,12 @@ class RunConfig(BaseModel):
     """`cached`: each context is read and saved once, and every request about it goes on from there."""
     new_tokens: int = Field(0, ge=0, le=LARGEST)
     """Last tokens of the context that are not part of the cached prefix; the question comes on top."""
+    rope_scaling: str | None = None
+    """What the model's rotary embedding was stretched by, such as `yarn:4`; part of the fingerprint, too."""
+    weights: str | None = None
+    """What quantised weights are stored as, such as `fp8`."""
+    device_map: Literal["auto"] | None = None
+    """Whether accelerate spread the model over devices; the environment says how."""
     plugins: dict[str, Identity] = Field(default_factory=dict)
     """The code of the `policy`, the `budget`'s allocator, the `task` and every `probe NAME`; empty in older runs."""
 
@@ -63,6 +73,17 @@ class RunConfig(BaseModel):
         # What `run.json` can hold and `read` takes: no halves of characters from names of files, no NaN in options.
         parse_json(json.dumps(self.model_dump(mode="json"), allow_nan=False))
         return self
+
+    @property
+    def chunk(self) -> int | None:
+        """The chunk of a working configuration, in which memory has decided."""
+        assert self.prefill_chunk != "auto"
+        return self.prefill_chunk
+
+    @property
+    def in_batches(self) -> bool:
+        """Whether examples may be generated several at once."""
+        return self.batch_size != 1
 
     @property
     def hash(self) -> str:

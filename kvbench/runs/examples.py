@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 import torch
@@ -20,14 +20,13 @@ from kvbench.engine.survey import token_bytes
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
 from kvbench.runs.measured import checked_measures, checked_score, probed_trace, probed_values, task_errors
-from kvbench.runs.memory import PeakMemory, release
+from kvbench.runs.memory import PeakMemory, gpus_of, release
 from kvbench.runs.planning import AnyTask
 from kvbench.runs.prefixed import forget, generate_prefixed, recall_around
 from kvbench.runs.results import Run, RunConfig
 from kvbench.runs.sharing import SharedPrompt, is_probed, probe_passes, prompt_of, prompt_tokens, session_of
 from kvbench.runs.timing import can_be_fixed, step_row
 from kvbench.runs.traces import write_trace
-from kvbench.tasks.prompts import prompt_length
 
 EXACT_BYTES = 2**30
 """Most memory for the exact logits of earlier examples."""
@@ -54,25 +53,11 @@ def extend(run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample]
         forget(run)
 
 
-def batches(examples: Iterator[AnyExample], config: RunConfig, loaded: LoadedModel) -> Iterator[list[AnyExample]]:
-    """The examples to generate together: probed ones alone, the others by length."""
-    for example in islice(examples, config.probe_examples if config.batch_size > 1 else config.examples):
-        yield [example]
-    rest = sorted(examples, key=lambda example: _length(loaded, example))
-    for first in range(0, len(rest), config.batch_size):
-        yield rest[first : first + config.batch_size]
-
-
 def examples_of(task: AnyTask, config: RunConfig, loaded: LoadedModel) -> Iterator[AnyExample]:
     """The examples of a run, as its task makes them."""
     yield from task.examples(
         loaded.tokenizer, context_length=config.context_length, count=config.examples, seed=config.seed
     )
-
-
-def _length(loaded: LoadedModel, example: AnyExample) -> int:
-    """Tokens of a prompt."""
-    return example.prompt_tokens if isinstance(example, TokenExample) else prompt_length(loaded.tokenizer, example)
 
 
 def _longest(example: AnyExample, prompt: Prompt) -> int:
@@ -116,7 +101,7 @@ _EXACT: OrderedDict[tuple[Any, ...], torch.Tensor] = OrderedDict()
 
 
 def _exact(config: RunConfig, loaded: LoadedModel, example: TokenExample) -> torch.Tensor:
-    prompt, chunk = example.prompt_tokens, config.prefill_chunk
+    prompt, chunk = example.prompt_tokens, config.chunk
     key = (loaded.fingerprint, config.dtype, config.device, chunk, prompt, example.input_ids)
     if key not in _EXACT:
         _EXACT[key] = exact_logits(loaded.model, example.input_ids, prompt_tokens=prompt, prefill_chunk=chunk)
@@ -129,27 +114,28 @@ def _measure(
     run: Run, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], shared: SharedPrompt | None
 ) -> Iterator[tuple[AnyExample, dict[str, Any], list[int]]]:
     """Generate a batch's answers, or predict given tokens, undisturbed; each example's row, and the answer's tokens."""
-    config, prompts = run.config, [prompt_of(loaded, example) for example in batch]
+    config, prompts = run.working, [prompt_of(loaded, example) for example in batch]
     for example, prompt in zip(batch, prompts, strict=True):
         check_context(loaded, _longest(example, prompt))
     policy = registry().make("policy", config.policy, config.policy_options)
     layers = chosen_layers(loaded.model, policy, config.dense_layers) if policy.cached else []
     governed = token_bytes(loaded.model, layers)
     prefilled = recorder = None
-    if shared is not None and shared.is_own(config):
-        recorder = shared.recorder(config)
+    if shared is not None and shared.is_own(run.config):
+        recorder = shared.recorder(run.config)
     elif shared is not None:
         prefilled = shared.prefill()
     release()
+    peaks: dict[str, int] = {}
     if config.prefix == "cached":
         (first,) = batch
         assert isinstance(first, Example)
         prefixed = generate_prefixed(run, loaded, first, stop_tokens(loaded))
         results, most = [prefixed.hit], prefixed.peak
     else:
-        with PeakMemory(loaded.device) as peak:
+        with PeakMemory(loaded.device, gpus_of(loaded)) as peak:
             prefixed, results = None, _generate(config, loaded, batch, [], shared, prefilled, recorder)
-        most = peak.bytes
+        most, peaks = peak.bytes, peak.by_device
     if shared is not None and recorder is not None:
         shared.take(recorder)
     for example, prompt, result in zip(batch, prompts, results, strict=True):
@@ -168,7 +154,10 @@ def _measure(
             "bytes": result.bytes,
             **({"answer_bytes": result.answer_bytes} if result.answer_bytes else {}),
             **({"held_tokens": result.held_tokens} if result.held_tokens else {}),
+            **({"device_bytes": result.device_bytes} if result.device_bytes else {}),
+            **({"device_peak_bytes": peaks} if peaks and prefilled is None else {}),
             "peak_memory_bytes": most if prefilled is None else None,
+            **_sizes(run, len(batch), len(prompt.input_ids)),
             "info": {**example.info, **(_PREFIX_LEFT_OUT if prompt.prefix_left_out else {})},
         }
         if prefilled is not None:
@@ -181,12 +170,21 @@ def _measure(
         yield example, row, result.tokens
 
 
+def _sizes(run: Run, rows: int, tokens: int) -> dict[str, int]:
+    """What an example's row states of sizes that memory decided: batch and chunk, and how often it ran out before."""
+    return {
+        **({"batch": rows} if run.config.in_batches else {}),
+        **({"prefill_chunk": run.chunk or tokens} if run.config.prefill_chunk == "auto" else {}),
+        **({"out_of_memory": run.shortages} if run.shortages else {}),
+    }
+
+
 def _probe(
     run: Run, loaded: LoadedModel, task: AnyTask, example: AnyExample, answer: list[int], shared: SharedPrompt | None
 ) -> dict[str, Any]:
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
     # Probes wrap hooks, and what a captured step answers may differ from them by rounding.
-    config, prompt = run.config.model_copy(update={"decoding": "eager"}), prompt_of(loaded, example)
+    config, prompt = run.working.model_copy(update={"decoding": "eager"}), prompt_of(loaded, example)
     passes = probe_passes(config)
     probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
@@ -227,7 +225,7 @@ def _generate(
     with session:
         if isinstance(batch[0], TokenExample):
             given = batch[0]
-            read, chunk = len(prompts[0].input_ids), config.prefill_chunk
+            read, chunk = len(prompts[0].input_ids), config.chunk
             return [force(session, given.input_ids, prompt_tokens=read, prefill_chunk=chunk)]
         return generate_batch(
             session, [prompt.input_ids for prompt in prompts],
@@ -237,7 +235,7 @@ def _generate(
                 else None
             ),
             max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
-            stop=stop_tokens(loaded), prefill_chunk=config.prefill_chunk, prefilled=prefilled,
+            stop=stop_tokens(loaded), prefill_chunk=config.chunk, prefilled=prefilled,
             border=None if shared is None else shared.border, recorder=recorder,
             decoding=config.decoding,
         )  # fmt: skip

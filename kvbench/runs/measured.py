@@ -14,7 +14,7 @@ from kvbench.runs.timing import STEP_METRICS
 RESERVED = frozenset((
     "accuracy", "bytes", "answer_bytes", "ttft_s", "tpot_s", "peak_memory_bytes", "context_tokens", "generated_tokens",
     "probed_examples", "truncated_examples", "probe_overhead", "budget_tokens", "attended_bytes", "over_budget",
-    *STEP_METRICS,
+    "batch", "prefill_chunk", "out_of_memory", "device_bytes", "device_peak_bytes", *STEP_METRICS,
 ))  # fmt: skip
 """Metrics of every run, which no probe can give."""
 

@@ -7,13 +7,15 @@ import gc
 import platform
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
 import psutil
 import torch
+
+from kvbench.models import LoadedModel
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -57,6 +59,12 @@ def quick_release() -> Iterator[None]:
         gc.unfreeze()
 
 
+def gpus_of(loaded: LoadedModel) -> list[torch.device]:
+    """The GPUs that hold parts of a model, in order."""
+    found = {parameter.device for parameter in loaded.model.parameters() if parameter.device.type == "cuda"}
+    return sorted(found, key=str)
+
+
 def capacity(device: torch.device) -> int:
     """Bytes of memory that the device has in all: the GPU's, or the machine's up to this process's cgroup limit."""
     if device.type == "cuda":
@@ -76,13 +84,17 @@ class PeakMemory:
 
     bytes: int
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, gpus: Sequence[torch.device] = ()) -> None:
+        """Of a model that lies on several `gpus`, `bytes` is the sum of their peaks, and `by_device` has each."""
         self.device, self.method = device, method(device)
+        self._gpus = gpus if len(gpus) > 1 else [device]
+        self.by_device: dict[str, int] = {}
         self._stop = threading.Event()
 
     def __enter__(self) -> PeakMemory:
         if self.method == "cuda allocator":
-            torch.cuda.reset_peak_memory_stats(self.device)
+            for gpu in self._gpus:
+                torch.cuda.reset_peak_memory_stats(gpu)
         elif self.method == "kernel high-water mark":
             _CLEAR.write_text("5")
         else:
@@ -95,7 +107,8 @@ class PeakMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.method == "cuda allocator":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
+            peaks = {str(gpu): torch.cuda.max_memory_allocated(gpu) for gpu in self._gpus}
+            self.bytes, self.by_device = sum(peaks.values()), peaks if len(peaks) > 1 else {}
         elif self.method == "kernel high-water mark":
             found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
             assert found is not None

@@ -52,11 +52,11 @@ class Request:
     examples: int
     seed: int
     question: Literal["aware", "agnostic"] = "aware"
-    prefill_chunk: int | None = None
+    prefill_chunk: int | Literal["auto"] | None = None
     recall_k: int = 100
     probe_examples: int = 1
     probes: tuple[str, ...] = ()
-    batch_size: int = 1
+    batch_size: int | Literal["auto"] = 1
     dense_layers: int = 0
     share_prefill: bool | None = None
     """Compute each prompt once for all that take it over; None: where nothing is lost by it."""
@@ -77,13 +77,14 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     budget = request.budget if policy.takes_budget else None
     task: AnyTask = found.find("task", request.task)(task_options)
     forced = isinstance(task, ForcedTask)
-    if forced and (request.batch_size > 1 or request.share_prefill):
+    batch_size = _batch_size(request, forced)
+    if forced and (batch_size != 1 or request.share_prefill):
         raise KVBenchError(
             f"Task '{task.name}' takes given tokens through a policy one sequence at a time: leave --batch-size at 1 "
             "and prompts unshared."
         )
-    _check_prefix(request, policy, forced)
-    wanted = request.batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
+    _check_prefix(request, policy, forced, batch_size)
+    wanted = batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
     own_prompt = hasattr(policy, "attend_prompt")
     share_prefill = wanted and policy.cached and not own_prompt and request.prefix == "none"
     if budget is not None:
@@ -101,9 +102,9 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         size = budget.size(length, token_bytes(loaded.model, layers))
         _check_size(own, length, size)
     check_context(loaded, request.context_length)
-    if request.batch_size > 1 and request.question == "agnostic":
+    if batch_size != 1 and request.question == "agnostic":
         raise KVBenchError(
-            f"A batch of {request.batch_size} examples needs their questions inside their prompts: use --question "
+            f"A batch of {batch_size} examples needs their questions inside their prompts: use --question "
             "aware, or --batch-size 1."
         )
     check_decoding(request.decoding, loaded.device, policy, forced=forced)
@@ -115,13 +116,22 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
         probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
-        batch_size=request.batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
+        batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
         prompt_attention="policy" if own_prompt else "exact", decoding=request.decoding,
-        prefix=request.prefix, new_tokens=request.new_tokens, plugins=_plugins(request, budget),
+        prefix=request.prefix, new_tokens=request.new_tokens, rope_scaling=loaded.rope_scaling, weights=loaded.weights,
+        device_map=loaded.device_map, plugins=_plugins(request, budget),
     )  # fmt: skip
 
 
-def _check_prefix(request: Request, policy: type[KVCachePolicy], forced: bool) -> None:
+def _batch_size(request: Request, forced: bool) -> int | Literal["auto"]:
+    """The batch asked for; where examples cannot run together, `auto` is one."""
+    alone = forced or request.question == "agnostic" or request.prefix == "cached"
+    return 1 if alone and request.batch_size == "auto" else request.batch_size
+
+
+def _check_prefix(
+    request: Request, policy: type[KVCachePolicy], forced: bool, batch_size: int | Literal["auto"]
+) -> None:
     """Refuse what goes with no cached prefix."""
     if request.prefix == "none":
         if request.new_tokens:
@@ -136,7 +146,7 @@ def _check_prefix(request: Request, policy: type[KVCachePolicy], forced: bool) -
         )
     if not policy.cached:
         raise KVBenchError(f"Policy '{policy.name}' keeps no cache, so no prefix of it can be: leave --prefix out.")
-    if forced or request.batch_size > 1 or request.share_prefill:
+    if forced or batch_size != 1 or request.share_prefill:
         raise KVBenchError(
             "A cached prefix is for tasks of questions, one request at a time, each with prompts of its own: leave "
             "--batch-size at 1 and prompts unshared, and choose a task that asks something."

@@ -46,11 +46,11 @@ def generate_prefixed(run: Run, loaded: LoadedModel, example: Example, stop: set
 
 
 def _generate(run: Run, loaded: LoadedModel, example: Example, stop: set[int]) -> Prefixed:
-    config, prompt = run.config, prompt_of(loaded, example)
+    config, prompt = run.working, prompt_of(loaded, example)
     border, ids = prompt_tokens(config, prompt), torch.tensor([prompt.input_ids], device=loaded.device)
     store = PrefixStore(run.path / "prefix")
     measured: dict[str, Any] = {"prefix_tokens": border, "new_tokens": len(prompt.input_ids) - border}
-    common: dict[str, Any] = {"prefill_chunk": config.prefill_chunk}
+    common: dict[str, Any] = {"prefill_chunk": config.chunk}
     with session_of(config, loaded) as session:
         known = store.find(session, ids[:, : border + 1])
         timed = any("construct_prefill_s" in row for row in run.rows)
@@ -66,7 +66,7 @@ def _generate(run: Run, loaded: LoadedModel, example: Example, stop: set[int]) -
                 "save_s": session.now() - began, "state_bytes": saved.bytes,
             }  # fmt: skip
     common |= {
-        "max_new_tokens": [example.max_new_tokens], "stop": stop, "prefill_chunk": config.prefill_chunk,
+        "max_new_tokens": [example.max_new_tokens], "stop": stop, "prefill_chunk": config.chunk,
         "decoding": config.decoding,
     }  # fmt: skip
     release()

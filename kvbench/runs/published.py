@@ -30,7 +30,7 @@ BARS = (
 )  # fmt: skip
 
 
-def published(model: str, dtype: str, device_name: str | None, batch: int) -> Bar | None:
+def published(model: str, dtype: str, device_name: str | None, batch: int | str) -> Bar | None:
     """The bar for a model on a card; None where nothing was published for just these."""
     for bar in BARS:
         fits = re.search(bar.model, model, re.IGNORECASE) and bar.card in (device_name or "")

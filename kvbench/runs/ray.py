@@ -14,7 +14,7 @@ from kvbench.contract.errors import KVBenchError, sentence
 from kvbench.contract.extras import need
 from kvbench.models import LoadedModel
 from kvbench.runs.results import RunConfig
-from kvbench.runs.sweep import Outcome, Planned, Progress, document, reuse, run_one
+from kvbench.runs.sweep import Outcome, Planned, Progress, document, reuse, run_together
 from kvbench.runs.sweep_file import Model
 
 ATTEMPTS = 3
@@ -37,7 +37,8 @@ class Worker:
                 self._loaded = self._of = None  # freed before the next one is loaded
                 self._loaded, self._of = planned.load(), of
             assert self._loaded is not None
-            return run_one(planned, self._loaded, Path(output), _Silent()).error
+            (outcome,) = run_together([planned], self._loaded, Path(output), _Silent())
+            return outcome.error
         except Exception as error:
             return sentence(error)
 
@@ -83,13 +84,21 @@ class _Cluster:
         """Where models run that name no device: on GPUs where the cluster has any."""
         return "cuda" if self.resources.get("GPU") else "cpu"
 
-    def workers(self, device: str) -> tuple[int, dict[str, float]]:
-        """How many workers run at once on this kind of device, and what each of them takes of the cluster."""
+    def workers(self, device: str, spread: bool = False) -> tuple[int, dict[str, float]]:
+        """How many workers run at once on this kind of device, and what each of them takes of the cluster.
+
+        A worker whose model is `spread` over GPUs takes all that the smallest node with GPUs has.
+        """
         nodes = sum(bool(node["Alive"]) for node in self.ray.nodes())
         cpus, gpus = int(self.resources.get("CPU", 1)), int(self.resources.get("GPU", 0))
         if device.startswith("cuda"):
             if not gpus:
                 raise KVBenchError("The sweep asks for device cuda and the Ray cluster has no GPU: choose cpu.")
+            if spread:
+                found = [int(node["Resources"].get("GPU", 0)) for node in self.ray.nodes() if node["Alive"]]
+                most = min(number for number in found if number)
+                count = sum(number // most for number in found)
+                return min(self.asked or count, count), {"num_gpus": most, "num_cpus": 1}
             return min(self.asked or gpus, gpus), {"num_gpus": 1, "num_cpus": 1}
         count = min(self.asked or nodes, cpus)
         return count, {"num_cpus": max(1, cpus // count), "num_gpus": 0}
@@ -99,10 +108,9 @@ class _Cluster:
         output = output.resolve()
         output.mkdir(parents=True, exist_ok=True)
         outcomes, left = reuse(plans, output, progress)
-        for device in dict.fromkeys(planned.config.device for planned in left):
-            outcomes += self._run(
-                [p for p in left if p.config.device == device], *self.workers(device), output, progress
-            )
+        for device, spread in dict.fromkeys((p.config.device, p.config.device_map is not None) for p in left):
+            here = [p for p in left if (p.config.device, p.config.device_map is not None) == (device, spread)]
+            outcomes += self._run(here, *self.workers(device, spread), output, progress)
         return outcomes
 
     def _run(

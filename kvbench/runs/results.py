@@ -57,6 +57,10 @@ class Run:
         self.conformance: list[dict[str, Any]] = []
         """What was proven of the model, and of the policy on it, before the run."""
         self.notes: list[str] = []
+        self.chunk: int | None = None
+        """Tokens of the prompt computed at a time, where the configuration leaves it to the memory."""
+        self.shortages = 0
+        """How often memory ran out before, in this stretch."""
         with _disk(self.path):
             new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
@@ -84,6 +88,13 @@ class Run:
                 )
             if self.rows and self.status != "complete":
                 self._note_changes(found["environment"])
+
+    @property
+    def working(self) -> RunConfig:
+        """The configuration with the chunk that is in use."""
+        if self.config.prefill_chunk != "auto":
+            return self.config
+        return self.config.model_copy(update={"prefill_chunk": self.chunk})
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -59,13 +59,14 @@ _SHAPES: dict[str, str] = {
     "probes": "numbers?", "info": "object", "trace": "text", "mode": "text", "mode_reason": "text",
     "device_step_s": "list", "capture_s": "number", "floor_s": "number", "read_bytes": "numbers",
     "step_parts_s": "numbers", "answer_bytes": "numbers", "held_tokens": "list",
-    "hot_hit_rate": "number",
+    "hot_hit_rate": "number", "batch": "number", "prefill_chunk": "number", "out_of_memory": "number",
+    "device_bytes": "numbers", "device_peak_bytes": "numbers",
 }  # fmt: skip
 """What the values of an example's row are; a question mark allows None, for an object inside it."""
 _OPTIONAL = {
     "scores", "probed_step_s", "budget_tokens", "token_bytes", "reused_tokens", "probes", "info", "trace", "mode",
     "mode_reason", "device_step_s", "capture_s", "floor_s", "read_bytes", "step_parts_s", "answer_bytes", "held_tokens",
-    "hot_hit_rate",
+    "hot_hit_rate", "batch", "prefill_chunk", "out_of_memory", "device_bytes", "device_peak_bytes",
 }  # fmt: skip
 
 
@@ -103,8 +104,8 @@ def shown(value: Any) -> str:
 def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Part an example's row into what its configuration determines, and what was timed.
 
-    Timed are the peak memory, the tokens whose prefill was another example's, how the steps ran, and all names that
-    end in `_s`, those of probes too.
+    Timed are the peak memory, the tokens whose prefill was another example's, how the steps ran, in which batch and
+    chunks, and all names that end in `_s`, those of probes too.
     """
     timed = {key: row[key] for key in row if _is_timed(key)}
     lasting = {key: row[key] for key in row if key not in timed}
@@ -116,7 +117,10 @@ def split(row: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_timed(name: str) -> bool:
-    also = ("peak_memory_bytes", "reused_tokens", "mode", "mode_reason", "read_bytes", "hot_hit_rate")
+    also = (
+        "peak_memory_bytes", "reused_tokens", "mode", "mode_reason", "read_bytes", "hot_hit_rate", "batch",
+        "prefill_chunk", "out_of_memory", "device_bytes", "device_peak_bytes",
+    )  # fmt: skip
     return name.endswith("_s") or name in also
 
 

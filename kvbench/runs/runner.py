@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kvbench.contract.errors import out_of_memory
 from kvbench.engine.attach import attach
 from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import generate
@@ -16,14 +19,16 @@ from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import Prefill
 from kvbench.models import LoadedModel
 from kvbench.plugins import registry
+from kvbench.runs.commit import commit
 from kvbench.runs.environment import environment, processor
-from kvbench.runs.examples import batches, examples_of, extend, stop_tokens
+from kvbench.runs.examples import AnyExample, examples_of, extend, stop_tokens
 from kvbench.runs.group import Failed, Group, telling
-from kvbench.runs.memory import method, quick_release
+from kvbench.runs.memory import method, quick_release, release
 from kvbench.runs.planning import AnyTask, Request, check_plugins, plan
 from kvbench.runs.proofs import checker
 from kvbench.runs.results import Run, RunConfig
-from kvbench.runs.sharing import SharedPrompt
+from kvbench.runs.sharing import SharedPrompt, prompt_of
+from kvbench.runs.sizing import Sizing
 from kvbench.runs.timing import bandwidths
 
 __all__ = ["WARM_UP_TOKENS", "Failed", "Progress", "Request", "environment_of", "execute", "plan", "stop_tokens"]
@@ -36,8 +41,8 @@ WARM_UP_TOKENS = 20
 class Progress(Protocol):
     """Is told of every finished generation."""
 
-    def __call__(self, policy: str, done: int, of: int, note: str) -> None:
-        """`done` of `of` examples of `policy` are finished."""
+    def __call__(self, config: RunConfig, done: int, of: int, note: str) -> None:
+        """`done` of `of` examples of a run are finished."""
 
 
 def execute(
@@ -58,9 +63,9 @@ def execute(
     together: dict[str, list[Run]] = {}
     for run in runs:
         if run.status == "complete":
-            progress(run.config.policy, len(run.rows), len(run.rows), "reused")
+            progress(run.config, len(run.rows), len(run.rows), "reused")
         else:
-            together.setdefault(_alike(run.config), []).append(run)
+            together.setdefault(alike(run.config), []).append(run)
     proofs = _prove([run for group in together.values() for run in group], loaded, progress, failed, check_anew)
     with quick_release():
         for group in together.values():
@@ -70,7 +75,7 @@ def execute(
     return [run for run in runs if run.status == "complete"]
 
 
-def _alike(config: RunConfig) -> str:
+def alike(config: RunConfig) -> str:
     """The same for configurations that share prompts and differ in policy and budget alone."""
     own: dict[str, Any] = {"policy": "", "policy_options": {}, "budget": None, "plugins": {}, "dense_layers": 0}
     return config.model_copy(update=own).hash if config.share_prefill else config.hash
@@ -83,7 +88,7 @@ def _prove(
     conformance, found = checker(loaded, anew=anew), {}
     for run in runs:
         with telling(failed, run.config):
-            progress(run.config.policy, len(run.rows), run.config.examples, "conformance check")
+            progress(run.config, len(run.rows), run.config.examples, "conformance check")
             policy = registry().make("policy", run.config.policy, run.config.policy_options)
             found[run.config.hash] = conformance.check(policy)
     return found
@@ -103,7 +108,7 @@ def _execute(
                 group.open(run, folders)
                 for report in proofs[run.config.hash]:
                     report.require()
-                progress(run.config.policy, len(run.rows), run.config.examples, "")
+                progress(run.config, len(run.rows), run.config.examples, "")
         if any(len(run.rows) < run.config.examples for run in group.runs):
             prompts: dict[int, Prefill] = {}
             for run in group.runs:
@@ -112,16 +117,15 @@ def _execute(
             prompts.clear()
         with group.together():
             task: AnyTask = registry().make("task", shared.task, shared.task_options)
+            sizing = Sizing(shared, loaded)
             before: Prefill | None = None
-            for batch in batches(examples_of(task, shared, loaded), shared, loaded):
-                ids = {example.id for example in batch}
-                missing = [run for run in group.runs if not ids <= {row["id"] for row in run.rows}]
-                prompt = SharedPrompt(batch, missing, loaded, before) if missing and shared.share_prefill else None
-                for run in missing if prompt is None else prompt.order:
-                    with group.alone(run):
-                        extend(run, loaded, task, batch, prompt)
-                        progress(run.config.policy, len(run.rows), run.config.examples, "")
-                before = None if prompt is None else prompt.latest
+            for batch in sizing.batches(examples_of(task, shared, loaded)):
+                waiting = deque([batch])
+                while waiting and group.runs:
+                    if len(waiting[0]) > sizing.most:  # a half that was left, and too many by now
+                        waiting.extendleft(reversed(sizing.parts(waiting.popleft())))
+                    left, before = _together(group, loaded, task, waiting.popleft(), sizing, before, progress)
+                    waiting.extendleft(reversed(left))
                 if not group.runs:
                     break
         for run in group.runs:
@@ -129,11 +133,53 @@ def _execute(
                 group.close(run)
 
 
+def _together(
+    group: Group, loaded: LoadedModel, task: AnyTask, batch: list[AnyExample], sizing: Sizing, before: Prefill | None,
+    progress: Progress,
+) -> tuple[list[list[AnyExample]], Prefill | None]:  # fmt: skip
+    """Take a batch through all runs that lack it; what is left of it where memory ran out, and its prompt for a next.
+
+    `before` is an earlier batch's prompt.
+    """
+    ids = {example.id for example in batch}
+    missing = [run for run in group.runs if not ids <= {row["id"] for row in run.rows}]
+    if not missing:
+        return [], before
+    chunk = sizing.chunk(len(batch), max(len(prompt_of(loaded, example).input_ids) for example in batch))
+    for run in missing:
+        run.chunk, run.shortages = chunk, sizing.shortages
+    prompt = SharedPrompt(batch, missing, loaded, before) if missing[0].config.share_prefill else None
+    left: list[list[AnyExample]] | None = None
+    for run in missing if prompt is None else prompt.order:
+        with group.alone(run):
+            try:
+                extend(run, loaded, task, batch, prompt)
+                progress(run.config, len(run.rows), run.config.examples, "")
+            except Exception as error:
+                left = sizing.less(batch, chunk) if out_of_memory(error) else None
+                if left is None:
+                    raise
+                traceback.clear_frames(error.__traceback__)  # they hold what filled the memory
+        if left is not None:
+            size = f"{len(batch)} examples at once" if len(batch) > 1 else f"prompts in chunks of {chunk or 'all'}"
+            for one in missing:
+                one.notes.append(f"Memory ran out with {size}: less was tried, and nothing that was finished is lost.")
+            prompt = before = None
+            release()
+            return left, None
+    return [], None if prompt is None else prompt.latest
+
+
 def environment_of(loaded: LoadedModel) -> dict[str, Any]:
     """What a run of this model is measured on."""
-    device = loaded.device
+    device, spread, weights = loaded.device, loaded.placed, loaded.computed_with
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return environment(str(device), name, torch.get_num_threads(), method(device))
+    return {
+        **({"commit": known} if (known := commit()) else {}),
+        **environment(str(device), name, torch.get_num_threads(), method(device)),
+        **({"device_map": spread} if spread else {}),
+        **({"weights": weights} if weights else {}),
+    }
 
 
 def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from kvbench.contract.probe import Probe
 from kvbench.contract.task import Example, Prompt, TokenExample
@@ -22,11 +24,21 @@ LONGER = 1.05
 """A prompt longer than this times those that a policy computed itself may raise its peak memory noticeably."""
 
 
+_PROMPTS: OrderedDict[tuple[int, int], tuple[Any, Example, Prompt]] = OrderedDict()
+"""The latest prompts by their tokenizer's and their example's identity, both held so that no other takes its place."""
+_REMEMBERED = 256
+
+
 def prompt_of(loaded: LoadedModel, example: Example | TokenExample) -> Prompt:
-    """Give an example's prompt as token ids."""
+    """Give an example's prompt as token ids; encoded once for all runs that go over it together."""
     if isinstance(example, TokenExample):
         return Prompt(list(example.input_ids[: example.prompt_tokens]), example.prompt_tokens)
-    return encode(loaded.tokenizer, example)
+    key = id(loaded.tokenizer), id(example)
+    if key not in _PROMPTS:
+        _PROMPTS[key] = loaded.tokenizer, example, encode(loaded.tokenizer, example)
+        while len(_PROMPTS) > _REMEMBERED:
+            _PROMPTS.popitem(last=False)
+    return _PROMPTS[key][2]
 
 
 def prompt_tokens(config: RunConfig, prompt: Prompt) -> int:
@@ -72,6 +84,7 @@ class SharedPrompt:
         """`runs` lack the batch's examples; `before` is an earlier example's prompt, whose context may be the same."""
         config = runs[0].config
         self._loaded, self._config, self._before = loaded, config, before
+        self._chunk = runs[0].working.chunk
         self._prompts = [prompt_of(loaded, example) for example in batch]
         self._ids = [prompt.input_ids[: prompt_tokens(config, prompt)] for prompt in self._prompts]
         self._made: Prefill | None = None
@@ -83,7 +96,7 @@ class SharedPrompt:
         single = len(batch) == 1
         self.border = self._prompts[0].context_tokens if single else None
         self._reused = single and before is not None and reusable(before, self._ids[0], self.border, self._window)
-        batches = config.batch_size > 1  # whose peak memory is not that of their probed examples, which run alone
+        batches = config.in_batches  # whose peak memory is not that of their probed examples, which run alone
         fits = self._fits()
         self._shared = fits and (len(runs) + len(passes) > 1 or self._reused or batches)
         self._recording = {
@@ -127,7 +140,7 @@ class SharedPrompt:
         """The prompt, computed now if it was not before; None where everyone computes it."""
         if self._made is None and self._shared:
             self._made = prefill(
-                self._loaded.model, self._ids, query_window=self._window, chunk=self._config.prefill_chunk,
+                self._loaded.model, self._ids, query_window=self._window, chunk=self._chunk,
                 context=self.border, before=self._before,
             )  # fmt: skip
         return self._made
@@ -150,7 +163,7 @@ class SharedPrompt:
 
     def _records(self, config: RunConfig, session: Session) -> bool:
         whole = config.question == "aware" or len(self._ids[0]) == len(self._prompts[0].input_ids)
-        return (whole or not session.policy.exact) and can_record(session, self._window, config.prefill_chunk)
+        return (whole or not session.policy.exact) and can_record(session, self._window, self._chunk)
 
     def _fits(self) -> bool:
         """Whether there is room for the prompt's vectors."""

@@ -35,6 +35,10 @@ class Metrics(_Open):
     mode: Text | None = None
     mode_reason: Text | None = None
     device_tpot_s: dict[str, Number | None] = Field(default_factory=dict)
+    device_bytes: dict[str, Number | None] = Field(default_factory=dict)
+    device_peak_bytes: dict[str, Number | None] = Field(default_factory=dict)
+    batch: dict[str, Number | None] = Field(default_factory=dict)
+    prefill_chunk: dict[str, Number | None] = Field(default_factory=dict)
     step_parts_s: dict[str, Number | None] = Field(default_factory=dict)
     prefix: dict[str, Number | None] = Field(default_factory=dict)
     amortised_ttft_s: dict[str, Number | None] = Field(default_factory=dict)
@@ -47,6 +51,9 @@ class Environment(_Open):
     packages: dict[str, Text] = Field(default_factory=dict)
     device_name: Text | None = None
     threads: Count | None = None
+    device_map: dict[str, Text] | None = None
+    weights: Text | None = None
+    commit: dict[str, Text | bool] | None = None
     bandwidth: dict[str, Number] | None = None
 
 
@@ -84,6 +91,11 @@ class StoredExample(_Open):
     read_bytes: dict[str, Count] = Field(default_factory=dict)
     step_parts_s: dict[str, Number] = Field(default_factory=dict)
     hot_hit_rate: Number | None = None
+    batch: Count | None = None
+    prefill_chunk: Count | None = None
+    out_of_memory: Count = 0
+    device_bytes: dict[str, Number] = Field(default_factory=dict)
+    device_peak_bytes: dict[str, Number] = Field(default_factory=dict)
     probed_step_s: list[Number] = Field(default_factory=list)
     bytes: dict[str, Number] = Field(default_factory=dict)
     answer_bytes: dict[str, Number] = Field(default_factory=dict)

@@ -43,6 +43,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "tpot_s": {"p50": _number(p50), "p95": _number(p95)},
         **step_metrics(rows),
         **prefix_metrics(rows),
+        **_sizes(rows),
         "peak_memory_bytes": max(peaks, default=None),
         "context_tokens": _mean([row["prompt_tokens"] for row in rows]),
         "generated_tokens": _mean([row["generated_tokens"] for row in rows]),
@@ -64,6 +65,23 @@ def _answer_bytes(rows: list[dict[str, Any]]) -> dict[str, float | None]:
         "peak": max((one["peak"] for one in found), default=None),
         "mean": _mean([one["mean"] for one in found]),
     }
+
+
+def _sizes(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sizes that memory decided and bytes by device; nothing of what no example states."""
+    found: dict[str, Any] = {}
+    for name in ("batch", "prefill_chunk"):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            found[name] = {"smallest": min(values), "largest": max(values)}
+    if short := max((row.get("out_of_memory", 0) for row in rows), default=0):
+        found["out_of_memory"] = short
+    for name, merge in (("device_bytes", _mean), ("device_peak_bytes", max)):
+        parts = [row[name] for row in rows if row.get(name)]
+        if parts:
+            places = sorted({place for part in parts for place in part})
+            found[name] = {place: merge([part.get(place, 0) for part in parts]) for place in places}
+    return found
 
 
 def _over_budget(rows: list[dict[str, Any]]) -> dict[str, float] | None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from kvbench.contract.errors import KVBenchError, sentence
+from kvbench.contract.task import ForcedTask
 from kvbench.engine.governor import chosen_layers
 from kvbench.engine.survey import token_bytes
 from kvbench.models import LoadedModel, check_device, load_model
+from kvbench.models.quantised import check_quantised
+from kvbench.models.scaling import rope_scaling_named
 from kvbench.plugins import registry
 from kvbench.runs.memory import capacity
 from kvbench.runs.planning import load_to_plan
 from kvbench.runs.results import RunConfig, read
 from kvbench.runs.rows import read_rows
-from kvbench.runs.runner import Request, execute, plan
+from kvbench.runs.runner import Request, alike, execute, plan
 from kvbench.runs.sharing import prompt_of
 from kvbench.runs.sweep_file import Choice, Model, Problems, Sweep, load
 
@@ -30,7 +33,10 @@ class Planned:
 
     def load(self) -> LoadedModel:
         """Load the run's model, where it runs."""
-        loaded = load_model(self.model.name, device=self.config.device, dtype=self.config.dtype)
+        loaded = load_model(
+            self.model.name, device=self.config.device, dtype=self.config.dtype, rope_scaling=self.config.rope_scaling,
+            device_map=self.config.device_map,
+        )  # fmt: skip
         if loaded.fingerprint != self.config.model_fingerprint:
             raise KVBenchError(
                 f"{self.model.name} is not the model that the sweep was planned with ({loaded.fingerprint} instead of "
@@ -88,17 +94,37 @@ def plan_sweep(file: Path, *, here: int = 1, device: str | None = None) -> list[
     planned: dict[str, Planned] = {}
     for index, model in enumerate(sweep.models):
         with problems.at("models", index):
-            loaded = load_to_plan(model.name, device=model.device or device, dtype=model.dtype)
-            for run in _plan_model(sweep, model, loaded, problems, here=here):
+            for run in _plan_model(sweep, model, _light(model, device, here), problems, here=here):
                 planned.setdefault(run.config.hash, run)
     problems.stop()
     return list(planned.values())
 
 
-def _plan_model(sweep: Sweep, model: Model, loaded: LoadedModel, problems: Problems, *, here: int) -> Iterator[Planned]:
-    if here:
-        check_device(loaded.device)
+def _light(model: Model, device: str | None, here: int) -> Callable[[int], LoadedModel]:
+    """A model to plan runs of a length with; the length matters where its rotary embedding is stretched to it."""
+    scaling = rope_scaling_named(model.rope_scaling, "rope_scaling")
+    known: dict[int | None, LoadedModel] = {}
+
+    def light(length: int) -> LoadedModel:
+        stretched = None if scaling is None or scaling.factor is not None else length
+        if stretched not in known:
+            known[stretched] = load_to_plan(
+                model.name, device=model.device or device, dtype=model.dtype, rope_scaling=model.rope_scaling,
+                device_map=model.device_map, context_length=stretched,
+            )  # fmt: skip
+            if here:
+                check_device(known[stretched].device)
+                check_quantised(model.name, known[stretched].model.config, known[stretched].device)
+        return known[stretched]
+
+    return light
+
+
+def _plan_model(
+    sweep: Sweep, model: Model, light: Callable[[int], LoadedModel], problems: Problems, *, here: int
+) -> Iterator[Planned]:
     for length_index, length in enumerate(sweep.context_lengths):
+        loaded = light(length)
         if here:
             with problems.at("context_lengths", length_index):
                 _check_memory(loaded, length, probed=sweep.probe_examples > 0, batch=sweep.batch_size, at_once=here)
@@ -127,7 +153,7 @@ def _plan_cell(
                         task_options=task.options, context_length=length, examples=sweep.examples, seed=seed,
                         question=sweep.question, prefill_chunk=sweep.prefill_chunk, recall_k=sweep.recall_k,
                         probe_examples=sweep.probe_examples, probes=tuple(sweep.probes), batch_size=sweep.batch_size,
-                        decoding=sweep.decoding,
+                        decoding=sweep.decoding, share_prefill=_shares(sweep, task, policy),
                         dense_layers=sweep.dense_layers if policy.dense_layers is None else policy.dense_layers,
                     )  # fmt: skip
                     config = plan(request, loaded)
@@ -148,7 +174,19 @@ def _check_static_set(config: RunConfig, prompt: int, loaded: LoadedModel) -> No
         )
 
 
-def _check_memory(loaded: LoadedModel, length: int, *, probed: bool, batch: int, at_once: int) -> None:
+def _shares(sweep: Sweep, task: Choice, policy: Choice) -> bool | None:
+    """Whether prompts are shared: as asked, where task and policy can take them over at all."""
+    found = registry()
+    can = not issubclass(found.find("task", task.name), ForcedTask) and found.find("policy", policy.name).cached
+    return sweep.share_prefill if can else None
+
+
+def _check_memory(
+    loaded: LoadedModel, length: int, *, probed: bool, batch: int | Literal["auto"], at_once: int
+) -> None:
+    if loaded.weights is not None or loaded.device_map is not None:
+        return  # neither the bytes of quantised weights nor those of all GPUs are known before they are loaded
+    batch = 1 if batch == "auto" else batch  # which is sized to the memory
     weights = sum(parameter.numel() * parameter.element_size() for parameter in loaded.model.parameters())
     cache = length * token_bytes(loaded.model) * max(batch, 2 if probed else 1)  # probed examples run alone
     models = at_once if loaded.device.type == "cpu" else 1  # each GPU has one
@@ -200,33 +238,47 @@ def document(folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_one(planned: Planned, loaded: LoadedModel, output: Path, progress: Progress) -> Outcome:
-    """Execute a run, or what is left of it; its failure becomes its outcome."""
-    folder = output / planned.config.folder
-    try:
-        (run,) = execute([planned.config], loaded, output, lambda _, done, *__: progress.examples(planned, done))
-    except Exception as error:
-        return Outcome(planned, folder, None, sentence(error))
-    for note in run.notes:
+def run_together(plans: Sequence[Planned], loaded: LoadedModel, output: Path, progress: Progress) -> list[Outcome]:
+    """Execute runs of one model, or what is left of them, together; a run's failure becomes its outcome."""
+    by_hash = {planned.config.hash: planned for planned in plans}
+    errors: dict[str, str] = {}
+
+    def failed(config: RunConfig, error: Exception) -> None:
+        errors[config.hash] = sentence(error)
+
+    def tell(config: RunConfig, done: int, of: int, note: str) -> None:
+        progress.examples(by_hash[config.hash], done)
+
+    runs = execute([planned.config for planned in plans], loaded, output, tell, failed)
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
         progress.warn(note)
-    return Outcome(planned, folder, run.document())
+    documents = {run.config.hash: run.document() for run in runs}
+    return [
+        Outcome(planned, output / planned.config.folder, documents.get(key), errors.get(key))
+        for key, planned in by_hash.items()
+    ]
 
 
 def run_local(plans: Sequence[Planned], output: Path, progress: Progress) -> list[Outcome]:
-    """Run a sweep in this process, loading each model once."""
+    """Run a sweep in this process, loading each model once; runs that share prompts go over the examples together."""
     outcomes, left = reuse(plans, output, progress)
-    loaded: LoadedModel | None = None
-    of: tuple[Model, str] | None = None
+    groups: dict[tuple[str, str, str], list[Planned]] = {}
     for planned in left:
+        model = planned.model.model_dump_json()
+        groups.setdefault((model, planned.config.model_fingerprint, alike(planned.config)), []).append(planned)
+    loaded: LoadedModel | None = None
+    of: tuple[str, str] | None = None
+    for (model, fingerprint, _), together in groups.items():
         try:
-            if of != (planned.model, planned.config.model_fingerprint):
-                loaded = None  # freed before the next one is loaded
-                loaded, of = planned.load(), (planned.model, planned.config.model_fingerprint)
+            if of != (model, fingerprint):
+                loaded = of = None  # freed before the next one is loaded
+                loaded, of = together[0].load(), (model, fingerprint)
             assert loaded is not None
-            outcome = run_one(planned, loaded, output, progress)
+            ended = run_together(together, loaded, output, progress)
         except Exception as error:
             of = None
-            outcome = Outcome(planned, output / planned.config.folder, None, sentence(error))
-        outcomes.append(outcome)
-        progress.finished(outcome)
+            ended = [Outcome(planned, output / planned.config.folder, None, sentence(error)) for planned in together]
+        for outcome in ended:
+            outcomes.append(outcome)
+            progress.finished(outcome)
     return outcomes

@@ -36,6 +36,8 @@ class Model(_Strict):
     name: str
     device: str | None = None
     dtype: str | None = None
+    rope_scaling: str | None = None
+    device_map: Literal["auto"] | None = None
 
 
 class Choice(_Strict):
@@ -55,6 +57,7 @@ Policies = Annotated[list[Annotated[PolicyChoice, BeforeValidator(_named)]], Fie
 Models = Annotated[list[Annotated[Model, BeforeValidator(_named)]], Field(min_length=1)]
 Choices = Annotated[list[Annotated[Choice, BeforeValidator(_named)]], Field(min_length=1)]
 Length = Annotated[int, Field(ge=1, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
 Seed = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
 
 
@@ -69,10 +72,11 @@ class Sweep(_Strict):
     seeds: list[Seed] = Field(default_factory=lambda: [42], min_length=1)
     examples: int = Field(default=5, ge=1, le=LARGEST)
     question: Literal["aware", "agnostic"] = "aware"
-    prefill_chunk: int | None = Field(default=None, ge=1, le=LARGEST)
+    prefill_chunk: Size | Literal["auto"] | None = None
     recall_k: int = Field(default=100, ge=1, le=LARGEST)
     probe_examples: int = Field(default=1, ge=0, le=LARGEST)
-    batch_size: int = Field(default=1, ge=1, le=LARGEST)
+    batch_size: Size | Literal["auto"] = 1
+    share_prefill: bool | None = None
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
     dense_layers: int = Field(default=0, ge=0, le=LARGEST)
     probes: list[str] = Field(default_factory=list)
