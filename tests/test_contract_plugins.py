@@ -49,7 +49,7 @@ def model(tmp_path_factory):
 def run(python, model, output, *arguments):
     done = python.kvbench(
         "run", "--model", model, "--context-length", 512, "--examples", 1, "--output", output, "--json",
-        "--task", "infinitebench_passkey", *arguments,
+        *arguments,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return {one["policy"]: one for one in json.loads(done.stdout)["runs"]}, done.stderr
@@ -550,7 +550,7 @@ def test_the_static_set_in_other_storage_from_the_command_line(python, model, tm
 def test_a_small_plugin_compresses_its_answers(python, model, tmp_path):
     """The budget exceeds the prompt, and the answer's tokens are compressed, too."""
     done, _ = run(
-        python, model, tmp_path, "--task", "niah_single_1", "--policy", "longest_values,snapkv", "--tokens", 440,
+        python, model, tmp_path, "--policy", "longest_values,snapkv", "--tokens", 440,
         "--compress-every", 16, "-o", "window=8", "--budget", "uniform",
     )  # fmt: skip
     for name in ("longest_values", "snapkv"):

@@ -1,11 +1,14 @@
 """A store of contexts: found by their tokens, one's own only, and whole whatever happens while one is written."""
 
-import multiprocessing
 import os
 import random
 import resource
+import signal
 import socket
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from kvbench.plugins import registry
 pytestmark = pytest.mark.transformers
 
 QUEST = {"policy": "quest", "options": {"page_size": 4}, "budget": 24}
+HERE = Path(__file__).parent
 
 
 def kept(store, ids, mask=None, model=None, **given):
@@ -130,30 +134,24 @@ def test_what_a_policy_chose_without_the_question_is_said(store):
     assert kept(store, tokens(1, 40), policy="snapkv", options={"window": 8}).query_aware == said["snapkv"]
 
 
-def save_often(folder, times, ready, room=None):
-    """Save a context again and again, in a process that may write files of at most `room` bytes."""
-    store = kvbench.PrefixStore(folder)
-    with kvbench.attach(shared_model(), **QUEST) as session, torch.no_grad():
-        session.model(tokens(1, 400))
-        if room is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        ready.send("ready")
-        for _ in range(times):
-            try:
-                store.save(session)
-            except KVBenchError as error:
-                ready.send(str(error))
+SAVING = """
+import sys, torch, kvbench
+from tiny import shared_model, tokens
+store = kvbench.PrefixStore(sys.argv[1])
+with kvbench.attach(shared_model(), policy="quest", options={"page_size": 4}, budget=24) as session, torch.no_grad():
+    session.model(tokens(1, 400))
+    print("ready", flush=True)
+    for _ in range(int(sys.argv[2])):
+        store.save(session)
+"""
 
 
 def saving(store, times, **more):
-    """A process that saves, and what it says."""
-    context = multiprocessing.get_context("forkserver")  # forks of a process that has imported and done nothing else
-    context.set_forkserver_preload([__name__])
-    told, ready = context.Pipe(duplex=False)
-    process = context.Process(target=save_often, args=(store.folder, times, ready), kwargs=more)
-    process.start()
-    assert told.poll(300) and told.recv() == "ready"
-    return process, told
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.Popen(
+        [sys.executable, "-c", SAVING, store.folder, str(times)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env=environment, **more,
+    )  # fmt: skip
 
 
 def test_a_process_that_is_killed_while_it_saves_leaves_the_old_context_whole(store):
@@ -162,10 +160,11 @@ def test_a_process_that_is_killed_while_it_saves_leaves_the_old_context_whole(st
     longer = torch.cat([ids, ids[:, :1]], dim=1)
     with kvbench.attach(shared_model(), **QUEST) as session:
         for seed in range(2):
-            process, _ = saving(store, 10**6)
+            process = saving(store, 10**6)
+            assert process.stdout.readline() == "ready\n"
             time.sleep(random.Random(seed).uniform(0.0, 0.4))
-            process.kill()
-            process.join()
+            process.send_signal(signal.SIGKILL)
+            process.wait()
             assert store.load(session, longer).tokens == 400
         (store.folder / f".a.kv~{socket.gethostname()}~{process.pid}~0123").mkdir()
         (store.folder / f".b.kv~{socket.gethostname()}~{os.getpid()}~0123").mkdir()  # of one that lives
@@ -179,16 +178,16 @@ def test_two_processes_save_and_load_the_same_context(store):
     ids = tokens(1, 400)
     kept(store, ids)
     longer = torch.cat([ids, ids[:, :1]], dim=1)
-    writers = [saving(store, 15)[0] for _ in range(2)]
+    writers = [saving(store, 15) for _ in range(2)]
     with kvbench.attach(shared_model(), **QUEST) as session:
         expected = None
-        while any(process.is_alive() for process in writers):
+        while any(process.poll() is None for process in writers):
             store.load(session, longer)
             found = go_on(shared_model(), session.cache, longer, None, 2)[0]
             assert expected is None or torch.equal(found, expected)
             expected = found
     for process in writers:
-        assert process.exitcode == 0
+        assert process.returncode == 0, process.stderr.read()
     assert len(list(store.folder.iterdir())) == 1
 
 
@@ -196,10 +195,12 @@ def test_a_disk_that_is_full_leaves_the_store_as_it_was(store):
     path = kept(store, tokens(1, 400)).path
     before = path.read_bytes()
 
-    process, pipe = saving(store, 1, room=20_000)
-    told = pipe.recv()
-    process.join()
-    assert told.startswith("The state cannot be written to")
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = saving(store, 1, preexec_fn=little_room)
+    _, told = process.communicate()
+    assert "KVBenchError: The state cannot be written to" in told
     assert "File too large" in told
     assert list(store.folder.iterdir()) == [path]
     assert path.read_bytes() == before

@@ -130,7 +130,7 @@ def test_a_run_killed_at_random_moments_ends_in_the_bytes_of_an_undisturbed_one(
     rng = random.Random(7)
     kills = folders = 0
     seen = set()
-    while kills < 40:
+    while kills < 60:
         folders += 1
         path = tmp_path / f"run-{folders}"
         latest = duration
@@ -345,8 +345,9 @@ def real_run(path, ready=None):
 
 def test_real_runs_killed_at_random_moments_end_in_the_same_examples_and_traces(tmp_path, monkeypatch):
     monkeypatch.delitem(registry().classes["task"], "short", raising=False)
-    began = time.monotonic()
     reference = real_run(tmp_path / "undisturbed").path
+    began = time.monotonic()
+    real_run(tmp_path / "timed")
     duration = time.monotonic() - began
     rng = random.Random(3)
     # Forks of a process that has imported and done nothing else: one of this process would inherit its threads' locks.
