@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,8 @@ import numpy as np
 
 from kvbench import figures, spreadsheet
 from kvbench.analysis.index_benchmark import COLUMNS, IndexBenchmark
+from kvbench.analysis.index_parts import environment
+from kvbench.capture.datasets import Dataset
 from kvbench.capture.files import Capture
 from kvbench.contract.errors import KVBenchError, unwritable
 from kvbench.plugins import registry
@@ -37,6 +37,13 @@ class Point:
     scanned_ci95: tuple[float, float] | None
     us_per_query: float
     us_per_query_ci95: tuple[float, float] | None
+    us_p50: float | None = None
+    us_p95: float | None = None
+
+    @property
+    def qps(self) -> float:
+        """Queries per second on one thread."""
+        return 1e6 / self.us_per_query
 
 
 def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
@@ -58,6 +65,7 @@ def curves(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
                 name, effort, _mean(part, "recall"), _interval([row["recall"] for row in part]),
                 _mean(part, "scanned"), _interval([row["scanned"] for row in part]), _mean(part, "us_per_query"),
                 _interval(list({row["layer"]: row["us_per_query"] for row in part}.values())),
+                _mean(part, "us_p50"), _mean(part, "us_p95"),
             )
             for effort, part in sorted(efforts.items(), key=lambda item: item[0] or 0)
             if {row["layer"] for row in part} == layers
@@ -99,51 +107,58 @@ def at_recall(points: Sequence[Point], attribute: str, target: float = TARGET) -
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Per index: curve, scanned fraction and µs per query at recall 0.95, build and insertion seconds, and bytes.
+    """Per index: curve, scanned fraction, µs and queries per second at recall 0.95, build and insertion, and bytes.
 
     What is of a whole index (from `build_s` on) is a mean over layers, for all chosen heads together.
     """
     result = []
     for name, points in curves(rows).items():
-        layers = {row["layer"]: row for row in rows if row["index"] == name}.values()
+        layers = list({row["layer"]: row for row in rows if row["index"] == name}.values())
+        us = at_recall(points, "us_per_query")
+        inserted = layers[0]["insert_s"] is not None
         result.append({
             "index": name,
             "scanned_at_recall_95": at_recall(points, "scanned"),
-            "us_per_query_at_recall_95": at_recall(points, "us_per_query"),
+            "us_per_query_at_recall_95": us,
+            "qps_at_recall_95": None if us is None else 1e6 / us,
             "first_point_above": bool(points) and points[0].recall >= TARGET,
-            "build_s": _mean(list(layers), "build_s"),
-            "insert_s": _mean(list(layers), "insert_s"),
-            "recall_grown": _mean(list(layers), "recall_grown"),
-            "unreached": _mean(list(layers), "unreached"),
-            "parallel_efficiency": _mean(list(layers), "parallel_efficiency"),
-            "bytes": _mean(list(layers), "bytes"),
-            "curve": [vars(point) for point in points],
+            "build_s": _mean(layers, "build_s"),
+            "insert_s": _mean(layers, "insert_s") if inserted else None,
+            "recall_grown": _mean(layers, "recall_grown") if inserted else None,
+            "unreached": _mean(layers, "unreached"),
+            "parallel_efficiency": _mean(layers, "parallel_efficiency"),
+            "bytes": _mean(layers, "bytes"),
+            "curve": [{**vars(point), "qps": point.qps} for point in points],
         })  # fmt: skip
     return result
 
 
-def document(capture: Capture, config: IndexBenchmark, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The benchmark as one JSON document: capture, configuration, environment, rows and summary."""
-    import numba  # noqa: PLC0415 - slow
-
+def document(source: Capture | Dataset, config: IndexBenchmark, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The benchmark as one JSON document: capture or data set, configuration, environment, rows and summary."""
+    of = isinstance(source, Capture)
     return {
         "schema": SCHEMA,
-        "capture": capture.manifest.config.model_dump(mode="json"),
+        "capture": source.manifest.config.model_dump(mode="json") if isinstance(source, Capture) else None,
+        **({} if of else {"dataset": source.document()}),  # type: ignore[union-attr]
         "config": config.document(),
-        "environment": {
-            "python": platform.python_version(),
-            "packages": {name: version(name) for name in ("kvbench", "faiss-cpu", "numba", "numpy", "torch")},
-            "build_threads": numba.get_num_threads(),
-            "search_threads": 1,
-        },
+        "environment": environment(),
         "rows": [{name: row[name] for name in COLUMNS} for row in rows],
         "summary": summary(rows),
     }
 
 
-def folder_name(capture: Capture, config: IndexBenchmark) -> str:
-    """Name of the results folder, from the hash of capture and configuration."""
-    canonical = json.dumps([SCHEMA, capture.manifest.config.hash, config.document()], sort_keys=True)
+def title(content: Mapping[str, Any]) -> str:
+    """What a document's vectors are, in words."""
+    capture = content["capture"]
+    if capture is None:
+        return f"{content['dataset']['name']}, {content['dataset']['keys']} vectors"
+    return f"{capture['model']}, {capture['context_length']} tokens"
+
+
+def folder_name(source: Capture | Dataset, config: IndexBenchmark) -> str:
+    """Name of the results folder, from the hash of the source and the configuration."""
+    of: Any = source.manifest.config.hash if isinstance(source, Capture) else source.document()
+    canonical = json.dumps([SCHEMA, of, config.document()], sort_keys=True)
     return f"index-{hashlib.sha256(canonical.encode()).hexdigest()[:12]}"
 
 
@@ -196,11 +211,10 @@ def draw(content: Mapping[str, Any], folder: Path) -> None:
         left.set_ylim(max(0, left.get_ylim()[0]), 1.02)
         handles, names = left.get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center")
-        source, rows = content["capture"], content["rows"]
+        rows = content["rows"]
         layers, heads = ({row[name] for row in rows} for name in ("layer", "head"))
         keys, queries = rows[0]["n_keys"], rows[0]["n_queries"]
         figure.suptitle(
-            f"{source['model']}, {source['context_length']} tokens: {keys} keys, {queries} decoding queries, "
-            f"{len(layers)} layers × {len(heads)} heads",
+            f"{title(content)}: {keys} keys, {queries} queries, {len(layers)} layers × {len(heads)} heads",
             fontsize=11,
         )

@@ -10,6 +10,11 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.markers import hookimpl
 
 if TYPE_CHECKING:
+    from kvbench.api.index import IndexResults, index
+    from kvbench.api.results import RunResult, RunResults, SweepResults
+    from kvbench.api.run import run
+    from kvbench.api.sweep import sweep
+    from kvbench.api.table import Table
     from kvbench.compare.recommend import recommend
     from kvbench.contract.analysis import Analysis
     from kvbench.contract.attention import Attention
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from kvbench.engine.prefixes import PrefixStore
     from kvbench.engine.resume import resume
     from kvbench.engine.session import Session
+    from kvbench.engine.summary import SessionSummary
 
 _HOMES = {
     "Analysis": "contract.analysis",
@@ -46,6 +52,15 @@ _HOMES = {
     "Selection": "contract.selection",
     "Session": "engine.session",
     "attach": "engine.attach",
+    "sweep": "api.sweep",
+    "run": "api.run",
+    "index": "api.index",
+    "Table": "api.table",
+    "SweepResults": "api.results",
+    "SessionSummary": "engine.summary",
+    "RunResults": "api.results",
+    "RunResult": "api.results",
+    "IndexResults": "api.index",
     "recommend": "compare.recommend",
     "resume": "engine.resume",
 }
@@ -57,6 +72,7 @@ __all__ = [
     "BudgetAllocator",
     "BudgetRequest",
     "Extension",
+    "IndexResults",
     "KVBenchError",
     "KVCachePolicy",
     "Layer",
@@ -68,13 +84,21 @@ __all__ = [
     "PrefixStore",
     "Probe",
     "PromptView",
+    "RunResult",
+    "RunResults",
     "Saveable",
     "Selection",
     "Session",
+    "SessionSummary",
+    "SweepResults",
+    "Table",
     "attach",
     "hookimpl",
+    "index",
     "recommend",
     "resume",
+    "run",
+    "sweep",
 ]
 
 

@@ -125,6 +125,61 @@ def test_an_existing_folder_is_never_overwritten(loaded, tmp_path):
     assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
 
 
+class Stopping:
+    """Stops a model with Ctrl-C at its call number `after`, and counts the calls."""
+
+    def __init__(self, model, after):
+        self.after, self.calls = after, 0
+        self._handle = model.register_forward_pre_hook(self._call)
+
+    def _call(self, *_):
+        self.calls += 1
+        if self.calls > self.after:
+            raise KeyboardInterrupt
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._handle.remove()
+
+
+@pytest.mark.parametrize("decoding", ["text", "greedy"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_stopped_capture_goes_on_where_it_was_and_gives_the_same_bytes(tmp_path, monkeypatch, architecture, decoding):
+    """Five chunks of the prompt and ten steps, stopped in the prompt and twice in the decoding."""
+    model = tiny_model(architecture)
+    loaded = LoadedModel(model, Letters(), "tiny", "test", torch.device("cpu"), torch.float32, 4096)
+    settings = {"chunk": 10, "layers": "1,2" if architecture == "gemma3" else "0,2", "decoding": decoding}
+    whole = make(loaded, tmp_path / "whole", **settings)
+    monkeypatch.setattr("kvbench.capture.passing.EVERY_S", 0)
+    for after in (3, 2 + 5, 1 + 3):  # what was read before is not read again, but for the prompt's last chunk
+        with Stopping(model, after), pytest.raises(KeyboardInterrupt):
+            make(loaded, tmp_path / "c", **settings)
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", ".c.partial"}
+    with Stopping(model, 99) as counted:
+        done = make(loaded, tmp_path / "c", **settings)
+    assert counted.calls == 1 + 10 - 5 - 3
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "c"}
+    assert done.manifest == whole.manifest
+    done.verify()
+    (again,) = tmp_path.glob("c/manifest.json")
+    assert again.read_bytes() == (whole.path / "manifest.json").read_bytes()
+
+
+def test_what_another_plan_or_a_damaged_file_left_is_read_anew(loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("kvbench.capture.passing.EVERY_S", 0)
+    for chunk in (10, 20):  # pieces of ten tokens are none of the second capture's
+        with Stopping(loaded.model, 2), pytest.raises(KeyboardInterrupt):
+            make(loaded, tmp_path / "c", chunk=chunk)
+    (piece, *_) = sorted((tmp_path / ".c.partial" / "pieces").iterdir())
+    piece.write_bytes(piece.read_bytes()[:-1])
+    with Stopping(loaded.model, 99) as counted:
+        done = make(loaded, tmp_path / "c", chunk=20)
+    assert counted.calls == 3 + 10
+    assert done.manifest == make(loaded, tmp_path / "whole", chunk=20).manifest
+
+
 def test_a_failed_capture_leaves_nothing(loaded, tmp_path, monkeypatch):
     def fail(self):
         raise KeyboardInterrupt

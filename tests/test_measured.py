@@ -11,7 +11,7 @@ from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 import kvbench
-from kvbench.cli.table import results_table
+from kvbench.api.runs_table import results_table
 from kvbench.compare import leaderboard
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
@@ -358,7 +358,7 @@ def test_a_run_over_its_budget_is_marked_wherever_it_is_shown(hoarding, command,
     assert read(hoards.path)["metrics"]["over_budget"] == over
 
     table = results_table([run.document() for run in (hoards, keeps)], "t", {}, None)
-    assert [str(column.header) for column in table.columns][1:] == ["hoarder (over budget)", "streaming_llm"]
+    assert [column.heading for column in table.columns][1:] == ["hoarder (over budget)", "streaming_llm"]
     found, _ = leaderboard.query(tmp_path, columns=["policy", "over_budget"], sort=["policy"])
     assert found.fetchall() == [
         ("full", None), ("hoarder", f"asked {over['asked']}, attended {over['attended']:.0f}"), ("streaming_llm", None)

@@ -20,7 +20,7 @@ from kvbench.models import LoadedModel, load_model
 from kvbench.models.places import placed
 from kvbench.models.quantised import check_quantised, weights_format
 from kvbench.plugins import registry
-from kvbench.runs import runner, sizing
+from kvbench.runs import estimate, runner, sizing
 from kvbench.runs.sweep import plan_sweep
 
 PROMPT = tokens(1, 61)[0].tolist()
@@ -269,3 +269,14 @@ def test_resident_bytes_are_told_by_device(monkeypatch):
     assert set(by_device) == {"cuda:0", "cuda:1"} and alone == {}
     assert sum(by_device.values()) == resident
     assert by_device["cuda:0"] > by_device["cuda:1"] > 0  # two layers and one
+
+
+def test_short_measurements_are_carried_on_by_their_law():
+    prefill = estimate._fit([(n, 0.1 + 2e-4 * n + 3e-8 * n**2) for n in (128, 256, 512, 1024)])
+    assert prefill(16384) == pytest.approx(0.1 + 2e-4 * 16384 + 3e-8 * 16384**2, rel=1e-6)
+    assert estimate._fit([(512, 2.0)])(512) == pytest.approx(2.0)
+    assert estimate._line((512, 1024), (0.01, 0.012))(2048) == pytest.approx(0.016)
+    assert estimate._line((512, 1024), (0.012, 0.01))(4096) == 0.01, "a step that got faster is noise"
+    assert estimate._grows((512, 1024), (1.0, 4.0))(4096) == pytest.approx(64)
+    assert estimate._grows((512, 1024), (1.0, 9.0))(2048) == pytest.approx(36), "never more than quadratic"
+    assert estimate._grows((512, 1024), (0.0, 0.0))(4096) == 0

@@ -87,6 +87,31 @@ def test_examples_that_are_missing_are_told(copied):
     assert "it holds 3 examples and was asked for 4" in faults(copied)
 
 
+def test_an_answer_that_was_changed_and_scores_the_same_is_told(copied):
+    edit(copied / "examples.jsonl", lambda row: row.update(prediction=row["prediction"] + "\n"))
+    assert "examples.jsonl was changed after the run: its hash is another" in faults(copied)
+
+
+def test_a_file_that_is_no_part_of_the_run_is_told(copied):
+    (copied / "model.bin").write_bytes(b"x")
+    (copied / "more.jsonl").symlink_to(copied / "examples.jsonl")
+    assert faults(copied) == ["more.jsonl is a link", "model.bin is no file of this run"]
+    edit(copied / "run.json", lambda run: run.pop("files"))  # as older versions wrote it
+    assert faults(copied) == ["more.jsonl is a link", "model.bin is no file of a run"]
+
+
+def test_a_trace_that_is_gone_is_told(copied):
+    next(copied.glob("traces/*")).unlink()
+    assert faults(copied) == ["traces/000000.safetensors is missing"]
+
+
+def test_a_closed_folder_holds_runs_alone(copied):
+    (copied.parent / "README.md").write_text("mine")
+    assert [found.faults for found in verify(copied.parent, closed=True)] == [[]]
+    (copied.parent / "notes.txt").write_text("x")
+    assert [found.faults for found in verify(copied.parent, closed=True)] == [["notes.txt belongs to no run"], []]
+
+
 def test_the_command_names_what_does_not_hold_and_ends_with_2(kvbench, made, copied):
     assert kvbench("verify", made)[0] == 0
     edit(copied / "run.json", lambda run: run["metrics"]["accuracy"].update(mean=1.0))

@@ -6,117 +6,30 @@ import hashlib
 import json
 import platform
 import random
-import shutil
 import sysconfig
-import tempfile
-from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from kvbench.capture.files import (
     DEFAULT_TEXT,
     DTYPES,
     SCHEMA,
-    TENSORS,
     Capture,
     CaptureConfig,
     CapturedFile,
     Decoding,
     Manifest,
-    file_name,
     load_capture,
     sha256_of,
     writing_to,
 )
-from kvbench.contract.budget import LayerBudget
+from kvbench.capture.passing import Partial, Progress, read_through
+from kvbench.capture.probe import CaptureProbe
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.layer import Layer
-from kvbench.contract.probe import Probe
-from kvbench.engine.attach import attach
 from kvbench.models import LoadedModel, check_context
-
-
-class CaptureProbe(Probe):
-    """Stores the queries, keys and values of chosen layers, for the one sequence of a batch of one.
-
-    The prompt's part is written to `folder` as soon as a layer's prompt is done, so that only the decoding part is
-    held in memory until `finish`. `layers` are places in the model.
-    """
-
-    name = "capture"
-    summary = "Stores post-rotary queries, keys and values of chosen layers, prompt and decoding apart."
-
-    def __init__(self, folder: Path, layers: Sequence[int], dtype: str = "float32") -> None:
-        super().__init__()
-        self.folder, self.layers, self.dtype = folder, frozenset(layers), dtype
-        self.shape = (0, 0, 0)
-        """Query heads, key/value heads and head dimension."""
-        self.scaling: float | None = None
-        self._prompts: dict[int, int] = {}
-        self._decoded: dict[int, dict[str, list[Tensor]]] = {}
-
-    def query_window(self, number: int) -> int | None:
-        """All of the prompt's queries in the chosen layers, none in the others."""
-        return None if number in self.layers else 0
-
-    def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> Generator[None, Any, Any]:
-        """Write the prompt's part of a chosen layer."""
-        if layer.number in self.layers:
-            if layer.rows != 1 or layer.number in self._prompts:
-                raise KVBenchError("A capture takes one sequence, in a batch of one: run the others one by one.")
-            assert layer.prompt_queries is not None
-            self.shape, self.scaling = (layer.heads, layer.kv_heads, layer.head_dim), layer.scaling
-            self._prompts[layer.number] = layer.tokens
-            self._decoded[layer.number] = {name: [] for name in TENSORS}
-            self._write(layer.number, "prompt", {"queries": layer.prompt_queries, "keys": keys, "values": values})
-        return (yield)
-
-    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> Generator[None, Any, Any]:
-        """Keep the new tokens' keys and values."""
-        if layer.number in self.layers:
-            self._decoded[layer.number]["keys"].append(keys.cpu())
-            self._decoded[layer.number]["values"].append(values.cpu())
-        return (yield)
-
-    def select(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Generator[None, Any, Any]:
-        """Keep the decoding queries."""
-        if layer.number in self.layers:
-            self._decoded[layer.number]["queries"].append(queries.cpu())
-        return (yield)
-
-    def finish(self) -> None:
-        """Write the decoding parts; raises KVBenchError where a chosen layer was never seen."""
-        for number in sorted(self.layers):
-            if number not in self._decoded:
-                seen = "none" if not self._decoded else ", ".join(map(str, sorted(self._decoded)))
-                raise KVBenchError(
-                    f"Layer {number} has no full attention that a capture could see (captured: {seen}): choose layers "
-                    "of full attention."
-                )
-            parts = {name: torch.cat(tensors, dim=2) for name, tensors in self._decoded[number].items()}
-            self._write(number, "decode", parts)
-
-    def result(self) -> dict[str, Any]:
-        """Tokens captured per layer."""
-        return {"layers": {str(number): tokens for number, tokens in sorted(self._prompts.items())}}
-
-    def _write(self, number: int, part: str, tensors: dict[str, Tensor]) -> None:
-        stored = {}
-        for name, tensor in tensors.items():
-            plain = tensor[0].detach().to("cpu", DTYPES[self.dtype]).contiguous()
-            if not bool(torch.isfinite(plain).all()):
-                raise KVBenchError(
-                    f"The {name} of layer {number} are not finite as {self.dtype}: store them as bfloat16 or float32, "
-                    "or load the model in float32."
-                )
-            stored[name] = plain
-        with writing_to(self.folder):
-            save_file(stored, str(self.folder / file_name(number, part)))
 
 
 @dataclass(frozen=True)
@@ -218,12 +131,15 @@ def plan_capture(
 
 
 def capture(
-    config: CaptureConfig, loaded: LoadedModel, text: SourceText, output: Path, *, prefill_chunk: int = 1024
-) -> Capture:
+    config: CaptureConfig, loaded: LoadedModel, text: SourceText, output: Path, *, prefill_chunk: int = 1024,
+    progress: Progress = lambda *_: None,
+) -> Capture:  # fmt: skip
     """Run the model over the text and write the capture to the folder `output`, or reuse the same one found there.
 
-    It is written beside `output` under a temporary name and renamed when complete, so that a killed run leaves no
-    half capture. Raises KVBenchError where `output` holds something else, and where the text is too short.
+    It is written beside `output` under another name and renamed when complete, so that a killed run leaves no half
+    capture; what it had read lies there, and the same call goes on after it. `progress` is told how many tokens of how
+    many are read. Raises KVBenchError where `output` holds something else, where another process captures to it, and
+    where the text is too short.
     """
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         found = _existing(output)
@@ -235,16 +151,21 @@ def capture(
     ids = _token_ids(loaded, text, config.text_start, needed)
     with writing_to(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    plan = {
+        "config": config.model_dump(mode="json"),
+        "prefill_chunk": prefill_chunk,
+        "environment": _environment(loaded),
+    }
+    with Partial(output, plan) as partial:
+        work = partial.folder
         probe = CaptureProbe(work, config.layers, config.dtype)
-        decoded = _decode(loaded, ids, config, probe, prefill_chunk)
+        decoded = read_through(loaded.model, ids, config, probe, partial, prefill_chunk, progress)
         probe.finish()
-        heads, kv_heads, head_dim = probe.shape
+        partial.forget()
         manifest = Manifest(
-            schema=SCHEMA, config=config, prompt_tokens=config.prompt_tokens, heads=heads, kv_heads=kv_heads,
-            head_dim=head_dim, scaling=probe.scaling, prefill_chunk=prefill_chunk, decoded_ids=tuple(decoded),
-            environment=_environment(loaded),
+            schema=SCHEMA, config=config, prompt_tokens=config.prompt_tokens, heads=probe.shape[0],
+            kv_heads=probe.shape[1], head_dim=probe.shape[2], scaling=probe.scaling, prefill_chunk=prefill_chunk,
+            decoded_ids=tuple(decoded), environment=_environment(loaded),
             files=tuple(
                 CapturedFile(name=file.name, bytes=file.stat().st_size, sha256=sha256_of(file))
                 for file in sorted(work.iterdir())
@@ -253,11 +174,7 @@ def capture(
         with writing_to(output):
             text_form = manifest.model_dump_json(indent=2, by_alias=True) + "\n"
             (work / "manifest.json").write_text(text_form, "utf-8")
-            work.chmod(0o755)
             work.replace(output)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return Capture(output, manifest)
 
 
@@ -278,37 +195,6 @@ def _token_ids(loaded: LoadedModel, text: SourceText, start: int, needed: int) -
                 "give a longer text, --seed 0 or a shorter --context-length."
             )
         length *= 2
-
-
-@torch.inference_mode()
-def _decode(
-    loaded: LoadedModel, ids: list[int], config: CaptureConfig, probe: CaptureProbe, prefill_chunk: int
-) -> list[int]:
-    """Run prompt and decoding through the probe; return the ids of the tokens that were decoded."""
-    prompt, model = config.prompt_tokens, loaded.model
-    ends = model.generation_config.eos_token_id if model.generation_config is not None else None
-    stops = [ends] if isinstance(ends, int) else list(ends or ())
-    tokens = torch.tensor([ids], device=loaded.device)
-    decoded: list[int] = []
-    with attach(model, policy="full", probes=[probe], prompt_tokens=prompt):
-        past = None
-        for start in range(0, prompt, prefill_chunk):
-            piece = tokens[:, start : min(start + prefill_chunk, prompt)]
-            out = model(piece, past_key_values=past, use_cache=True, logits_to_keep=1)
-            past = out.past_key_values
-        for step in range(config.decode_tokens):
-            if config.decoding == "text":
-                token = ids[prompt + step]
-            else:
-                logits = out.logits[0, -1].clone()
-                if stops:
-                    logits[stops] = -torch.inf  # an answer's end would leave nothing to decode
-                token = int(logits.argmax())
-            decoded.append(token)
-            out = model(
-                torch.tensor([[token]], device=loaded.device), past_key_values=past, use_cache=True, logits_to_keep=1
-            )
-    return decoded
 
 
 def _environment(loaded: LoadedModel) -> dict[str, Any]:

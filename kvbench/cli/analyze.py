@@ -9,13 +9,13 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from kvbench.api.capture import captured
 from kvbench.cli.capture import (
     DecodeTokens,
     Decoding,
     PrefillChunk,
     SourceTextName,
     StoreDtype,
-    captured,
 )  # fmt: skip
 from kvbench.cli.common import (
     Device,
@@ -23,14 +23,17 @@ from kvbench.cli.common import (
     Json,
     Model,
     RopeScaling,
+    Steps,
     app,
     err,
     grouped,
     interruptible,
+    joined,
     load_registry,
     numbers,
     out,
     pairs,
+    paths,
 )  # fmt: skip
 from kvbench.contract.errors import KVBenchError, check_output
 
@@ -43,20 +46,25 @@ def analyze(
         Path | None, typer.Option(help="Folder of a capture; without it and --run one is made first.")
     ] = None,
     run: Annotated[
-        list[Path] | None, typer.Option(help="Folder of a finished run, for its traces; again for more runs.")
+        list[Path] | None,
+        typer.Option(help="Folder of a finished run, for its traces; several by commas, or the option again."),
     ] = None,
     benchmark: Annotated[
         list[Path] | None,
-        typer.Option(help="File of tests/bench/gpu/decode.py, for `latency`; again for more."),
+        typer.Option(help="File of tests/bench/gpu/decode.py, for `latency`; several by commas, or the option again."),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers separated by commas. [default: all]")] = None,
-    heads: Annotated[str | None, typer.Option(help="Query heads separated by commas. [default: all]")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all]")
+    ] = None,
+    heads: Annotated[
+        list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of the analysis, name=value.")
     ] = None,
     model: Model = "smollm2-135m",
     text: SourceTextName = "default",
-    context_length: Annotated[int, typer.Option(min=2, help="Tokens to capture, prompt and decoding together.")] = 4096,
+    context_length: Annotated[int, typer.Option(help="Tokens to capture, prompt and decoding together.")] = 4096,
     decode_tokens: DecodeTokens = 128,
     decoding: Decoding = "text",
     rope_scaling: RopeScaling = None,
@@ -73,11 +81,12 @@ def analyze(
     """Analyse a model over a text, a capture, runs or benchmarks: a table, its CSV and its figure."""
     check_output(output)
     found = load_registry()
+    run, benchmark = paths(run), paths(benchmark)
     given = grouped(pairs(option), "index_options")
     found.options("analysis", name, given)
     if capture is not None and run:
         raise KVBenchError("Both --capture and --run were given; an analysis has one source: give one of them.")
-    if run and (layers is not None or heads is not None):
+    if run and (layers or heads):
         raise KVBenchError(
             "--layers and --heads choose captured vectors; the table of --run lists all: leave them out."
         )
@@ -87,7 +96,7 @@ def analyze(
     if benchmark or found.find("analysis", name).reads_times:
         if capture is not None:
             raise KVBenchError(f"Analysis '{name}' compares measured times: leave --capture out.")
-        document = studies.analyse_times(name, benchmark or (), run or (), given)
+        document = studies.analyse_times(name, benchmark, run, given)
     elif run:
         document = studies.analyse_runs(name, run, given)
     else:
@@ -95,11 +104,13 @@ def analyze(
         if capture is not None:
             source = load_capture(capture)
         else:
-            source = captured(
-                model, text, context_length, layers or "all", lambda name: output / f"capture-{name}",
-                decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling,
-                prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
-            )  # fmt: skip
+            with Steps() as steps:
+                source = captured(
+                    model, text, context_length, joined(layers) or "all", lambda name: output / f"capture-{name}",
+                    decode_tokens=decode_tokens, decoding=decoding, rope_scaling=rope_scaling,
+                    prefill_chunk=prefill_chunk, store_dtype=store_dtype, seed=seed, device=device, dtype=dtype,
+                    progress=steps.step,
+                )  # fmt: skip
         with err.status("") as status:
             document = studies.analyse_capture(
                 name, source, given, layers=chosen, heads=chosen_heads, progress=status.update

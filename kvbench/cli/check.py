@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from kvbench.api.run import policy_options
 from kvbench.cli.common import Device, Dtype, Json, Model, app, interruptible, listed, load_registry, out, pairs
-from kvbench.cli.run import policy_options
 from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def check(
     model: Model = "smollm2-135m",
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="Policy to check too, several separated by commas, or `all`; none by default."),
+        typer.Option(help="Policy to check too, or `all`; several by commas, or the option again. [default: none]"),
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of the policy, name=value.")

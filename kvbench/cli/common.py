@@ -1,23 +1,38 @@
-"""What the commands share: the application, its consoles, its options, parsing and number formats."""
+"""What the commands share: the application, its consoles, its options and their parsing."""
 
 from __future__ import annotations
 
 import functools
-import re
 import sys
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
 
+from kvbench.api.formats import mib, seconds, share
+from kvbench.api.given import allocation, byte_size, joined, listed, numbers, whole_or_auto
 from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
-    from pydantic import ByteSize
+    from rich.progress import TaskID
 
     from kvbench.catalogue import Catalogue
     from kvbench.plugins import Registry
+
+__all__ = [
+    "allocation",
+    "byte_size",
+    "joined",
+    "listed",
+    "mib",
+    "numbers",
+    "seconds",
+    "share",
+    "whole_or_auto",
+]  # what the commands take from here
 
 app = typer.Typer(
     help="Benchmark KV-cache policies of long-context language models.",
@@ -27,12 +42,17 @@ app = typer.Typer(
 out = Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False)
 err = Console(stderr=True, markup=False, emoji=False)
 
+EVERY_S, MANY = 10.0, 500
+"""Seconds between two lines in a log about something of more parts than so many."""
+
 P = ParamSpec("P")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 Name = Annotated[str | None, typer.Argument(help="Describe this one.")]
 Model = Annotated[str, typer.Option(help="Known name, Hugging Face id or local folder.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ... [default: cuda where there is one]")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16. [default: float32 on the CPU]")]
+
+
 RopeScaling = Annotated[
     str | None,
     typer.Option(
@@ -107,75 +127,55 @@ def grouped(values: dict[str, str], into: str) -> dict[str, Any]:
     return {**found, into: parts} if parts else found
 
 
-def listed(values: str | Sequence[str] | None) -> list[str]:
-    """Names separated by commas, of an option given once or again and again; each once, in order."""
-    given = [values] if isinstance(values, str) else values or ()
-    return list(dict.fromkeys(name.strip() for value in given for name in value.split(",") if name.strip()))
+def paths(values: Sequence[Path] | None) -> list[Path]:
+    """Files or folders of an option given once or again and again; one that is not there is parted at its commas."""
+    return [
+        Path(part.strip())
+        for value in values or ()
+        for part in ([str(value)] if value.exists() else str(value).split(","))
+        if part.strip()
+    ]
 
 
-def allocation(text: str) -> tuple[str, dict[str, Any]]:
-    """An allocator and a size: `pyramid`, `pyramid:512` (tokens), `pyramid:10%`, `pyramid:64MiB`, or a size alone."""
-    name, colon, size = (part.strip() for part in text.partition(":"))
-    if not colon and name[:1].isdigit():
-        name, size = "uniform", name
-    elif not colon:
-        return name, {}
-    if re.fullmatch(r"[0-9]+", size) and int(size) > 0:
-        return name, {"tokens": int(size)}
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", size) and 0 < float(size[:-1]) <= 100:
-        return name, {"ratio": float(size[:-1]) / 100}
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)? ?[A-Za-z]+", size):
-        return name, {"bytes": byte_size("--budget", size)}
-    raise KVBenchError(
-        f"--budget {text} has a size that is none: give tokens (512), a share of the context (10%) or bytes (64MiB), "
-        "as in pyramid:512, or an allocator alone."
-    )
+class Steps:
+    """A live bar on a terminal of parts that are finished and what happens now, else a line for each finished part."""
 
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
-def whole_or_auto(name: str, text: str | None) -> Any:
-    """A positive whole number, `auto`, or None for an option that was not given; `name` is the option's."""
-    if text is None or text.strip() == "auto":
-        return text and "auto"
-    if re.fullmatch(r"[0-9]+", text.strip()) and 0 < int(text) < 2**31:
-        return int(text)
-    raise KVBenchError(f"{name} {text} is neither a positive whole number nor auto.")
+        self._bars = Progress(
+            BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False), console=err,
+        )  # fmt: skip
+        self._bar: TaskID | None = None
+        self._of = 0
+        self._done, self._at = -1, 0.0
 
+    def __enter__(self) -> Steps:
+        if err.is_terminal:
+            self._bars.start()
+        return self
 
-def numbers(name: str, text: str | None) -> tuple[int, ...] | None:
-    """Whole numbers separated by commas, or None for all; `name` is the option's, for the error."""
-    if text is None or text.strip() == "all":
-        return None
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise KVBenchError(f"{name} {text} is not a list of whole numbers separated by commas.") from None
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
 
+    def step(self, done: int, of: int, now: str) -> None:
+        """Show it; in a log at most every ten seconds where parts are many."""
+        if not err.is_terminal:
+            if done != self._done and time.monotonic() - self._at >= (EVERY_S if of > MANY else 0):
+                self.say(f"[{done}/{of}] {now}")
+                self._done, self._at = done, time.monotonic()
+            return
+        if self._bar is None or of != self._of:
+            if self._bar is not None:
+                self._bars.remove_task(self._bar)
+            self._bar, self._of = self._bars.add_task(now, total=of), of
+        self._bars.update(self._bar, completed=done, description=now)
 
-def byte_size(name: str, text: str | None) -> ByteSize | None:
-    """A number of bytes with or without a unit (64MiB, 1.5GB); `name` is the option's, for the error."""
-    if text is None:
-        return None
-    from pydantic import ByteSize, TypeAdapter, ValidationError  # noqa: PLC0415  --help stays quick
+    def say(self, message: str) -> None:
+        """Write a line above the bar."""
+        self._bars.console.print(message, style="dim", highlight=False, markup=False, soft_wrap=True)
 
-    try:
-        size = TypeAdapter(ByteSize).validate_python(text)
-    except ValidationError:
-        size = ByteSize(0)
-    if size < 1:
-        raise KVBenchError(f"{name} {text} is not a number of bytes: give one such as 4000000 or 64MiB.")
-    return size
-
-
-def mib(value: float | None) -> str:
-    """Bytes in MiB."""
-    return "–" if value is None else f"{value / 2**20:.1f}"
-
-
-def share(value: float | None) -> str:
-    """A fraction in percent."""
-    return "–" if value is None else f"{100 * value:.1f}%"
-
-
-def seconds(value: float | None, unit: float = 1) -> str:
-    """Seconds, or with `unit` 1000 milliseconds."""
-    return "–" if value is None else f"{value * unit:.2f}" if unit == 1 else f"{value * unit:.1f}"
+    def warn(self, message: str) -> None:
+        """Write a warning above the bar."""
+        self._bars.console.print(f"Warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)

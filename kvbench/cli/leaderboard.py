@@ -23,9 +23,13 @@ def leaderboard(
     ] = None,
     sort: Annotated[
         list[str] | None,
-        typer.Option(help="Columns separated by commas, descending after a minus. [default: -accuracy]"),
+        typer.Option(
+            help="Column, descending after a minus; several by commas, or the option again. [default: -accuracy]"
+        ),
     ] = None,
-    columns: Annotated[list[str] | None, typer.Option(help="Columns to show, separated by commas, or all.")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option(help="Column to show, or all; several by commas, or the option again.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Rows at most.")] = None,
     export: Annotated[Path | None, typer.Option(help="Write a .csv, .parquet or .md file.")] = None,
     as_json: Json = False,

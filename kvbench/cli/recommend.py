@@ -30,7 +30,9 @@ def recommend(
         str | None, typer.Option("--device-bytes", help="Bytes on the model's device at most.")
     ] = None,
     context_length: Annotated[int | None, typer.Option(min=1, help="Of the runs of this length alone.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="These tasks alone, separated by commas.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="This task alone; several by commas, or the option again.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every budget, not one of each policy.")] = False,
     as_json: Json = False,
 ) -> None:

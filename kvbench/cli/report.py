@@ -20,7 +20,8 @@ def report(
     ],
     output: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("kvbench-report"),
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="html, md or pdf; several separated by commas. [default: html]")
+        list[str] | None,
+        typer.Option("--format", help="html, md or pdf; several by commas, or the option again. [default: html]"),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -15,13 +15,23 @@ from kvbench.contract.errors import KVBenchError
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, or one that holds runs.")],
+    redraw: Annotated[
+        bool,
+        typer.Option("--redraw", help="Make the examples again, too, and compare references and prompts' lengths."),
+    ] = False,
+    closed: Annotated[
+        bool, typer.Option("--closed", help="Refuse any file below DIR that is neither part of a run nor a README.md.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compute every score and metric of runs again from their examples, and tell what does not hold."""
+    """Compute every score and metric of runs again from their examples, and tell what does not hold.
+
+    Also told: files that were changed after the run, that are missing, and that are no part of it.
+    """
     load_registry()
     from kvbench.runs.verify import verify as verify_runs  # noqa: PLC0415  scipy takes seconds to import
 
-    found = verify_runs(folder)
+    found = verify_runs(folder, redraw=redraw, closed=closed)
     wrong = [run for run in found if run.faults]
     if as_json:
         print(json.dumps({"schema": 1, "runs": [run.document() for run in found]}, indent=2))
@@ -34,4 +44,5 @@ def verify(
             for note in run.notes:
                 out.print(f"  {note}", style="dim", highlight=False, soft_wrap=True)
     if wrong:
-        raise KVBenchError(f"{len(wrong)} of {len(found)} runs do not hold: run them again, or leave them out.")
+        what = "folders" if closed else "runs"
+        raise KVBenchError(f"{len(wrong)} of {len(found)} {what} do not hold: run them again, or leave them out.")

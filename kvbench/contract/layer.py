@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kvbench.contract.attention import Attention
 from kvbench.contract.budget import LayerBudget
-from kvbench.contract.selection import Pending
+from kvbench.contract.selection import Pending, Selection
 from kvbench.contract.storage import KVStore
 
 
@@ -98,6 +98,8 @@ class Layer:
     """Whether the static set is attended to apart from what is selected (`KVCachePolicy.begin_select`)."""
     begun: Pending | None = None
     """The selection of this step that is under way."""
+    selection: Selection | None = None
+    """What the latest decoding step attended to beside the static set."""
     static_attention: Attention | None = None
     """The attention of this step's queries to the static set, where it came before the selection."""
 

@@ -141,7 +141,7 @@ class Attending(Governor):
         if first:
             start = key.shape[2] - query.shape[2]
             self.call("insert", layer=layer, keys=key[:, :, start:], values=value[:, :, start:])
-        selection = self.call("select", layer=layer, queries=query, budget=layer.budget)
+        selection = layer.selection = self.call("select", layer=layer, queries=query, budget=layer.budget)
         output: Tensor = self.call("attend", layer=layer, queries=query, selection=selection).output
         return output.transpose(1, 2)
 
@@ -179,7 +179,7 @@ class Attending(Governor):
                         compress(self.policy, layer)
                     layer.store.append(held_keys[:, :, now], held_values[:, :, now])
                     self.call("insert", layer=layer, keys=lane_keys[:, :, now], values=lane_values[:, :, now])
-                selection = self.select(layer, queries)
+                selection = layer.selection = self.select(layer, queries)
                 result = self.call("attend", layer=layer, queries=queries, selection=selection).output
                 layer.static_attention = None
                 if self.every and first:

@@ -265,6 +265,11 @@ class FixedDecoder:
         self._clock.positions.add_(1)
         self._position_ids.add_(1)
 
+    @property
+    def taken(self) -> int:
+        """How many steps were taken."""
+        return self._taken
+
     def bytes(self) -> dict[str, int]:
         """Bytes held now, as `PolicyCache.bytes` states them."""
         held = [step.bytes() for step in self._steps.values()]

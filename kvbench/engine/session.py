@@ -29,6 +29,7 @@ from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache, Replayer, ends_of
 from kvbench.engine.residual import watch_residual
 from kvbench.engine.saving.context import Attributes, load_context, save_context
+from kvbench.engine.summary import SessionSummary, summarise
 
 if TYPE_CHECKING:
     from kvbench.engine.conformance.report import Report
@@ -56,6 +57,8 @@ class Session(Attending):
         self.saved: Path | None = None
         """The file whose context is loaded when the session is entered; see `kvbench.resume`."""
         self._attributes: Attributes | None = None
+        self._ended_fixed: tuple[int, dict[str, int]] | None = None
+        """Steps of fixed shapes that have ended, and the bytes that they held."""
         self._following: Tensor | None = None
         self._logits: Tensor | None = None
         self._replaced: WeakKeyDictionary[Any, PolicyCache] = WeakKeyDictionary()
@@ -287,6 +290,16 @@ class Session(Attending):
         self.cache = cache
         return cache
 
+    def summary(self) -> SessionSummary:
+        """What the latest context holds and attends to: tokens, bytes, density, and recall where it is probed.
+
+        Inside the block or after it; printed as lines, in a notebook as a table.
+        """
+        fixed = None
+        if self.cache is not None and self.cache.handed_over:
+            fixed = self._ended_fixed if self._fixed is None else (self._fixed.taken, self._fixed.bytes())
+        return summarise(self.policy.name, self.probes, self.cache, fixed)
+
     # -- running ---------------------------------------------------------------------------------------------------
 
     def _finish_prompt(self, cache: PolicyCache) -> None:
@@ -327,6 +340,7 @@ class Session(Attending):
 
     def _end_fixed(self) -> None:
         if self._fixed is not None:
+            self._ended_fixed = self._fixed.taken, self._fixed.bytes()
             self._fixed.close()
             self._fixed = None
 

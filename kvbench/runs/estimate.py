@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from scipy.optimize import nnls
 
+from kvbench.contract.budget import Budget
 from kvbench.contract.errors import out_of_memory, sentence
 from kvbench.contract.task import Example, TokenExample
 from kvbench.engine.generation import generate_batch
@@ -27,9 +29,9 @@ from kvbench.runs.runner import WARM_UP_TOKENS, alike
 from kvbench.runs.sharing import probe_passes, prompt_of, session_of
 from kvbench.runs.sizing import Sizing, chunk_bytes
 
-SHORTEST = 128
+SHORTEST, LONG_ENOUGH = 128, 512
 ENOUGH_S = 1.0
-"""Longer prompts are tried until one takes so many seconds."""
+"""Longer prompts are tried until one of `LONG_ENOUGH` tokens or more takes so many seconds."""
 STEPS = 6
 BATCH = 4
 PROBED = 1.5
@@ -84,6 +86,9 @@ class _Estimator:
         self._policies: dict[str, _Policy] = {}
         self._examples: dict[str, tuple[list[int], int]] = {}
         self._answers: dict[str, float] = {}
+        weights = sum(one.numel() * one.element_size() for one in loaded.model.parameters())
+        on_gpu = loaded.device.type == "cuda"
+        self._base = weights if on_gpu else int(psutil.Process().memory_info().rss)  # with Python and the libraries
 
     def of(self, configs: Sequence[RunConfig]) -> list[Estimate]:
         """Estimate each configuration."""
@@ -121,7 +126,7 @@ class _Estimator:
             read * prefill(len(prompt)) + own * policy.index_s(len(prompt)) + steps + PROBED * passes * tokens * step
             + warm_up
         )  # fmt: skip
-        weights = sum(one.numel() * one.element_size() for one in self._loaded.model.parameters())
+        weights = self._base
         cache = len(prompt) * token_bytes(self._loaded.model)
         chunk = Sizing(config, self._loaded).chunk(batch, len(prompt)) or len(prompt)
         held = max(cache * (2 if config.share_prefill else 1), policy.bytes(len(prompt)))
@@ -176,10 +181,12 @@ class _Estimator:
         points: list[tuple[int, float]] = []
         size = min(SHORTEST, len(text))
         while True:
-            self._generate(exact, [text[:size]], 1)  # what a first use compiles
-            took = min(self._generate(exact, [text[:size]], 1).prefill_s for _ in range(2))
+            times = [self._generate(exact, [text[:size]], 1).prefill_s]  # the first compiles and loads
+            if times[0] < ENOUGH_S:
+                times += [self._generate(exact, [text[:size]], 1).prefill_s for _ in range(2)]
+            took = min(times)
             points.append((size, took))
-            if took > ENOUGH_S or size == len(text):
+            if (took > ENOUGH_S and size >= LONG_ENOUGH) or size == len(text):
                 return points[-4:]
             size = min(2 * size, len(text))
 
@@ -212,11 +219,26 @@ class _Estimator:
     def _measure(self, config: RunConfig, text: list[int]) -> _Policy:
         found = []
         for size in self._lengths:
-            self._generate(config, [text[:size]], STEPS)
-            made = self._generate(config, [text[:size]], STEPS)
+            short = config.model_copy(update={"budget": self._budget(config, size)})
+            self._generate(short, [text[:size]], 2)  # what a first use compiles
+            made = self._generate(short, [text[:size]], STEPS)
             found.append((size, made.index_s + made.capture_s, _step(made.step_s), sum(made.bytes.values())))
         sizes, index, step, held = zip(*found, strict=True)
         return _Policy(_grows(sizes, index), _line(sizes, step), _line(sizes, held))
+
+    def _budget(self, config: RunConfig, size: int) -> Budget | None:
+        """The budget, or half of what a short prompt has beside the static set, where this prompt is too short for it.
+
+        A number of tokens is kept; a share of the context is made that of the prompt asked for.
+        """
+        if config.budget is None:
+            return None
+        static = registry().make("policy", config.policy, config.policy_options).static_tokens(size)
+        every = token_bytes(self._loaded.model)
+        wanted = config.budget.size(config.context_length, every)
+        least = sum(static)
+        tokens = wanted if least < wanted < size else (least + size) // 2
+        return config.budget.model_copy(update={"tokens": tokens, "ratio": None, "bytes": None})
 
     def _generate(self, config: RunConfig, prompts: list[list[int]], tokens: int, stop: set[int] | None = None) -> Any:
         torch.manual_seed(config.seed)

@@ -34,7 +34,7 @@ def pack(sources: Sequence[Path], output: Path) -> list[Path]:
     made = []
     for name, (found, rows) in contents.items():
         folder = output / name
-        kept = ("name", "passed", "failure")
+        kept = ("model", "policy", "passed", "remembered")
         proofs = [{key: one[key] for key in kept if key in one} for one in found["conformance"]]
         document = {"schema": SCHEMA, **found, "conformance": proofs, "packed": True}
         try:

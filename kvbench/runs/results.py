@@ -22,6 +22,7 @@ from kvbench.contract.errors import KVBenchError, unwritable
 from kvbench.contract.reading import plain, read_json, reading
 from kvbench.identity import differences
 from kvbench.runs.config import SCHEMA, RunConfig
+from kvbench.runs.contents import hashes
 from kvbench.runs.rows import append, fault, finished_lines, line, read_rows, split
 from kvbench.runs.stored import StoredRun
 from kvbench.runs.summary import over_budget_text, summarise
@@ -169,6 +170,7 @@ class Run:
         content = {
             "schema": SCHEMA,
             **{k: v for k, v in self.document().items() if k not in ("policy", "budget", "folder")},
+            **({"files": hashes(self.path)} if status == "complete" else {}),
         }
         with _disk(self.path):
             temporary = self.path / ".run.json"

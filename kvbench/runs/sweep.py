@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -68,8 +68,8 @@ class Progress(Protocol):
         """Something was amiss and has been dealt with."""
 
 
-def plan_sweep(file: Path, *, here: int = 1, device: str | None = None) -> list[Planned]:
-    """Read and validate a sweep; give its runs, those of one model after each other.
+def plan_sweep(file: Path | Mapping[str, Any], *, here: int = 1, device: str | None = None) -> list[Planned]:
+    """Read and validate a sweep, its file or what that would hold; give its runs, those of one model after each other.
 
     Checked are names and options, that each task can be built at each length for each model (one example is), that the
     budgets fit it and hold the policies' static sets, and, where models run `here`, on this machine, so many at once,

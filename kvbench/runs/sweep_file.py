@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -85,15 +85,16 @@ class Sweep(_Strict):
 class Problems:
     """What is wrong with a sweep's file, by line."""
 
-    def __init__(self, file: Path, tree: yaml.Node) -> None:
-        self.file, self.tree = file, tree
+    def __init__(self, file: Path | str, tree: yaml.Node, *, lines: bool = True) -> None:
+        self.file, self.tree, self.lines = file, tree, lines
         self.found: dict[str, tuple[int, str]] = {}
 
     def add(self, place: Sequence[str | int], message: str) -> None:
         """Note what is wrong at a place, given by keys and positions."""
         name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
         line = self._line(place)
-        self.found.setdefault(message, (line, f"line {line}, {name}: {message}" if name else f"line {line}: {message}"))
+        where = ", ".join(part for part in (f"line {line}" if self.lines else "", name) if part)
+        self.found.setdefault(message, (line, f"{where}: {message}" if where else message))
 
     @contextmanager
     def at(self, *place: str | int) -> Iterator[None]:
@@ -126,11 +127,15 @@ class Problems:
         return int(line) + 1
 
 
-def load(file: Path) -> tuple[Sweep, Problems]:
-    """Read a sweep's file; raises KVBenchError with the line and the key of everything that is malformed."""
+def load(source: Path | Mapping[str, Any]) -> tuple[Sweep, Problems]:
+    """Read a sweep's file, or what it would hold; raises KVBenchError with line and key of everything malformed."""
+    file = "The sweep" if isinstance(source, Mapping) else source
     with reading(lambda reason: f"{file} cannot be read ({reason}): give the file of a sweep."):
-        check_regular(file)
-        text = file.read_text(encoding="utf-8-sig")
+        if isinstance(source, Mapping):
+            text = yaml.safe_dump(_plain(source), sort_keys=False, allow_unicode=True)
+        else:
+            check_regular(source)
+            text = source.read_text(encoding="utf-8-sig")
         try:
             tree = yaml.compose(text, Loader=_Loader)
             _check_size(tree)
@@ -144,7 +149,7 @@ def load(file: Path) -> tuple[Sweep, Problems]:
         raise KVBenchError(
             f"{file} is not a mapping: give it keys such as policies, budgets and tasks, each with its value."
         )
-    problems = Problems(file, tree)
+    problems = Problems(file, tree, lines=not isinstance(source, Mapping))
     _repeated_keys(tree, problems)
     _foreign_values(content, problems)
     problems.stop()
@@ -163,6 +168,15 @@ def load(file: Path) -> tuple[Sweep, Problems]:
         problems.stop()
     problems.stop()
     return sweep, problems
+
+
+def _plain(value: Any) -> Any:
+    """Mappings, sequences and paths as YAML has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 class _Loader(yaml.SafeLoader):

@@ -26,6 +26,7 @@ REBUILT = {
     "index", "count", "number", "heads", "kv_heads", "head_dim", "scaling", "rows", "store", "budget", "static",
     "prompt_tokens", "module", "softcap", "sink_logits", "state", "rotary", "previous", "ungoverned", "most_attended",
     "apart", "prompt_queries", "exact_attention", "hidden", "hidden_before", "project", "begun", "static_attention",
+    "selection",
 }  # fmt: skip
 """What of a layer follows from the model and the policy, is saved apart, or lasts no longer than a step."""
 
@@ -45,7 +46,7 @@ def write_state(cache: PolicyCache) -> tuple[Node, Writer]:
             "mask": _host(writer, cache.mask, "mask") if isinstance(cache.mask, Tensor) else None,
             "lanes": [[_host(writer, lane.rows, "rows"), lane.padding] for lane in cache.lanes],
             "dense": [[number, _attends(writer, called)] for number, called in cache.dense.items()],
-            "others": _others(writer, cache),
+            "others": others(writer, cache),
             "governed": [_governed(writer, cached) for cached in cache.governed],
         }
     except Unsaveable as found:
@@ -71,7 +72,7 @@ def _attends(writer: Writer, called: Attends | None) -> Node:
     }  # fmt: skip
 
 
-def _others(writer: Writer, cache: PolicyCache) -> list[Node]:
+def others(writer: Writer, cache: PolicyCache) -> list[Node]:
     """The layers that no policy governs: transformers' own, attribute by attribute; and governed layers' states."""
     found = []
     for number, layer in enumerate(cache.layers):
@@ -156,12 +157,7 @@ def read_state(governor: Governor, tree: Any, views: Views) -> PolicyCache:
     for number, called in tree["dense"]:
         if called is not None and number in cache.dense:
             cache.dense[number] = _read_attends(governor, reader, number, called)
-    for number, (layer, parts) in enumerate(zip(cache.layers, tree["others"], strict=True)):
-        around = Surroundings(_device(governor, number, device))
-        for name, part in parts.items():
-            if not name.isidentifier() or name.startswith("__"):
-                raise ValueError(f"{name!r} is no attribute")
-            setattr(layer, name, reader.value(part, around))
+    set_others(cache, reader, tree["others"])
     for cached, part in zip(cache.governed, tree["governed"], strict=True):
         if len(part["groups"]) != len(cache.lanes):
             raise ValueError("its lanes do not fit together")
@@ -171,6 +167,17 @@ def read_state(governor: Governor, tree: Any, views: Views) -> PolicyCache:
         cached.checked, cached.in_prompt = bool(part["checked"]), False
     cache.complete = True
     return cache
+
+
+def set_others(cache: PolicyCache, reader: Reader, nodes: Any) -> None:
+    """Give the layers that no policy governs what `others` wrote; ValueError for another model's."""
+    governor = cache.session
+    for number, (layer, parts) in enumerate(zip(cache.layers, nodes, strict=True)):
+        around = Surroundings(_device(governor, number, governor.model.device))
+        for name, part in parts.items():
+            if not name.isidentifier() or name.startswith("__"):
+                raise ValueError(f"{name!r} is no attribute")
+            setattr(layer, name, reader.value(part, around))
 
 
 def _read_attends(governor: Governor, reader: Reader, number: int, called: Any) -> Attends:

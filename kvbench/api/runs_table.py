@@ -1,27 +1,17 @@
-"""The tables of `kvbench run`: a column for each policy, or, where there are many, a row."""
+"""The table of runs: a column for each policy, or, where there are many, a row."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
-from kvbench.cli.common import mib, seconds, share
+from kvbench.api.formats import count, figure, mib, seconds, share
+from kvbench.api.table import Column, Table
 
 Cell = Callable[[dict[str, Any]], str]
 
 MOST_COLUMNS = 5
 """Policies that fit beside each other; more become rows."""
-
-
-def _count(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0f}"
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
 
 
 def _prefix(metrics: dict[str, Any], name: str) -> float | None:
@@ -31,7 +21,7 @@ def _prefix(metrics: dict[str, Any], name: str) -> float | None:
 
 def _break_even(metrics: dict[str, Any]) -> str:
     value = _prefix(metrics, "break_even_requests")
-    return "none" if value is None and metrics.get("prefix") else _figure(value)
+    return "none" if value is None and metrics.get("prefix") else figure(value)
 
 
 def _interval(metric: str, cell: Callable[[float | None], str]) -> Cell:
@@ -44,7 +34,7 @@ def _mean(metric: str, cell: Callable[[float | None], str]) -> Cell:
 
 def _shown(metric: str, main: str | None) -> Callable[[float | None], str]:
     """The main metric lies between 0 and 1."""
-    return share if metric == main else _figure
+    return share if metric == main else figure
 
 
 _REST: list[tuple[str, str, Cell]] = [
@@ -54,8 +44,8 @@ _REST: list[tuple[str, str, Cell]] = [
     ("output error", "", lambda m: share(m.get("output_error"))),
     ("keys scanned", "", lambda m: share(m.get("scanned_fraction"))),
     ("density", "density", lambda m: share(m["density"])),
-    ("  tokens asked for", "", lambda m: _count(m.get("budget_tokens"))),
-    ("  tokens attended", "tokens", lambda m: _count(m.get("attended_tokens"))),
+    ("  tokens asked for", "", lambda m: count(m.get("budget_tokens"))),
+    ("  tokens attended", "tokens", lambda m: count(m.get("attended_tokens"))),
     ("  their bytes, MiB", "", lambda m: mib(m.get("attended_bytes"))),
     ("resident, MiB", "MiB on\ndevice", lambda m: mib(m["bytes"]["resident"])),
     ("offloaded, MiB", "MiB on\nhost", lambda m: mib(m["bytes"]["offloaded"])),
@@ -79,8 +69,8 @@ _REST: list[tuple[str, str, Cell]] = [
     ("  on the device, p50", "", lambda m: seconds((m.get("device_tpot_s") or {}).get("p50"), 1000)),
     ("  steps", "steps", lambda m: m.get("mode") or "–"),
     ("  floor, ms", "", lambda m: seconds(m.get("floor_s"), 1000)),
-    ("  hot set's hit rate", "", lambda m: _figure(m.get("hot_hit_rate"))),
-    ("  times the floor", "x\nfloor", lambda m: _figure(m.get("floor_ratio"))),
+    ("  hot set's hit rate", "", lambda m: figure(m.get("hot_hit_rate"))),
+    ("  times the floor", "x\nfloor", lambda m: figure(m.get("floor_ratio"))),
     ("peak memory, MiB", "", lambda m: mib(m["peak_memory_bytes"])),
 ]
 """Label, heading where policies are rows (none: left out there), and the cell."""
@@ -114,21 +104,20 @@ def results_table(documents: list[dict[str, Any]], title: str, metrics: Mapping[
         for document in documents
     ]
     if len(documents) <= MOST_COLUMNS:
-        table = Table(title=title, title_justify="left")
-        table.add_column("", no_wrap=True)
-        for name in names:
-            table.add_column(name, justify="right")
+        rows = []
         for label, _, cell in entries:
             cells = [cell(document["metrics"]) for document in documents]
             if set(cells) != {"–"}:  # what nothing here measures, such as a GPU's times on a CPU
-                table.add_row(label, *cells)
-        return table
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("policy", no_wrap=True, style="bold")
+                rows.append([label, *cells])
+        return Table(title, [Column("", numeric=False), *map(Column, names)], rows)
     # Intervals of the first metric only, so that a row fits a line; the JSON document has all.
     columns = [entry for place, entry in enumerate(entries) if entry[1] and (place < 2 or "95%" not in entry[1])]
-    for _, heading, _ in columns:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for name, document in zip(names, documents, strict=True):
-        table.add_row(name, *(cell(document["metrics"]) for _, _, cell in columns))
-    return table
+    return Table(
+        title,
+        [Column("policy", numeric=False), *(Column(heading) for _, heading, _ in columns)],
+        [
+            [name, *(cell(document["metrics"]) for _, _, cell in columns)]
+            for name, document in zip(names, documents, strict=True)
+        ],
+        boxed=False,
+    )

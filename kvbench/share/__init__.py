@@ -1,0 +1,1 @@
+"""Finished runs for others: files of lm-evaluation-harness's layout, data sets and cards for the Hub, trackers."""
