@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 300
+MOST_PIXELS = 10_000_000
+"""Of a PNG; a figure that is larger at 300 dpi gets fewer."""
 REFERENCE = "#555555"
 """Colour of reference lines and of notes inside a figure."""
 MAP = "cividis"
@@ -35,6 +37,15 @@ _DASHES: tuple[Any, ...] = (
 )  # fmt: skip
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "+++", "---", "ooo")
 
+# Of middle lightness, so that they stand out from white and from dark pages.
+_MANY_COLORS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9467BD",
+    "#A6761D", "#CC6677", "#999933", "#7F7F7F",
+)  # fmt: skip
+_MANY_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d")
+BASELINE_STYLE = Style("#000000", "X", "-", "")
+"""Of exact attention."""
+
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none", "pdf.fonttype": 42, "ps.fonttype": 42,
     "text.parse_math": False,  # names come from users and may hold a dollar sign
@@ -51,6 +62,14 @@ def style(place: int) -> Style:
     return Style(
         _COLORS[place % len(_COLORS)], _MARKERS[(place + again) % len(_MARKERS)],
         _DASHES[(place + again) % len(_DASHES)], _HATCHES[(place + again) % len(_HATCHES)],
+    )  # fmt: skip
+
+
+def distinct(place: int) -> Style:
+    """The style of one of many series: 143 pairs of colour and marker until one comes again, and none of them black."""
+    return Style(
+        _MANY_COLORS[place % len(_MANY_COLORS)], _MANY_MARKERS[place % len(_MANY_MARKERS)],
+        _DASHES[place % len(_DASHES)], _HATCHES[place % len(_HATCHES)],
     )  # fmt: skip
 
 
@@ -76,7 +95,7 @@ def drawing(folder: Path, name: str, size: tuple[float, float] = (6.0, 3.8)) -> 
         yield figure
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         figure.set_layout_engine("none")  # laid out by now; once is enough
-        figure.savefig(folder / f"{name}.png", dpi=DPI)
+        figure.savefig(folder / f"{name}.png", dpi=min(DPI, (MOST_PIXELS / (size[0] * size[1])) ** 0.5))
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"] = "x") -> None:

@@ -32,10 +32,15 @@ def rows(kvbench, folder):
 
 
 def test_all_runs_below_a_folder_come_best_first(rows, kvbench, folder):
-    assert [(row["policy"], row["accuracy"]) for row in rows()] == [
-        ("full", 1), ("snapkv", 0.75), ("quest", 0.5), ("quest", 0.25),
+    # Tasks and lengths are apart, and the best comes first in each.
+    assert [(row["task"], row["context_length"], row["policy"], row["accuracy"]) for row in rows()] == [
+        ("qa", 512, "full", 1), ("qa", 512, "quest", 0.25), ("qa", 4096, "quest", 0.5), ("vt", 512, "snapkv", 0.75),
     ]  # fmt: skip
-    first, second, *_ = rows("--columns", "all")
+    assert [row["accuracy"] for row in rows("--mixed")] == [1, 0.75, 0.5, 0.25]
+    assert [row["accuracy"] for row in rows("--limit", "1")] == [1, 0.5, 0.75]
+    assert [row["accuracy"] for row in rows("--limit", "1", "--mixed")] == [1]
+    assert [row["ttft_s"] for row in rows("--sort", "ttft_s", "--columns", "ttft_s")] == [2.25] * 4
+    first, *_, second = rows("--columns", "all")
     assert set(first) == set(board.COLUMNS)
     stored = json.loads((folder / "a").joinpath(first["folder"], "run.json").read_text())
     assert first["ttft_s"] == stored["metrics"]["ttft_s"]["total"]
@@ -43,8 +48,41 @@ def test_all_runs_below_a_folder_come_best_first(rows, kvbench, folder):
     assert (first["allocator"], first["ratio"], second["tokens"], second["allocator"]) == (None, None, 64, "pyramid")
     code, out, _ = kvbench("leaderboard", folder)
     assert code == 0
-    for text in ("4 runs", "policy", "snapkv", "pyramid", "4096", "0.75"):
-        assert text in out
+    for text in (
+        "4 runs, ranked within each of 3", "policy", "snapkv", "64 tokens pyramid", "m, qa, 4096 tokens", "75.0%",
+        "30.1% to 95.4%", "10 bytes", "125.0 ms",
+    ):  # fmt: skip
+        assert text in out, out
+    assert "4 runs of 3 tasks and lengths in one list" in kvbench("leaderboard", folder, "--mixed")[1]
+    code, out, _ = kvbench("leaderboard", folder, "--columns", "policy,resident_bytes", "--where", "task=vt")
+    assert (code, "resident bytes" in out, "accuracy" in out, "│ quest" in out) == (0, True, False, False)
+
+
+def test_a_family_of_tasks_has_one_score_where_all_were_run(kvbench, tmp_path):
+    for task, quest in (("vt", [1, 1, 0, 0]), ("cwe", [1] * 8), ("qa", [0] * 4)):
+        store(tmp_path, [1] * len(quest), policy="full", budget=None, task=task)
+        store(tmp_path, quest, policy="quest", task=task)
+    store(tmp_path, [1] * 8, policy="snapkv", task="cwe")
+    document = json.loads(kvbench("leaderboard", tmp_path, "--json")[1])
+    means = {row["policy"]: row for row in document["averages"]}
+    assert {name: row["score"] for name, row in means.items()} == {"full": 1, "quest": 0.75, "snapkv": None}
+    assert (means["snapkv"]["lacks"], means["full"]["tasks"]) == (["vt"], ["cwe", "vt"])
+    out = kvbench("leaderboard", tmp_path)[1]
+    for text in ("RULER, mean of 2 of its 13 tasks", "not run: vt"):
+        assert text in out, out
+    full = next(tmp_path.glob("full-vt-*"))
+    code, out, err = kvbench("compare", full, tmp_path, "--where", "policy~*", "--columns", "difference,p_holm")
+    assert code == 0
+    assert "snapkv ratio 0.1 uniform has no mean over RULER at 512 tokens: it lacks vt" in " ".join(err.split())
+    for text in ("RULER, mean of 2 of its 13 tasks", "-25.0%", "p (Holm)"):
+        assert text in out, out
+    assert "won / lost / tied" not in out
+    document = json.loads(kvbench("compare", full, tmp_path, "--json")[1])
+    assert [(row["task"], row["difference"], row["n"]) for row in document["averages"]] == [
+        ("RULER, mean of 2 of its 13 tasks", -0.25, 12)
+    ]
+    code, _, err = kvbench("compare", full, tmp_path, "--where", "policy=ivf")
+    assert (code, "meets policy=ivf" in " ".join(err.split())) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,12 @@ def test_only_regular_files_are_read(tmp_path):
             read_bytes(tmp_path / name)
 
 
+@pytest.mark.parametrize("command", [("leaderboard",), ("report",), ("verify",), ("compare", "x" * 5000)])
+def test_a_path_longer_than_the_system_allows_is_told(kvbench, command):
+    code, _, err = kvbench(*command, "x" * 5000)
+    assert code == 2 and "(File name too long)" in err and "Traceback" not in err
+
+
 # -- runs --------------------------------------------------------------------------------------------------------------
 
 

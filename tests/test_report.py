@@ -119,7 +119,8 @@ def test_the_document_names_what_was_written(report, runs):
         "report.html", "report.md", "report.pdf", "leaderboard.csv", "accuracy-bytes.svg", "needles.png", "ood.csv",
     }  # fmt: skip
     assert [figure["name"] for figure in document["figures"]] == [
-        "accuracy-bytes", "recall-scanned", "needles", "latency", "recall-steps", "ood", "analysis-1",
+        "accuracy-bytes", "accuracy-latency", "recall-scanned", "needles", "latency", "recall-steps", "ood",
+        "analysis-1",
     ]  # fmt: skip
     assert all(figure["drawn"] and not figure["missing"] for figure in document["figures"])
     assert document["problems"] == []
@@ -187,11 +188,7 @@ def test_needles_are_averaged_by_depth_and_length(report, runs):
         rows = [json.loads(line) for line in (run / "examples.jsonl").read_text().splitlines()]
         return [(row["info"]["depth"], row["score"]) for row in rows]
 
-    short = Composed(*(only(runs, f"{policy}-*-512-*") for policy in SCORES)).charts["needles"].rows
-    assert [(row["depth_percent"], row["accuracy"]) for row in short if row["label"] == "quest"] == [
-        (f"{depth:g}", score) for depth, score in scores("quest", 512)
-    ]
-    both = table(report[0] / "figures" / "needles.csv")  # twelve depths: bands of 20%
+    both = table(report[0] / "figures" / "needles.csv")  # depths drawn at random: bands of 20%
     assert {row["label"] for row in both} == set(SCORES)
     for row in both:
         low = float(row["depth_percent"].split("–")[0])
@@ -260,7 +257,8 @@ def test_a_partial_run_is_marked_wherever_it_is_shown(copied, tmp_path):
     shown = Composed(copied)
     row = shown.rows["quest", "512"]
     assert (row["status"], row["examples"], row["pairs"]) == ("interrupted", 4, 4)
-    assert shown.content.board.rows[0]["marks"] == ["partial: 4 of 6 examples, interrupted"]
+    marks = [row["marks"] for row in shown.content.board.rows]
+    assert sorted(marks) == [[]] * 5 + [["partial: 4 of 6 examples, interrupted"]]
     assert shown.markdown.count("(partial: 4 of 6 examples, interrupted)") == 2
     for chart in shown.charts.values():
         if chart.name not in ("ood", "analysis-1"):
@@ -276,6 +274,23 @@ def test_without_a_baseline_there_are_no_differences_and_the_command_that_runs_i
     assert "no baseline" in shown.markdown
     (command,) = [command for _, command in shown.content.glance if command]
     assert re.search("kvbench run --policy full .*--context-length 512 ", command)
+
+
+def test_a_difference_that_so_few_examples_cannot_show_is_not_called_none(copied):
+    rescore(only(copied, "streaming_llm-*-640-*"), [0] * 6)
+    rescore(only(copied, "full-*-640-*"), [1] * 6)
+    text = next(line for line, _ in Composed(copied).content.glance if "640" in line)
+    assert "Too few examples to tell: " in text
+    assert "streaming_llm (−100.0 points, n = 6)" in text
+    assert "fewer than 8 examples in a table of 4 comparisons" in text  # 4 * 2 / 2**8 < 5% < 4 * 2 / 2**7
+    assert "Not told apart" not in text
+
+
+def test_the_page_recommends_and_says_what_it_cannot_tell(report):
+    text = (report[0] / "report.html").read_text()
+    assert "No budget here is shown within 1 point of exact attention." in text
+    assert "6 examples without a loss cannot rule out" in text or "too few to be sure" in text
+    assert "## Which policy?" in (report[0] / "report.md").read_text()
 
 
 def test_a_baseline_of_other_examples_is_none(copied):
@@ -371,7 +386,7 @@ class _Tags(HTMLParser):
     def __init__(self):
         super().__init__()
         self.found, self.stack, self.problems = [], [], []
-        self.void = {"meta", "link", "br", "img", "path", "use", "image"}
+        self.void = {"meta", "link", "br", "img", "input", "path", "use", "image"}
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
@@ -398,7 +413,7 @@ def test_the_page_is_self_contained_well_formed_and_labelled(report):
     assert len(ids) == len(set(ids))
     assert all(link[1:] in ids for link in links if link.startswith("#"))
     pictures = [found for tag, found in tags.found if tag == "svg"]
-    assert len(pictures) == 6
+    assert len(pictures) == 7
     for picture in pictures:
         assert picture["role"] == "img"
         title, description = picture["aria-labelledby"].split()
@@ -482,6 +497,7 @@ def opened(browser, report):
             {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500},
         )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
+        features.append({"name": "prefers-reduced-motion", "value": "reduce"})  # no scrolling under a click
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         browser.get((report[0] / "report.html").resolve().as_uri())
         browser.execute_script("localStorage.clear()")
@@ -500,21 +516,32 @@ def test_it_loads_without_errors_or_network_and_shows_its_figures(opened):
         "return [...document.querySelectorAll('svg.chart')].map(s => [s.getBoundingClientRect().width,"
         "s.getBoundingClientRect().height, s.querySelectorAll('path,use').length, s.querySelectorAll('text').length])"
     )
-    assert len(sizes) == 6
+    assert len(sizes) == 7
     assert all(width > 300 and height > 100 and marks > 10 and texts > 5 for width, height, marks, texts in sizes)
     assert driver.execute_script("return [...document.images].map(i => i.complete && i.naturalWidth > 0)") == [True]
 
 
 def column(driver, title):
-    """The sorting values of a column, top to bottom, and its heading."""
+    """The sorting values of a column, top to bottom by task and length, and its heading."""
     heads = driver.execute_script(
         "return [...document.querySelectorAll('#board thead th')].map(h => h.innerText.trim())"
     )
     (place,) = [place for place, head in enumerate(heads) if head.startswith(title)]
     values = driver.execute_script(
-        f"return [...document.querySelectorAll('#board tbody tr')].map(r => r.cells[{place}].dataset.value)"
+        "return [...document.querySelectorAll('#board tbody')].map(b => [...b.querySelectorAll('tr:not(.group)')]"
+        f".filter(r => r.checkVisibility()).map(r => r.cells[{place}].dataset.value))"
     )
-    return [float(value) for value in values if value], values, driver.find_elements("css selector", "#board th")[place]
+    return values, driver.find_elements("css selector", "#board thead th")[place]
+
+
+def is_sorted(groups, order):
+    """Whether each task and length is in order by itself, what has no value last, either way."""
+    for values in groups:
+        numbers = [float(value) for value in values if value]
+        assert all(value == "" for value in values[len(numbers) :])
+        if numbers != sorted(numbers, reverse=order == "descending"):
+            return False
+    return len(groups) == len(LENGTHS)
 
 
 def test_any_column_sorts_by_click(opened):
@@ -522,16 +549,54 @@ def test_any_column_sorts_by_click(opened):
     count = len(driver.find_elements("css selector", "#board thead th"))
     for title, first in (("Accuracy", "descending"), ("TTFT", "ascending"), ("Difference", "descending")):
         for order in (first, "ascending" if first == "descending" else "descending"):
-            head = column(driver, title)[2]
+            head = column(driver, title)[1]
             driver.execute_script("arguments[0].scrollIntoView({block: 'center', inline: 'center'})", head)
             head.find_element("css selector", "button").click()
-            numbers, values, _ = column(driver, title)
-            assert numbers == sorted(numbers, reverse=order == "descending")
-            assert all(value == "" for value in values[len(numbers) :])  # without a value: last, either way
+            assert is_sorted(column(driver, title)[0], order)
             assert head.get_attribute("aria-sort") == order
             assert driver.find_element("id", "said").text.endswith(f"{order}.")
             assert len(driver.find_elements("css selector", "#board [aria-sort]")) == 1
-    assert count == len(driver.find_elements("css selector", "#board tbody tr:first-child > *"))
+    assert count == len(driver.find_elements("css selector", "#board tbody[data-group='0'] tr:nth-child(2) > *"))
+    region = "return document.getElementById('board').parentElement"
+    assert driver.execute_script(f"{region}.scrollWidth <= {region.removeprefix('return ')}.clientWidth")
+    driver.find_element("id", "board-all").click()
+    assert driver.execute_script(f"{region}.scrollWidth > {region.removeprefix('return ')}.clientWidth")
+
+
+def test_runs_are_found_by_words_and_by_task_and_length(opened):
+    driver = opened()
+    driver.find_element("id", "board-find").send_keys("quest 30%")
+    assert [len(group) for group in column(driver, "Accuracy")[0]] == [1, 1]
+    driver.find_element("css selector", "#board-group option[value='1']").click()
+    assert [len(group) for group in column(driver, "Accuracy")[0]] == [0, 1]
+    driver.find_element("id", "board-find").clear()
+    driver.find_element("id", "board-find").send_keys("nothing like it")
+    assert [len(group) for group in column(driver, "Accuracy")[0]] == [0, 0]
+
+
+def test_examples_are_searched_and_stand_beside_each_other(opened, runs):
+    driver = opened()
+    rows = [json.loads(line) for line in (only(runs, "quest-*-640-*") / "examples.jsonl").read_text().splitlines()]
+    driver.find_element("css selector", "#examples-group option[value='1']").click()
+    driver.find_element("id", "examples-find").send_keys(rows[1]["references"][0])
+    (card,) = driver.find_elements("css selector", ".example")
+    assert card.find_element("css selector", "h3").text == rows[1]["id"]
+    assert "infinitebench_passkey" in card.text
+    assert [name.text.split("\n")[0] for name in card.find_elements("css selector", "h4")] == list(SCORES)
+    texts = driver.execute_script(
+        "return [...arguments[0].querySelectorAll('details pre, .answer:nth-child(2) pre')].map(e => e.textContent)",
+        card,
+    )
+    assert texts == [rows[1]["prompt"], rows[1]["prediction"] or "(nothing)"]
+    assert rows[1]["references"][0] in rows[1]["prompt"]
+    assert "What is the pass key?" in rows[1]["prompt"]
+    driver.find_element("id", "examples-runs").send_keys("quest")
+    assert len(driver.find_elements("css selector", ".answer")) == 1
+    driver.find_element("id", "examples-find").clear()
+    driver.find_element("id", "examples-find").send_keys(" ")
+    driver.find_element("id", "examples-differ").click()
+    differing = sum(len(set(scores)) > 1 for scores in zip(*SCORES.values(), strict=True))
+    assert len(driver.find_elements("css selector", ".example")) == differing
 
 
 def test_the_keyboard_reaches_and_sorts_the_table(opened):
@@ -551,9 +616,9 @@ def test_the_keyboard_reaches_and_sorts_the_table(opened):
     assert driver.execute_script("return getComputedStyle(arguments[0]).outlineStyle", button) == "solid"
     for key, order in ((Keys.ENTER, "descending"), (Keys.SPACE, "ascending")):
         driver.switch_to.active_element.send_keys(key)
-        numbers, _, head = column(driver, "Accuracy")
+        groups, head = column(driver, "Accuracy")
         assert head.get_attribute("aria-sort") == order
-        assert numbers == sorted(numbers, reverse=order == "descending")
+        assert is_sorted(groups, order)
         assert driver.switch_to.active_element == button
 
 
@@ -566,6 +631,13 @@ def test_a_phone_scrolls_the_tables_not_the_page(opened):
     )
     assert outside == []
     assert driver.execute_script("return parseFloat(getComputedStyle(document.body).fontSize)") >= 16
+    board = "document.getElementById('board').parentElement"  # cards, which need no scrolling
+    assert driver.execute_script(f"return {board}.scrollWidth <= {board}.clientWidth")
+    driver.execute_script(
+        "const by = document.getElementById('board-sort'); by.value = [...by.options].find("
+        "one => one.text === 'TTFT, s').value; by.dispatchEvent(new Event('change'))"
+    )
+    assert is_sorted(column(driver, "TTFT, s")[0], "ascending")
     for details in driver.find_elements("css selector", "details"):
         driver.execute_script("arguments[0].open = true", details)
     assert driver.execute_script("return document.documentElement.scrollWidth") == 390

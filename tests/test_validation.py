@@ -109,6 +109,7 @@ def test_values_of_later_steps_are_looked_at_where_asked(monkeypatch):
         ({"attend": lambda self, layer, *, queries: 0}, "attend(layer, queries); expected"),
         ({"after_prompt": lambda self, layers, tokens: 0}, "after_prompt(layers, ids, replay)"),
         ({"select": lambda self, layer: (yield)}, "select as a generator; expected a plain method"),
+        ({"select": 5}, "select as 5; expected a method of layer, queries, budget"),
     ],
 )  # fmt: skip
 def test_how_a_policy_defines_its_hooks(hooks, message):
@@ -117,6 +118,14 @@ def test_how_a_policy_defines_its_hooks(hooks, message):
         with pytest.raises(kvbench.KVBenchError, match=r"^Policy 'mine' \(theirs\) defines ") as raised:
             attempt()
         assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("found", [3, "ab", (-1, 4), (1.5, 2), None])
+def test_what_static_tokens_gives_is_two_numbers_of_tokens(found):
+    with pytest.raises(kvbench.KVBenchError) as raised:
+        run(policy(static_tokens=lambda self, context: found, takes_budget=True)())
+    expected = f"Policy 'mine' (theirs) gave {found!r} from static_tokens; expected two numbers of tokens, sinks and"
+    assert str(raised.value).startswith(expected)
 
 
 def test_fewer_arguments_and_defaults_are_fine():

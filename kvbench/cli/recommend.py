@@ -33,6 +33,10 @@ def recommend(
     task: Annotated[
         list[str] | None, typer.Option(help="This task alone; several by commas, or the option again.")
     ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(help="Judge the runs that meet a condition: column=value, as in `kvbench leaderboard`."),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show every budget, not one of each policy.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -40,6 +44,10 @@ def recommend(
     load_registry()
     from kvbench.compare.recommend import recommend as decide  # noqa: PLC0415  scipy takes seconds to import
 
+    if where:
+        from kvbench.compare.leaderboard import select  # noqa: PLC0415
+
+        folders = [run for root in folders for run in select(root, where)]
     found = decide(
         folders, max_drop=max_drop, max_kl=max_kl, bytes=byte_size("--bytes", size),
         device_bytes=byte_size("--device-bytes", device_size), context_length=context_length, task=listed(task),

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvbench.compare.families import family_of, family_text
 from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
 from kvbench.runs.packed import read_scores
 from kvbench.runs.results import find_runs, read
-from kvbench.statistics import PairedDifference, holm, paired_difference
+from kvbench.statistics import PairedDifference, averaged_difference, holm, paired_difference
 
 SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "context_length", "question")
 """Fields of a configuration that must agree for scores to be comparable."""
@@ -23,28 +24,6 @@ POOLED = ("seed", "examples", "recall_k", "probe_examples", "probes")
 """Fields in which runs of one side may differ; every other field makes another side."""
 TOLD = ("dense_layers",)
 """Fields beside the policy's options that make it another policy, named where they are set."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One configuration beside the baseline on one model, task and length; `p_holm` corrects for the whole table."""
-
-    model: str
-    task: str
-    context_length: int
-    baseline: str
-    candidate: str
-    result: PairedDifference
-    p_holm: float
-    baseline_folders: tuple[str, ...]
-    candidate_folders: tuple[str, ...]
-    over_budget: dict[str, float] | None = None
-    """Where the candidate attended to more than its budget: tokens asked for, allowed and attended to."""
-
-    def document(self) -> dict[str, Any]:
-        """The comparison as an element of the `--json` document."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "result"}
-        return {**fields, **dataclasses.asdict(self.result)}
 
 
 @dataclass
@@ -75,6 +54,33 @@ class Side:
                     "configuration: leave one of them out."
                 )
         self.folders.append(str(folder))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One configuration beside the baseline on one model, task and length; `p_holm` corrects for the whole table."""
+
+    model: str
+    task: str
+    context_length: int
+    baseline: str
+    candidate: str
+    result: PairedDifference
+    p_holm: float
+    baseline_folders: tuple[str, ...]
+    candidate_folders: tuple[str, ...]
+    over_budget: dict[str, float] | None = None
+    """Where the candidate attended to more than its budget: tokens asked for, allowed and attended to."""
+    sides: tuple[Side, Side] | None = dataclasses.field(default=None, repr=False, compare=False)
+    """The runs behind it, the baseline's first; None of an average."""
+
+    def document(self) -> dict[str, Any]:
+        """The comparison as an element of the `--json` document."""
+        left_out = ("result", "sides")
+        fields = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name not in left_out
+        }
+        return {**fields, **dataclasses.asdict(self.result)}
 
 
 def compare(
@@ -120,9 +126,43 @@ def compare(
         Comparison(
             side.config["model"], side.config["task"], side.config["context_length"], describe(counterpart.config),
             named[side_key(side.config)], result, p, tuple(counterpart.folders), tuple(side.folders), side.over_budget,
+            (counterpart, side),
         )
         for (counterpart, side, result), p in zip(pairs, corrected, strict=True)
     ], skipped  # fmt: skip
+
+
+def average_families(found: Sequence[Comparison]) -> tuple[list[Comparison], list[str]]:
+    """The mean differences over families of tasks (RULER's thirteen) at each length, p-values adjusted among them.
+
+    Also gives a sentence for each configuration that lacks some of the tasks that others have, and has no mean.
+    """
+    groups: dict[tuple[str, str, int, str], dict[str, dict[str, Comparison]]] = {}
+    for entry in found:
+        family = family_of(entry.task)
+        if family is not None:
+            place = (entry.model, family, entry.context_length, entry.baseline)
+            groups.setdefault(place, {}).setdefault(entry.candidate, {})[entry.task] = entry
+    made: list[Comparison] = []
+    notes: list[str] = []
+    for (model, family, length, baseline), candidates in groups.items():
+        tasks = sorted({task for entries in candidates.values() for task in entries})
+        if len(tasks) < 2:
+            continue
+        for candidate, entries in candidates.items():
+            if len(entries) < len(tasks):
+                lacks = ", ".join(task for task in tasks if task not in entries)
+                notes.append(f"{candidate} has no mean over {family} at {length} tokens: it lacks {lacks}.")
+                continue
+            pairs = [entry.sides for entry in entries.values() if entry.sides is not None]
+            result = averaged_difference([(one.scores, other.scores) for one, other in pairs])
+            made.append(Comparison(
+                model, family_text(family, len(tasks)), length, baseline, candidate, result, 1.0,
+                tuple(folder for one, _ in pairs for folder in one.folders),
+                tuple(folder for _, other in pairs for folder in other.folders),
+            ))  # fmt: skip
+    corrected = holm([entry.result.p_value for entry in made])
+    return [dataclasses.replace(entry, p_holm=p) for entry, p in zip(made, corrected, strict=True)], notes
 
 
 def describe(config: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench import spreadsheet
+from kvbench.compare.wording import budget_text
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.extras import need
 from kvbench.contract.reading import shown
@@ -29,6 +30,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "ratio": ("DOUBLE", "config.budget.ratio"),
     "tokens": ("BIGINT", "config.budget.tokens"),
     "budget_bytes": ("BIGINT", "config.budget.bytes"),
+    "budget": ("VARCHAR", "derived.budget"),
     "task": ("VARCHAR", "config.task"),
     "context_length": ("BIGINT", "config.context_length"),
     "question": ("VARCHAR", "config.question"),
@@ -48,6 +50,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "resident_bytes": ("DOUBLE", "metrics.bytes.resident"),
     "offloaded_bytes": ("DOUBLE", "metrics.bytes.offloaded"),
     "index_bytes": ("DOUBLE", "metrics.bytes.index"),
+    "total_bytes": ("DOUBLE", "derived.total_bytes"),
     "ttft_s": ("DOUBLE", "metrics.ttft_s.total"),
     "prefill_s": ("DOUBLE", "metrics.ttft_s.prefill"),
     "index_s": ("DOUBLE", "metrics.ttft_s.index"),
@@ -69,7 +72,7 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "status": ("VARCHAR", "status"),
     "folder": ("VARCHAR", "folder"),
 }
-"""Name -> type, and place in `run.json` or, for the folder, beside what it holds."""
+"""Name -> type, and place in `run.json` or, for the folder and what is derived, beside what it holds."""
 
 SHOWN = (
     "model", "policy", "allocator", "ratio", "tokens", "budget_bytes", "task", "context_length", "seed", "examples",
@@ -78,6 +81,13 @@ SHOWN = (
 )  # fmt: skip
 """Columns of the table where none are asked for."""
 
+VIEW = (
+    "policy", "budget", "seed", "accuracy", "accuracy_low", "accuracy_high", "examples", "total_bytes",
+    "resident_bytes", "tpot_p50_s", "ttft_s", "recall_at_k", "density", "over_budget", "mode",
+)  # fmt: skip
+"""Columns of the printed table where none are asked for, those that decide first."""
+GROUP = ("model", "task", "context_length", "question")
+"""What runs that are ranked together have in common."""
 OPERATORS = {"=": "=", "!=": "<>", "<=": "<=", ">=": ">=", "<": "<", ">": ">", "~": "GLOB"}
 _CONDITION = re.compile(r"\s*(\w+)\s*(<=|>=|!=|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
 
@@ -89,18 +99,21 @@ def query(
     sort: Sequence[str] = (),
     columns: Sequence[str] = (),
     limit: int | None = None,
+    mixed: bool = False,
 ) -> tuple[duckdb.DuckDBPyRelation, list[str]]:
     """Select runs at or below `root`; also gives a sentence for each folder that could not be read.
 
     `where`: conditions that all hold, such as `policy=quest`, `context_length>=4096` or `task~niah_*`. `sort`: columns,
-    descending after a minus. Column names are checked against COLUMNS, and values are bound, never part of the SQL.
+    descending after a minus. Runs are ranked by a result, such as the accuracy, only within the same model, task,
+    length and question mode, and `limit` holds for each of these groups, unless `mixed`; sorted by their configuration
+    they come as one list. Column names are checked against COLUMNS, and values are bound, never part of the SQL.
     Raises KVBenchError for an unknown column, a condition without an operator and a value of another type.
     """
     database = need("duckdb", "kvbench leaderboard")
     documents, skipped = [], []
     for folder in find_runs(root):
         try:
-            documents.append(json.dumps({**read(folder), "folder": shown(folder)}))
+            documents.append(json.dumps(_document(folder)))
         except KVBenchError as error:
             skipped.append(f"Left out: {error}")
     if not documents:
@@ -118,13 +131,46 @@ def query(
     sql = f"SELECT {selected} FROM ({_RUNS})"  # noqa: S608
     if conditions:
         sql += " WHERE " + " AND ".join(conditions)
-    sql += " ORDER BY " + ", ".join([*(f'"{name}" {way} NULLS LAST' for name, way in order), '"folder"'])
-    if limit is not None:
-        sql += " LIMIT ?"
-        parameters.append(limit)
+    ranked = [*(f'"{name}" {way} NULLS LAST' for name, way in order), '"folder"']
+    apart = ", ".join(f'"{name}"' for name in GROUP)
+    if is_grouped(sort, mixed=mixed):
+        if limit is not None:
+            sql += f" QUALIFY row_number() OVER (PARTITION BY {apart} ORDER BY {', '.join(ranked)}) <= ?"
+            parameters.append(limit)
+        sql += f" ORDER BY {', '.join([apart, *ranked])}"
+    else:
+        sql += " ORDER BY " + ", ".join(ranked)
+        if limit is not None:
+            sql += " LIMIT ?"
+            parameters.append(limit)
     connection = database.connect(":memory:", config={"threads": 1, "autoinstall_known_extensions": False})
     selection: duckdb.DuckDBPyRelation = connection.sql(sql, params=parameters)
     return selection, skipped
+
+
+def is_grouped(sort: Sequence[str], *, mixed: bool) -> bool:
+    """Whether an order ranks runs by a result, and so each model, task and length by itself."""
+    first = sort[0].removeprefix("-") if sort else ""
+    return not mixed and first in COLUMNS and COLUMNS[first][1].split(".")[0] in ("metrics", "derived")
+
+
+def select(root: Path, where: Sequence[str]) -> list[Path]:
+    """The folders of the runs at or below `root` for which all conditions hold; see `query`."""
+    if not where:
+        return find_runs(root)
+    places = {shown(folder): folder for folder in find_runs(root)}
+    found, _ = query(root, where=where, columns=["folder"])
+    folders = [places[name] for (name,) in found.fetchall()]
+    if not folders:
+        raise KVBenchError(f"No run below {root} meets {' and '.join(where)}.")
+    return folders
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    run = read(folder)
+    tiers = (run["metrics"].get("bytes") or {}).values()
+    derived = {"budget": budget_text(run["config"]["budget"]), "total_bytes": sum(tiers) if tiers else None}
+    return {**run, "derived": derived, "folder": shown(folder)}
 
 
 def export(found: duckdb.DuckDBPyRelation, file: Path) -> None:

@@ -83,7 +83,8 @@ class Pluggable(Extension):
         super().__init_subclass__(**kwargs)
         for name in POLICY_HOOKS:
             method = cls.__dict__.get(name)
-            if method is not None and not hasattr(method, "kvbench_impl"):
+            marks = callable(method) or isinstance(method, classmethod)  # anything else is refused when it is attached
+            if marks and not hasattr(method, "kvbench_impl"):
                 hookimpl(method, wrapper=cls._wrapper)
 
 

@@ -20,6 +20,7 @@ from kvbench.engine.governor import Governor
 from kvbench.engine.lanes import Lane, last_queries
 from kvbench.engine.prompt import Attends, finite
 from kvbench.engine.rotary import Rotary
+from kvbench.engine.validation import static_tokens
 
 _NO_COPY = (
     "A policy's cache cannot be copied, since its stores and indexes belong to one conversation: start the other one "
@@ -358,7 +359,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         return Layer(
             ordinal=self.ordinal, count=len(self.cache.governed), number=self.number, heads=attends.heads,
             kv_heads=kv_heads, head_dim=head_dim, scaling=attends.scaling, rows=rows, store=store, budget=budget,
-            static=session.policy.static_tokens(tokens), prompt_tokens=tokens, module=attends.module,
+            static=static_tokens(session.policy, tokens), prompt_tokens=tokens, module=attends.module,
             softcap=attends.softcap, sink_logits=attends.sink_logits,
             rotary=Rotary(
                 session.model, session.config, attends.module, self.number, latent=self.expand is not None

@@ -22,7 +22,14 @@ from kvbench.contract.policy import POLICY_HOOKS, KVCachePolicy, Place
 from kvbench.contract.probe import Probe
 from kvbench.contract.selection import Selection
 from kvbench.engine.survey import Survey, survey, text_config, token_bytes
-from kvbench.engine.validation import Answers, check_begun, check_hooks, check_instance, check_wrapped
+from kvbench.engine.validation import (
+    Answers,
+    check_begun,
+    check_hooks,
+    check_instance,
+    check_wrapped,
+    static_tokens,
+)
 from kvbench.plugins import registry
 
 
@@ -146,7 +153,7 @@ class Governor:
         """Share the budget over the layers `numbers` of the model for a prompt of `tokens` tokens."""
         if self.allocator is None or self.budget is None:
             return None, [LayerBudget(tokens, covers_all=True)] * len(numbers)
-        sinks, window = self.policy.static_tokens(tokens)
+        sinks, window = static_tokens(self.policy, tokens)
         size = self.budget.size(tokens, token_bytes(self.model, numbers))
         request = BudgetRequest(
             layers=len(numbers),

@@ -86,6 +86,18 @@ def check_hooks(cls: type[Pluggable]) -> None:
         )
 
 
+def static_tokens(policy: KVCachePolicy, tokens: int) -> tuple[int, int]:
+    """The sinks and the window that a policy keeps of a prompt of `tokens` tokens; KVBenchError for anything else."""
+    found: Any = policy.static_tokens(tokens)
+    match found:
+        case (int(sinks), int(window)) if sinks >= 0 and window >= 0:
+            return sinks, window
+    raise KVBenchError(
+        f"{named(policy)} gave {found!r} from static_tokens; expected two numbers of tokens, sinks and window, each "
+        "0 or more."
+    )
+
+
 class Answers:
     """Looks at what a policy answers, inside all probes but those that time it."""
 

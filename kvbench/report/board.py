@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from kvbench.report.charts import MIB, Row, model_text, percent
+from kvbench.report.charts import MIB, Row, model_text, percent, setting_text
 from kvbench.report.collect import BASELINE, Collection, ReportRun, budget_text, labels
-from kvbench.report.words import ALPHA, anchor, mark_texts, points, unmarked
+from kvbench.report.words import ALPHA, anchor_of, mark_texts, points, unmarked
 from kvbench.runs.timing import mode_text
+
+_MAIN = ("bytes.resident", "tpot_s.p50", "ttft_s.total", "recall_at_k")
+"""Metrics among the columns that decide."""
 
 
 @dataclass(frozen=True)
@@ -32,34 +35,40 @@ class Column:
     cell: Callable[[ReportRun], Cell]
     kind: str = "number"
     first: str = "descending"
+    main: bool = True
+    """Whether it decides, and is shown before the reader asks for all columns."""
 
 
 @dataclass
 class Board:
-    """The leaderboard: columns, rows, caption."""
+    """The leaderboard: columns, rows, caption; `groups` names the settings, by the number that each row has."""
 
     columns: list[Column]
     rows: list[dict[str, Any]]
     caption: str
     csv: str = ""
+    groups: list[str] = field(default_factory=list)
 
 
 def leaderboard(found: Collection) -> Board:
     """The leaderboard of all runs."""
     names: dict[int, str] = {}
-    for runs in found.settings().values():
+    settings = found.settings()
+    for runs in settings.values():
         names |= labels(runs, apart=("seed", "budget", "examples"))
     columns = _columns(found, names)
+    places = {id(run): anchor_of(place) for place, run in enumerate(found.runs)}
     rows = [
-        {"cells": [column.cell(run) for column in columns], "anchor": anchor(run, found), "marks": mark_texts(run),
-         "baseline": run.policy == BASELINE}
-        for run in found.runs
+        {"cells": [column.cell(run) for column in columns], "anchor": places[id(run)], "marks": mark_texts(run),
+         "baseline": run.policy == BASELINE, "group": group}
+        for group, runs in enumerate(settings.values())
+        for run in sorted(runs, key=lambda run: (-run.accuracy, run.total_bytes))
     ]  # fmt: skip
     caption = (
-        f"One row for each run. Differences are from {BASELINE} on the same examples, with 95% intervals; p-values are "
-        "adjusted for all comparisons of the table (Holm)."
+        f"One row for each run, ranked within its task and length. Differences are from {BASELINE} on the same "
+        "examples, with 95% intervals; p-values are adjusted for all comparisons of the table (Holm)."
     )
-    return Board(columns, rows, caption)
+    return Board(columns, rows, caption, groups=[setting_text(setting, found) for setting in settings])
 
 
 def _number(value: float | None, text: str, **more: str) -> Cell:
@@ -68,7 +77,8 @@ def _number(value: float | None, text: str, **more: str) -> Cell:
 
 def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
     def config(key: str, title: str, help_text: str, kind: str = "text") -> Column:
-        return Column(key, title, help_text, lambda run: Cell(str(run.config[key]), run.config[key]), kind, "ascending")
+        show = lambda run: Cell(str(run.config[key]), run.config[key])  # noqa: E731
+        return Column(key, title, help_text, show, kind, "ascending", main=False)
 
     def metric(key: str, title: str, help_text: str, show: Callable[[float], str], first: str) -> Column:
         def cell(run: ReportRun) -> Cell:
@@ -77,7 +87,7 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
                 value = None if value is None else value.get(part)
             return Cell("–") if value is None else Cell(show(value), value)
 
-        return Column(key, title, help_text, cell, "number", first)
+        return Column(key, title, help_text, cell, "number", first, key in _MAIN)
 
     def several(key: str) -> bool:
         return len({run.config[key] for run in found.runs}) > 1
@@ -94,7 +104,7 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
     ))  # fmt: skip
     if several("model"):
         columns.append(Column("model", "Model", "Model", lambda run: Cell(
-            model_text(run.config["model"]), run.config["model"]), "text", "ascending"))  # fmt: skip
+            model_text(run.config["model"]), run.config["model"]), "text", "ascending", main=False))  # fmt: skip
     if several("task"):
         columns.append(config("task", "Task", "Task"))
     if several("context_length"):
@@ -110,25 +120,25 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
         Column("p", "p (Holm)", "Adjusted p-value of the paired difference", lambda run: _number(
             run.p_adjusted, "" if run.p_adjusted is None else "< 0.001" if run.p_adjusted < 0.001
             else f"{run.p_adjusted:.3f}"), first="ascending"),
+        Column("total_bytes", "Bytes, MiB", "All tiers and index", lambda run: Cell(
+            mib(run.total_bytes), run.total_bytes), first="ascending"),
+        metric("bytes.resident", "On device, MiB", "Bytes on the model's device", mib, "ascending"),
+        metric("tpot_s.p50", "TPOT p50, ms", "Median time per output token", lambda v: f"{1000 * v:.1f}", "ascending"),
+        metric("ttft_s.total", "TTFT, s", "Time to first token: prefill and index construction", "{:.2f}".format,
+               "ascending"),
         metric("recall_at_k", "Recall@k", "Share of the exact top k attended", percent, "descending"),
         metric("recovered_mass", "Recovered mass", "Exact attention's weight on the attended tokens", percent,
                "descending"),
         metric("scanned_fraction", "Keys scanned", "Distance evaluations over indexed keys", percent, "ascending"),
         metric("density", "Density", "Attended tokens over context tokens", percent, "ascending"),
-        Column("total_bytes", "Bytes, MiB", "All tiers and index", lambda run: Cell(
-            mib(run.total_bytes), run.total_bytes), first="ascending"),
-        metric("bytes.resident", "On device, MiB", "Bytes on the model's device", mib, "ascending"),
         metric("bytes.offloaded", "Offloaded, MiB", "Bytes in the host's memory", mib, "ascending"),
         metric("bytes.index", "Index, MiB", "Bytes of the policy's structures", mib, "ascending"),
-        metric("ttft_s.total", "TTFT, s", "Time to first token: prefill and index construction", "{:.2f}".format,
-               "ascending"),
         metric("ttft_s.index", "Index construction, s", "The part of TTFT in the policy", "{:.2f}".format, "ascending"),
-        metric("tpot_s.p50", "TPOT p50, ms", "Median time per output token", lambda v: f"{1000 * v:.1f}", "ascending"),
         metric("tpot_s.p95", "TPOT p95, ms", "95th percentile", lambda v: f"{1000 * v:.1f}", "ascending"),
         Column("mode", "Steps", "How they ran: one CUDA graph (graph), the same code uncaptured (fixed), hook by hook "
                "(eager), and why not captured",
                lambda run: Cell(run.metrics.get("mode") or "–", mode_text(run.metrics),
-                                run.metrics.get("mode_reason") or ""), "text", "ascending"),
+                                run.metrics.get("mode_reason") or ""), "text", "ascending", main=False),
         metric("floor_ratio", "Times the floor", "Median step over the time that the bytes it must read take",
                "{:.2f}".format, "ascending"),
         metric("hot_hit_rate", "Hot set's hits", "Share of the tokens chosen from the host that a hot set on the "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvbench.compare.candidates import Limits
 from kvbench.contract.errors import KVBenchError, check_output, unwritable
 from kvbench.report import charts as charting
 from kvbench.report import page
@@ -45,11 +46,15 @@ class Report:
         }  # fmt: skip
 
 
-def build(folders: Sequence[Path], output: Path, formats: Sequence[str] = ("html",), *, command: str = "") -> Report:
+def build(
+    folders: Sequence[Path], output: Path, formats: Sequence[str] = ("html",), *, command: str = "",
+    limits: Limits | None = None,
+) -> Report:  # fmt: skip
     """Write the report of everything at or below the folders into `output`.
 
     `report.html`, `report.md` or `report.pdf` as asked, and `figures/` with each figure as SVG and PNG and its data as
-    CSV. Raises KVBenchError where the folders hold nothing to show, or `output` cannot be written.
+    CSV. `limits` are those of the recommendation: 1 point where there are none. Raises KVBenchError where the folders
+    hold nothing to show, or `output` cannot be written.
     """
     if not formats:
         raise KVBenchError(f"--format names no format: choose from {', '.join(FORMATS)}.")
@@ -59,7 +64,7 @@ def build(folders: Sequence[Path], output: Path, formats: Sequence[str] = ("html
     check_output(output)
     found = collect(folders)
     drawn = charting.charts(found)
-    content = page.compose(found, drawn, command)
+    content = page.compose(found, drawn, command, limits)
     figures = output / "figures"
     written: list[Path] = []
     try:

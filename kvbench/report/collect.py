@@ -125,6 +125,11 @@ class Collection:
         return dict(sorted(found.items()))
 
 
+def _is_folder(path: Path) -> bool:
+    with reading(lambda reason: f"{path} cannot be searched for runs ({reason})."):
+        return path.is_dir()
+
+
 def collect(folders: Sequence[Path]) -> Collection:
     """Read every run and analysis at or below the folders.
 
@@ -134,7 +139,7 @@ def collect(folders: Sequence[Path]) -> Collection:
     found = Collection()
     seen: set[str] = set()
     for folder in folders:
-        if not folder.is_dir():
+        if not _is_folder(folder):
             raise KVBenchError(f"{folder} is no folder: give folders that `kvbench run` or `kvbench analyze` wrote.")
         for file in _candidates(folder):
             place = os.path.realpath(file)  # Path.resolve raises on a loop of links

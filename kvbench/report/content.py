@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
+from kvbench.compare.candidates import Limits
 from kvbench.report.board import Board, flat, leaderboard
 from kvbench.report.charts import Chart, model_text, percent, setting_text
 from kvbench.report.collect import Collection, ReportRun, labels
 from kvbench.report.commands import analyze_command, run_command
+from kvbench.report.decision import Decision, decision
 from kvbench.report.glance import glance
-from kvbench.report.words import anchor, count, device_text, mark_texts, unmarked
+from kvbench.report.viewer import examples_of
+from kvbench.report.words import anchor_of, count, device_text, mark_texts, unmarked
 
 
 @dataclass
@@ -24,7 +27,10 @@ class Content:
     glance: list[tuple[str, str]]
     """Sentences, and the command that would mend what one names, or nothing."""
     problems: list[str]
+    decision: Decision
     board: Board
+    examples: list[dict[str, Any]]
+    """By setting, for the viewer of examples."""
     charts: list[Chart]
     runs: list[dict[str, Any]]
     analyses: list[dict[str, str]]
@@ -32,11 +38,15 @@ class Content:
     version: str = field(default_factory=lambda: version("kvbench"))
 
 
-def compose(found: Collection, charts: Sequence[Chart], command: str) -> Content:
+def compose(found: Collection, charts: Sequence[Chart], command: str, limits: Limits | None = None) -> Content:
     """Put the report's texts together."""
+    names: dict[int, str] = {}
+    for runs in found.settings().values():
+        names |= labels(runs)
     return Content(
         title=_heading(found), subtitle=_subtitle(found), glance=glance(found), problems=found.problems,
-        board=leaderboard(found), charts=list(charts), runs=[_run(run, found) for run in found.runs],
+        decision=decision(found, limits), board=leaderboard(found), examples=examples_of(found), charts=list(charts),
+        runs=[_run(run, found, names, place) for place, run in enumerate(found.runs)],
         analyses=[
             {"title": f"Analysis {one.name}: {one.title}",
              "command": analyze_command(one.name, one.source, one.options, one.path)} for one in found.analyses
@@ -63,14 +73,13 @@ def _subtitle(found: Collection) -> str:
     return f"{text}; measured on {'; '.join(devices)}."
 
 
-def _run(run: ReportRun, found: Collection) -> dict[str, Any]:
-    names = labels(found.settings()[run.setting])
+def _run(run: ReportRun, found: Collection, names: Mapping[int, str], place: int) -> dict[str, Any]:
     facts = {"folder": str(run.path), "status": run.status, "examples finished": len(run.rows)}
     if run.metrics.get("probe_overhead") is not None:
         facts["probes lengthen a step by"] = percent(run.metrics["probe_overhead"])
     return {
         "title": f"{unmarked(names[id(run)], run)}: {setting_text(run.setting, found)}",
-        "anchor": anchor(run, found), "marks": mark_texts(run), "command": run_command(run.config, run.path.parent),
+        "anchor": anchor_of(place), "marks": mark_texts(run), "command": run_command(run.config, run.path.parent),
         "tables": [
             {"title": "Run", "rows": list(facts.items())},
             {"title": "Configuration", "rows": [(key, _value(value)) for key, value in flat(run.config)]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import json
 import re
 from collections.abc import Sequence
 from importlib.resources import files
@@ -17,6 +18,7 @@ from kvbench import spreadsheet
 from kvbench.report.board import board_rows
 from kvbench.report.charts import Chart, Row
 from kvbench.report.content import Content, compose
+from kvbench.report.decision import HEADINGS
 from kvbench.report.words import count
 
 __all__ = ["Content", "board_rows", "compose", "count", "html", "markdown", "table"]
@@ -54,17 +56,27 @@ def html(content: Content, folder: Path) -> str:
     # The script's hash is the only script that the page's policy lets run.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template.render({
-        **vars(content), "charts": shown, "script_hash": digest,
+        **vars(content), "charts": shown, "decision_headings": HEADINGS, "examples_json": _json(content.examples),
+        "script_hash": digest,
         "script": Markup(script),  # noqa: S704 - a file of this package
         "css": Markup((parts / "page.css").read_text(encoding="utf-8")),  # noqa: S704 - a file of this package
     })  # fmt: skip
+
+
+def _json(value: object) -> Markup:
+    """JSON that a page can hold in a block of data: nothing in it ends the block or begins markup."""
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"))
+    for sign in "<>&":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return Markup(text)  # noqa: S704 - no sign of markup is left
 
 
 def markdown(content: Content) -> str:
     """The same as Markdown, with the figures beside it in `figures/`."""
     template = _environment(html=False).get_template("page.md.j2")
     shown = [{**vars(chart), "svg": bool(chart.paint)} for chart in content.charts]
-    return re.sub(r"\n{3,}", "\n\n", template.render({**vars(content), "charts": shown})).strip() + "\n"
+    text = template.render({**vars(content), "charts": shown, "decision_headings": HEADINGS})
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -24,6 +24,8 @@ _COLUMNS = (
 )  # fmt: skip
 _WIDE = {"policy": 2.6, "accuracy": 2.0, "difference": 2.0, "task": 1.5, "budget": 1.3}
 _ROWS = 16
+MOST_SCOPES = 6
+"""Decisions on paper; the page has all."""
 
 
 def write_pdf(content: Content, target: Path) -> None:
@@ -42,6 +44,11 @@ def write_pdf(content: Content, target: Path) -> None:
                     text.write(f"• {line}")
                     if command:
                         text.write(command, mono=True)
+            for scope in content.decision.scopes[:MOST_SCOPES]:
+                text.write(f"Which policy? {scope['title']}", size=12, weight="bold", before=0.2)
+                text.write(scope["detail"], color=figures.REFERENCE)
+                for line in scope["sentences"]:
+                    text.write(f"• {line}")
         _leaderboard(content, pdf)
         for chart in content.charts:
             _chart(chart, pdf)

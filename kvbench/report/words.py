@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvbench.report.collect import Collection, ReportRun
 
 ALPHA = 0.05
@@ -11,6 +13,11 @@ ALPHA = 0.05
 def count(number: object, one: str, more: str = "") -> str:
     """A number of things."""
     return f"1 {one}" if number == 1 else f"{number} {more or one + 's'}"
+
+
+def some(texts: Sequence[str], between: str = ", ", most: int = 12) -> str:
+    """Texts in a row; of many the first ones, and how many more."""
+    return between.join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
 
 
 def points(value: float) -> str:
@@ -39,7 +46,12 @@ def unmarked(name: str, run: ReportRun) -> str:
 
 def anchor(run: ReportRun, found: Collection) -> str:
     """The run's place in the page."""
-    return f"run-{found.runs.index(run) + 1}"
+    return anchor_of(found.runs.index(run))
+
+
+def anchor_of(place: int) -> str:
+    """The place in the page of the run at a place of the collection."""
+    return f"run-{place + 1}"
 
 
 def device_text(run: ReportRun) -> str:

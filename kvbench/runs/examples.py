@@ -19,6 +19,7 @@ from kvbench.engine.prompt import Prefill
 from kvbench.engine.survey import token_bytes
 from kvbench.models import LoadedModel, check_context
 from kvbench.plugins import registry
+from kvbench.runs.excerpts import excerpt
 from kvbench.runs.measured import checked_measures, checked_score, probed_trace, probed_values, task_errors
 from kvbench.runs.memory import PeakMemory, gpus_of, release
 from kvbench.runs.planning import AnyTask
@@ -144,6 +145,7 @@ def _measure(
             "id": example.id,
             **_scored(config, loaded, task, example, prediction, result),
             "prediction": prediction,
+            "prompt": excerpt(example, loaded.tokenizer),
             "prompt_tokens": len(prompt.input_ids),
             "budget_tokens": config.budget and config.budget.size(prompt_tokens(config, prompt), governed),
             "token_bytes": token_bytes(loaded.model),

@@ -13,7 +13,7 @@ from kvbench.contract.task import ForcedTask, Task
 from kvbench.engine.generation import Decoding
 from kvbench.engine.governor import check_compression, check_head_budgets, chosen_layers
 from kvbench.engine.survey import UnseenError, survey, token_bytes
-from kvbench.engine.validation import check_hooks
+from kvbench.engine.validation import check_hooks, static_tokens
 from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context, load_model
 from kvbench.plugins import registry
@@ -155,7 +155,7 @@ def _check_prefix(
 
 def _check_size(policy: KVCachePolicy, context: int, size: int) -> None:
     """Refuse a budget of `size` tokens that no prompt's static set fits into; prompts fill most of the context."""
-    least = min(sum(policy.static_tokens(length)) for length in (context, context // 2))
+    least = min(sum(static_tokens(policy, length)) for length in (context, context // 2))
     if size < least:
         raise KVBenchError(
             f"The budget of {size} tokens per layer is smaller than the policy's static set of {least} tokens: raise "

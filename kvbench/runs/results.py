@@ -275,8 +275,9 @@ def finished_rows(path: Path) -> list[dict[str, Any]]:
 
 def find_runs(root: Path) -> list[Path]:
     """Folders of runs at or below `root`, sorted; raises KVBenchError where there is none."""
-    files = root.rglob("run.json") if root.is_dir() else []
-    found = sorted(file.parent for file in files if REPLACED not in file.relative_to(root).parts)
+    with reading(lambda reason: f"{root} cannot be searched for runs ({reason}): give a folder of runs."):
+        files = root.rglob("run.json") if root.is_dir() else []
+        found = sorted(file.parent for file in files if REPLACED not in file.relative_to(root).parts)
     if not found:
         raise KVBenchError(f"There is no run in {root}: give a folder that `kvbench run --output` wrote to.")
     return found

@@ -56,7 +56,7 @@ _SHAPES: dict[str, str] = {
     "score": "number", "scores": "numbers", "step_s": "list", "probed_step_s": "list", "prefill_s": "number",
     "index_s": "number", "bytes": "numbers", "peak_memory_bytes": "number?", "prompt_tokens": "number",
     "generated_tokens": "number", "budget_tokens": "number?", "token_bytes": "number", "reused_tokens": "number",
-    "probes": "numbers?", "info": "object", "trace": "text", "mode": "text", "mode_reason": "text",
+    "probes": "numbers?", "info": "object", "trace": "text", "mode": "text", "mode_reason": "text", "prompt": "text",
     "device_step_s": "list", "capture_s": "number", "floor_s": "number", "read_bytes": "numbers",
     "step_parts_s": "numbers", "answer_bytes": "numbers", "held_tokens": "list",
     "hot_hit_rate": "number", "batch": "number", "prefill_chunk": "number", "out_of_memory": "number",
@@ -66,7 +66,7 @@ _SHAPES: dict[str, str] = {
 _OPTIONAL = {
     "scores", "probed_step_s", "budget_tokens", "token_bytes", "reused_tokens", "probes", "info", "trace", "mode",
     "mode_reason", "device_step_s", "capture_s", "floor_s", "read_bytes", "step_parts_s", "answer_bytes", "held_tokens",
-    "hot_hit_rate", "batch", "prefill_chunk", "out_of_memory", "device_bytes", "device_peak_bytes",
+    "hot_hit_rate", "batch", "prefill_chunk", "out_of_memory", "device_bytes", "device_peak_bytes", "prompt",
 }  # fmt: skip
 
 

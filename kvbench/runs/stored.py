@@ -74,6 +74,7 @@ class StoredExample(_Open):
     scores: dict[str, Number] = Field(default_factory=dict)
     positions: dict[str, list[Number]] = Field(default_factory=dict)
     prediction: Text = ""
+    prompt: Text = ""
     references: list[Text] = Field(default_factory=list)
     prompt_tokens: Count = 0
     generated_tokens: Count = 0

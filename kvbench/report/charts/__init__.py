@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from kvbench import figures, spreadsheet
-from kvbench.report.charts.accuracy import accuracy_charts
+from kvbench.report.charts.accuracy import accuracy_charts, accuracy_latency_charts
 from kvbench.report.charts.analyses import analysis_charts, ood_charts
 from kvbench.report.charts.answers import answer_charts
 from kvbench.report.charts.chart import MIB, Chart, Row, model_text, percent, setting_text
@@ -21,8 +21,9 @@ __all__ = ["MIB", "Chart", "Row", "charts", "model_text", "percent", "setting_te
 def charts(found: Collection) -> list[Chart]:
     """Every figure of the report, in its order, not yet drawn."""
     return [
-        *accuracy_charts(found), *recall_charts(found), *needle_charts(found), *latency_charts(found),
-        *step_charts(found), *answer_charts(found), *ood_charts(found), *analysis_charts(found),
+        *accuracy_charts(found), *accuracy_latency_charts(found), *recall_charts(found),
+        *needle_charts(found), *latency_charts(found), *step_charts(found), *answer_charts(found),
+        *ood_charts(found), *analysis_charts(found),
     ]  # fmt: skip
 
 

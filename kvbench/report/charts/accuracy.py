@@ -1,12 +1,11 @@
-"""Accuracy against realised bytes."""
+"""Accuracy against realised bytes and against latency, with the front of the best."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from kvbench import figures
 from kvbench.report.charts.chart import (
@@ -15,89 +14,143 @@ from kvbench.report.charts.chart import (
     Chart,
     base_row,
     commands_of,
-    legend,
+    in_few_words,
     missing_chart,
+    panel_height,
     percent,
+    policy_legend,
     policy_styles,
     portions,
     setting_text,
 )
-from kvbench.report.collect import Collection, ReportRun, Setting, labels
+from kvbench.report.collect import Collection, ReportRun, Setting, budget_text, labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
+MOST_SETTINGS = 2
+"""Settings in one figure, two panels each."""
+SPREAD = 8
+"""Largest over smallest value from which an axis is logarithmic, in every panel of the report."""
+_READ = (
+    "Each mark is a run, labelled with its budget; the thin line is its 95% interval. Up and to the left is better: "
+    "the dashed line joins the runs that none beats in both. Hollow marks are partial runs. Marks that would hide one "
+    "another stand apart, tied to their place; a label without room is left out (all are in the CSV)."
+)
+
+
+@dataclass(frozen=True)
+class _Quantity:
+    """What a panel has on its x axis."""
+
+    key: str
+    text: str
+    unit: str
+    of: Callable[[ReportRun], float | None]
+
+
+_BYTES = (
+    _Quantity("total_bytes", "bytes of all tiers and index", "MiB", lambda run: run.total_bytes / MIB),
+    _Quantity("resident_bytes", "bytes on the device", "MiB", lambda run: run.metrics["bytes"]["resident"] / MIB),
+)
+_TIMES = (
+    _Quantity("tpot_p50_ms", "time per output token, median", "ms",
+              lambda run: None if run.metrics["tpot_s"]["p50"] is None else 1000 * run.metrics["tpot_s"]["p50"]),
+    _Quantity("ttft_s", "time to first token", "s", lambda run: run.metrics["ttft_s"]["total"]),
+)  # fmt: skip
+
 
 def accuracy_charts(found: Collection) -> list[Chart]:
     """The figures of accuracy against bytes."""
+    return _fronts(found, "accuracy-bytes", "Accuracy against realised bytes", _BYTES, (
+        "The bytes that a run's cache held, averaged over the examples: first all tiers and the index together, then "
+        "what stays on the model's device, on the same axis. "))  # fmt: skip
+
+
+def accuracy_latency_charts(found: Collection) -> list[Chart]:
+    """The figures of accuracy against latency."""
+    return _fronts(found, "accuracy-latency", "Accuracy against latency", _TIMES, (
+        "First the median time per output token, then the time to first token, index construction "
+        "included. "))  # fmt: skip
+
+
+def _fronts(found: Collection, name: str, title: str, quantities: Sequence[_Quantity], lead: str) -> list[Chart]:
     groups = found.settings()
+    scales = _scales(found, quantities)
     result = []
-    for suffix, settings in portions(groups):
+    for suffix, settings in portions(groups, MOST_SETTINGS):
         rows, words = [], []
-        for setting in settings:
-            names = labels(groups[setting])
-            for run in groups[setting]:
+        shown = {setting: groups[setting] for setting in settings}
+        for setting, runs in shown.items():
+            names = labels(runs)
+            for run in runs:
                 low, high = run.metrics["accuracy"]["ci95"]
                 rows.append({
                     **base_row(run, names[id(run)]), "accuracy": run.accuracy, "low": low, "high": high,
                     "examples": run.metrics["accuracy"]["n"],
                     **{f"{tier}_bytes": value for tier, value in run.metrics["bytes"].items()},
-                    "total_bytes": run.total_bytes,
+                    "total_bytes": run.total_bytes, "tpot_p50_s": run.metrics["tpot_s"]["p50"],
+                    "ttft_s": run.metrics["ttft_s"]["total"],
                 })  # fmt: skip
-            words.append(f"{setting_text(setting, found)}: " + ", ".join(
-                f"{names[id(run)]} {percent(run.accuracy)} at {run.total_bytes / MIB:.1f} MiB"
-                for run in groups[setting]) + ".")  # fmt: skip
-        shown = {setting: groups[setting] for setting in settings}
+            first = quantities[0]
+            words.append(f"{setting_text(setting, found)}: " + in_few_words(
+                f"{names[id(run)]} {percent(run.accuracy)}" + (
+                    f" at {value:.4g} {first.unit}" if (value := first.of(run)) is not None else "")
+                for run in runs) + ".")  # fmt: skip
+        heights = [panel_height(len({run.policy for run in runs})) for runs in shown.values()]
         result.append(Chart(
-            f"accuracy-bytes{suffix}", "Accuracy against realised bytes",
-            "Each mark is a run: its mean score with the 95% interval, over the bytes that its cache held, averaged "
-            "over the examples. Left: all tiers and the index together. Right: what stays on the model's device. "
-            "Up and to the left is better; budgets of one policy are joined.",
-            rows, " ".join(words), commands=commands_of(run for part in shown.values() for run in part),
-            paint=partial(_paint_accuracy, groups=shown, found=found),
-            size=(WIDTH, 0.7 + 2.4 * len(settings)),
+            f"{name}{suffix}", title, lead + _READ, rows, " ".join(words),
+            commands=commands_of(run for part in shown.values() for run in part),
+            paint=partial(_paint, groups=shown, found=found, quantities=quantities, scales=scales, heights=heights),
+            size=(WIDTH, 0.2 + 2 * sum(heights)),
         ))  # fmt: skip
-    return result or [missing_chart("accuracy-bytes", "Accuracy against realised bytes", found)]
+    return result or [missing_chart(name, title, found)]
 
 
-def _paint_accuracy(figure: FigureBase, groups: Mapping[Setting, list[ReportRun]], found: Collection) -> None:
+def _scales(found: Collection, quantities: Sequence[_Quantity]) -> dict[str, bool]:
+    """By unit, whether its axes are logarithmic: in every panel of the report or in none."""
+    values: dict[str, list[float]] = {}
+    for one in quantities:
+        values.setdefault(one.unit, []).extend(v for run in found.runs if (v := one.of(run)) is not None)
+    return {unit: min(known) > 0 and max(known) > SPREAD * min(known) for unit, known in values.items() if known}
+
+
+def _paint(
+    figure: FigureBase, groups: Mapping[Setting, list[ReportRun]], found: Collection, quantities: Sequence[_Quantity],
+    scales: Mapping[str, bool], heights: Sequence[float],
+) -> None:  # fmt: skip
+    from kvbench.report.charts.scatter import Point, scatter  # noqa: PLC0415 - imports matplotlib, slow
+
     styles = policy_styles(found.runs)
-    grid = figure.subplots(len(groups), 2, squeeze=False, sharey=True)
-    for row, (setting, runs) in zip(grid, groups.items(), strict=True):
-        everything = ("resident", "offloaded", "index")
-        for axis, tiers, title in (
-            (row[0], everything, "all tiers and index"),
-            (row[1], ("resident",), "on the device"),
-        ):
-            lines: dict[str, list[ReportRun]] = {}
+    grid = figure.subplots(
+        2 * len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": [h for h in heights for _ in quantities]}
+    )
+    for row, (setting, runs) in enumerate(groups.items()):
+        for place, quantity in enumerate(quantities):
+            axis = grid[2 * row + place, 0]
+            points = []
             for run in runs:
-                same = {**run.config, "budget": {**(run.config["budget"] or {}), "tokens": 0, "ratio": 0, "bytes": 0}}
-                lines.setdefault(str(same), []).append(run)
-            for line in lines.values():
-                points = sorted(
-                    (sum(run.metrics["bytes"][tier] for tier in tiers) / MIB, 100 * run.accuracy,
-                     *(100 * end for end in run.metrics["accuracy"]["ci95"]), run.partial)
-                    for run in line
-                )  # fmt: skip
-                xs, ys, low, high, partial = zip(*points, strict=True)
-                look = styles[line[0].policy]
-                axis.errorbar(
-                    xs, ys, yerr=(np.maximum(np.subtract(ys, low), 0), np.maximum(np.subtract(high, ys), 0)),
-                    color=look.color, marker=look.marker, linestyle=look.dashes if len(xs) > 1 else "none",
-                    elinewidth=0.8, label=line[0].policy,
-                )  # fmt: skip
-                for x, y, open_mark in zip(xs, ys, partial, strict=True):
-                    if open_mark:
-                        axis.annotate("partial", (x, y), (4, -10), textcoords="offset points", fontsize=7)
-            positive = [sum(run.metrics["bytes"][tier] for tier in tiers) for run in runs]
-            if min(positive) > 0 and max(positive) > 10 * min(positive):
+                value, (low, high) = quantity.of(run), _interval(run)
+                if value is not None:
+                    label = budget_text(run.config["budget"]) if run.config["budget"] else ""
+                    points.append(Point(value, 100 * run.accuracy, 100 * low, 100 * high, styles[run.policy], label,
+                                        run.partial))  # fmt: skip
+            alike = [one for one in quantities if one.unit == quantity.unit]
+            values = [v for one in alike for run in runs if (v := one.of(run)) is not None]
+            axis.set_ylim(-4, 106)
+            if scales.get(quantity.unit) and values:
                 figures.logarithmic(axis)
-                axis.set_xlabel(f"{title} (MiB, log)")
-            else:
-                axis.set_xlim(0, 1.1 * max(*positive, 1) / MIB)
-                axis.set_xlabel(f"{title} (MiB)")
-                axis.locator_params(axis="x", nbins=4)
-            axis.set_ylim(-4, 104)
-        row[0].set_ylabel("accuracy (%)")
-        row[0].set_title(setting_text(setting, found), loc="left")
-    legend(figure, grid.flat)
+                axis.set_xlim(min(values) / 1.3, 1.3 * max(values))
+            elif values:
+                axis.set_xlim(0, 1.08 * max(*values, 1e-9))
+            log = ", log" if scales.get(quantity.unit) else ""
+            axis.set_xlabel(f"{quantity.text} ({quantity.unit}{log})")
+            axis.set_ylabel("accuracy (%)")
+            axis.set_title(setting_text(setting, found), loc="left")
+            scatter(axis, points)
+            policy_legend(axis, [run.policy for run in runs], styles)
+
+
+def _interval(run: ReportRun) -> tuple[float, float]:
+    low, high = run.metrics["accuracy"]["ci95"]
+    return (run.accuracy if low is None else low), (run.accuracy if high is None else high)

@@ -7,15 +7,15 @@ from functools import partial
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from kvbench import figures
 from kvbench.report.charts.chart import (
     WIDTH,
     Chart,
     base_row,
     commands_of,
-    legend,
+    in_few_words,
     policy_styles,
     portions,
+    run_styles,
     setting_text,
 )
 from kvbench.report.collect import Collection, ReportRun, Setting, labels
@@ -43,8 +43,8 @@ def answer_charts(found: Collection) -> list[Chart]:
             for run in runs:
                 rows += [{**base_row(run, names[id(run)]), "step": step, "held_tokens": held, "step_s": seconds,
                           "examples": count} for step, held, seconds, count in curves[id(run)]]  # fmt: skip
-            words.append(f"{setting_text(setting, found)}: " + "; ".join(map(str, (
-                _told(names[id(run)], curves[id(run)]) for run in runs))) + ".")  # fmt: skip
+            words.append(f"{setting_text(setting, found)}: " + in_few_words(
+                _told(names[id(run)], curves[id(run)]) for run in runs) + ".")  # fmt: skip
         result.append(Chart(
             f"answers{suffix}", "The cache over the answer",
             "Tokens a head that the cache holds after each step, the mean over heads, layers and the examples whose "
@@ -84,9 +84,9 @@ def _paint(
     grid = figure.subplots(len(groups), 2, squeeze=False)
     for (left, right), (setting, runs) in zip(grid, groups.items(), strict=True):
         names = labels(runs)
-        several = len({run.policy for run in runs}) < len(runs)
-        for place, run in enumerate(runs):
-            look = figures.style(place) if several else styles[run.policy]
+        looks = run_styles(runs, styles)
+        for run in runs:
+            look = looks[id(run)]
             curve = curves[id(run)]
             held = [(step, tokens) for step, tokens, _, _ in curve if tokens is not None]
             if held:
@@ -102,6 +102,7 @@ def _paint(
         for axis, label in ((left, "tokens held a head"), (right, "ms a step")):
             axis.set_ylim(bottom=0)
             axis.set_ylabel(label)
+            if axis.has_data():
+                axis.legend(fontsize=6.5)
     for axis in grid[-1]:
         axis.set_xlabel("step of the answer")
-    legend(figure, grid.flat)

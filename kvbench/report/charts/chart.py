@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 MIB = 2**20
 MOST_PANELS = 4
 """Settings in one figure; more go into a second."""
-WIDTH = 6.8
-_BASELINE_STYLE = 6  # black
+WIDTH = 7.6
+ONE_COLUMN = 18
+"""Entries of a legend that fit below one another beside a panel."""
 NO_RECALL = "measured recall: they ran with --probe-examples 0, or under a budget that left no choice"
 Row = dict[str, Any]
 
@@ -64,17 +65,37 @@ def model_text(model: str) -> str:
 
 
 def policy_styles(runs: Iterable[ReportRun]) -> dict[str, figures.Style]:
-    """The same style for a policy in every figure; black for exact attention."""
-    places = (place for place in range(10**6) if place != _BASELINE_STYLE)
-    names = sorted({run.policy for run in runs})
-    return {name: figures.style(_BASELINE_STYLE if name == BASELINE else next(places)) for name in names}
+    """The same style for a policy in every figure of a report; black for exact attention."""
+    names = sorted({run.policy for run in runs} - {BASELINE})
+    return {BASELINE: figures.BASELINE_STYLE, **{name: figures.distinct(place) for place, name in enumerate(names)}}
 
 
-def portions(groups: Mapping[Setting, Any]) -> Iterator[tuple[str, list[Setting]]]:
+def run_styles(runs: Iterable[ReportRun], styles: Mapping[str, figures.Style]) -> dict[int, figures.Style]:
+    """The style of each run (by `id(run)`): its policy's, in which the runs of one policy differ by their dashes."""
+    seen: dict[str, int] = {}
+    found = {}
+    for run in runs:
+        place = seen[run.policy] = seen.get(run.policy, -1) + 1
+        found[id(run)] = styles[run.policy]._replace(dashes=figures.style(place).dashes)
+    return found
+
+
+def portions(groups: Mapping[Setting, Any], most: int = MOST_PANELS) -> Iterator[tuple[str, list[Setting]]]:
     """Settings in portions for one figure each, with the suffix of the figure's name."""
     keys = list(groups)
-    for start in range(0, len(keys), MOST_PANELS):
-        yield "" if not start else f"-{start // MOST_PANELS + 1}", keys[start : start + MOST_PANELS]
+    for start in range(0, len(keys), most):
+        yield "" if not start else f"-{start // most + 1}", keys[start : start + most]
+
+
+def panel_height(entries: int) -> float:
+    """Inches of a panel with a legend of so many entries beside it."""
+    return max(2.6, 0.5 + 0.13 * (entries if entries <= ONE_COLUMN else -(-entries // 2)))
+
+
+def in_few_words(texts: Iterable[str], most: int = 12) -> str:
+    """Texts in a row, the first ones where there are many; the CSV has all."""
+    found = list(texts)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more, in the CSV" if len(found) > most else "")
 
 
 def grouped_title(title: str, group: tuple[str, str, str], groups: Iterable[tuple[str, str, str]]) -> str:
@@ -99,6 +120,27 @@ def base_row(run: ReportRun, label: str) -> Row:
 def percent(value: float | None) -> str:
     """A fraction in percent."""
     return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def policy_legend(axes: Axes, policies: Iterable[str], styles: Mapping[str, figures.Style]) -> None:
+    """The policies of a panel by colour and marker, beside it; exact attention first."""
+    from matplotlib.lines import Line2D  # noqa: PLC0415 - slow
+
+    names = sorted(set(policies), key=lambda name: (name != BASELINE, name))
+    handles = [
+        Line2D([], [], color=styles[name].color, marker=styles[name].marker, markersize=4.5, linestyle="none")
+        for name in names
+    ]
+    side_legend(axes, handles, names)
+
+
+def side_legend(axes: Axes, handles: Sequence[Any], names: Sequence[str], **more: Any) -> None:
+    """A legend to the right of a panel, in small print and two columns where it is long."""
+    axes.legend(
+        handles, names, loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=6.5, borderaxespad=0.2,
+        ncols=1 if len(names) <= ONE_COLUMN else 2, columnspacing=0.8, handletextpad=0.4, labelspacing=0.35,
+        **{"handlelength": 1.2, **more},
+    )  # fmt: skip
 
 
 def legend(figure: FigureBase, axes: Iterable[Axes]) -> None:

@@ -17,7 +17,7 @@ from kvbench.report.charts.chart import (
     commands_of,
     commands_with,
     grouped_title,
-    legend,
+    in_few_words,
     missing_chart,
 )
 from kvbench.report.collect import Collection, ReportRun, labels
@@ -69,12 +69,12 @@ def latency_charts(found: Collection) -> list[Chart]:
              "device": run.environment.get("device_name"), "threads": run.environment.get("threads")}
             for run, split in splits
         ]  # fmt: skip
-        words = "; ".join(
+        words = in_few_words((
             f"{names[id(run)]} at {run.config['context_length']} tokens: " + ", ".join(
                 f"{PARTS[key]} " + (f"{value:.2f} s" if key in ("prefill_s", "index_s") else f"{1000 * value:.1f} ms")
                 for key, value in split.items() if value is not None)
             for run, split in splits
-        )  # fmt: skip
+        ), most=24)  # fmt: skip
         chart = Chart(
             "latency" if not place else f"latency-{place + 1}",
             grouped_title(title, (model, task, question), groups),
@@ -154,4 +154,4 @@ def _paint_latency(
     step.set_xlabel("time per output token (ms)")
     for axis in (first, step):
         axis.grid(visible=False, axis="y")
-    legend(figure, (first, step))
+        axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=7, borderaxespad=0.2)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvbench import figures
 from kvbench.report.charts.chart import (
     NO_RECALL,
     WIDTH,
@@ -17,12 +16,15 @@ from kvbench.report.charts.chart import (
     base_row,
     commands_of,
     commands_with,
-    legend,
+    in_few_words,
     missing_chart,
+    panel_height,
     percent,
     policy_styles,
     portions,
+    run_styles,
     setting_text,
+    side_legend,
 )
 from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting, labels
 
@@ -32,9 +34,11 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 200
 """Decoding steps drawn one by one; more are averaged in as many windows."""
+MOST_NAMES = 36
+"""Lines of a panel that its legend names one by one; of more it names the policies."""
 _PROBED = {
-    "recall_at_k": ("recall@k", "o", 0), "recovered_mass": ("recovered attention mass", "^", 2),
-    "scanned_fraction": ("keys scanned", "s", 1),
+    "recall_at_k": ("recall@k", "o", "#000000"), "recovered_mass": ("recovered mass", "|", "#000000"),
+    "scanned_fraction": ("keys scanned", "s", "#555555"),
 }  # fmt: skip
 
 
@@ -57,7 +61,7 @@ def recall_charts(found: Collection) -> list[Chart]:
                  "probed_examples": run.metrics["probed_examples"], **{key: run.metrics.get(key) for key in _PROBED}}
                 for run in runs
             ]  # fmt: skip
-            words.append(f"{setting_text(setting, found)}: " + "; ".join(
+            words.append(f"{setting_text(setting, found)}: " + in_few_words(
                 f"{names[id(run)]} recall {percent(run.metrics['recall_at_k'])}, recovered mass "
                 f"{percent(run.metrics['recovered_mass'])}, scanned {percent(run.metrics.get('scanned_fraction'))}"
                 for run in runs) + ".")  # fmt: skip
@@ -87,22 +91,22 @@ def _paint_recall(figure: FigureBase, groups: Mapping[Setting, list[ReportRun]],
     )
     for axis, (setting, runs) in zip(grid.flat, groups.items(), strict=True):
         names = labels(runs)
-        for key, (label, marker, place) in _PROBED.items():
+        for key, (label, marker, color) in _PROBED.items():
             points: list[tuple[float, int]] = [
                 (run.metrics[key], y) for y, run in enumerate(runs) if run.metrics.get(key) is not None
             ]
             if points:
                 axis.plot(
                     [100 * x for x, _ in points], [y for _, y in points], marker=marker, linestyle="none",
-                    color=figures.style(place).color, label=label, markersize=6,
+                    color=color, label=label, markersize=9 if marker == "|" else 5,
                     markerfacecolor="none" if key == "scanned_fraction" else None, markeredgewidth=1.4,
                 )  # fmt: skip
+        side_legend(axis, *axis.get_legend_handles_labels())
         axis.set_yticks(range(len(runs)), [names[id(run)] for run in runs])
         axis.set_ylim(len(runs) - 0.5, -0.5)
         axis.set_xlim(-2, 102)
         axis.set_title(setting_text(setting, found), loc="left")
     grid.flat[-1].set_xlabel("% (of the top k, of the attention mass, of the keys)")
-    legend(figure, grid.flat)
 
 
 def step_charts(found: Collection) -> list[Chart]:
@@ -123,24 +127,29 @@ def step_charts(found: Collection) -> list[Chart]:
             for run in runs:
                 rows += [{**base_row(run, names[id(run)]), "step": step, "recall_at_k": value, "examples": count}
                          for step, value, count in curves[id(run)]]  # fmt: skip
-            words.append(f"{setting_text(setting, found)}: " + "; ".join(
+            words.append(f"{setting_text(setting, found)}: " + in_few_words(
                 f"{names[id(run)]} {percent(curves[id(run)][0][1])} at the first step, "
                 f"{percent(curves[id(run)][-1][1])} at step {curves[id(run)][-1][0]}"
                 for run in runs) + ".")  # fmt: skip
         chart = Chart(
             f"recall-steps{suffix}", title,
-            "Recall@k at each decoding step, averaged over layers, heads and the probed examples that came so far."
+            "Recall@k at each decoding step, averaged over layers, heads and the probed examples that came so far. A "
+            "policy has one colour and marker in all figures; its budgets differ in their dashes, the smallest solid."
             + (f" Beyond {MOST_STEPS} steps, means of as many windows." if any(len(curves[id(run)]) > MOST_STEPS
                for runs in shown.values() for run in runs) else ""),
             rows, " ".join(words), commands=commands_of(run for part in shown.values() for run in part),
             paint=partial(_paint_steps, groups=shown, curves=curves, found=found),
-            size=(WIDTH, 0.7 + 2.1 * len(settings)),
+            size=(WIDTH, 0.7 + sum(panel_height(_entries(runs)) for runs in shown.values())),
         )  # fmt: skip
         if lack:
             chart.missing = f"{len(lack)} of {len(found.runs)} runs have no trace of recall and are left out."
             chart.remedy = commands_with(lack, ())
         result.append(chart)
     return result
+
+
+def _entries(runs: Sequence[ReportRun]) -> int:
+    return len(runs) if len(runs) <= MOST_NAMES else len({run.policy for run in runs})
 
 
 def _curve(run: ReportRun) -> list[tuple[int, float, int]]:
@@ -163,25 +172,30 @@ def _paint_steps(
     from matplotlib.ticker import MaxNLocator  # noqa: PLC0415 - slow
 
     styles = policy_styles(found.runs)
-    grid = figure.subplots(len(groups), 1, squeeze=False)
+    grid = figure.subplots(
+        len(groups), 1, squeeze=False,
+        gridspec_kw={"height_ratios": [panel_height(_entries(runs)) for runs in groups.values()]},
+    )  # fmt: skip
     for axis, (setting, runs) in zip(grid.flat, groups.items(), strict=True):
         names = labels(runs)
-        several = len({run.policy for run in runs}) < len(runs)
-        for place, run in enumerate(runs):
+        by_policy = len(runs) > MOST_NAMES
+        looks = run_styles(runs, styles)
+        named: set[str] = set()
+        for run in runs:
             points = np.array([(step, 100 * value) for step, value, _ in curves[id(run)]])
             if len(points) > MOST_STEPS:
                 points = np.array([part.mean(0) for part in np.array_split(points, MOST_STEPS)])
-            look = figures.style(place) if several else styles[run.policy]
+            look = looks[id(run)]
             axis.plot(
-                points[:, 0], points[:, 1], color=look.color, linestyle=look.dashes, marker=look.marker, markersize=4,
-                markevery=max(1, len(points) // 12), label=names[id(run)],
+                points[:, 0], points[:, 1], color=look.color, linestyle=look.dashes, marker=look.marker,
+                markersize=3.5, linewidth=1.0, markevery=max(1, len(points) // 12),
+                label=(None if run.policy in named else run.policy) if by_policy else names[id(run)],
             )  # fmt: skip
+            named.add(run.policy)
+        handles, texts = axis.get_legend_handles_labels()
+        side_legend(axis, handles, texts, handlelength=2.6)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylim(-4, 104)
         axis.set_ylabel("recall@k (%)")
         axis.set_title(setting_text(setting, found), loc="left")
-        if several:
-            axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     grid.flat[-1].set_xlabel("decoding step (tokens after the prompt)")
-    if not any(axis.get_legend() for axis in grid.flat):
-        legend(figure, grid.flat)
