@@ -40,6 +40,7 @@ from kvbench.strategies.selecting.double_sparsity import DoubleSparsity
 from kvbench.strategies.selecting.index_retrieval import retrieval_policy
 from kvbench.strategies.selecting.infinigen import InfiniGen
 from kvbench.strategies.selecting.infllm import InfLLM
+from kvbench.strategies.selecting.kascade import Kascade
 from kvbench.strategies.selecting.magicpig import MagicPIG
 from kvbench.strategies.selecting.minference import MInference
 from kvbench.strategies.selecting.pqcache import PQCache
@@ -47,6 +48,7 @@ from kvbench.strategies.selecting.quest import Quest
 from kvbench.strategies.selecting.retroinfer import RetroInfer
 from kvbench.strategies.selecting.shadowkv import ShadowKV
 from kvbench.strategies.selecting.squeezed_attention import SqueezedAttention
+from kvbench.strategies.selecting.twilight import Twilight
 from kvbench.strategies.selecting.vattention import VAttention
 
 
@@ -58,7 +60,7 @@ def kvbench_policies(indexes: list[type[Index]]) -> list[type[KVCachePolicy]]:
         StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm, ExpectedAttention, KVzip, DuoAttention,
         LagKV, ChunkKV, CriticalKV, Compactor, RKV, TriAttention,
         Quest, InfLLM, InfiniGen, ShadowKV, SqueezedAttention, PQCache, MagicPIG, RetroInfer,
-        DoubleSparsity, VAttention, MInference,
+        DoubleSparsity, VAttention, Twilight, Kascade, MInference,
         RETRIEVAL,
         KIVI, ThinK, Int8, FP8, TurboQuant,
         Random, OracleTopK, OracleTopP, OracleFuture,

@@ -1,5 +1,6 @@
 """Double Sparsity, vAttention and MInference against slow, obvious float64 references of their papers."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -7,10 +8,13 @@ import pytest
 import torch
 from drive import Driven, drive, random_vectors
 from test_fixed import PROMPTS, attach, logits
+from test_strategies import watch
 from tiny import shared_model, tiny_model, tokens
 
 import kvbench
 from kvbench.engine.generation import generate_batch
+from kvbench.plugins import registry
+from kvbench.strategies.selecting.kascade import segments
 
 VECTORS = random_vectors(prompt=90, steps=20)
 
@@ -92,7 +96,7 @@ def test_vattention_estimates_the_output_without_bias():
         assert ((found.mean(0) - exact).abs() < 5 * error + 0.01).all()
 
 
-@pytest.mark.parametrize("policy", ["double_sparsity", "vattention"])
+@pytest.mark.parametrize("policy", ["double_sparsity", "kascade", "twilight", "vattention"])
 @pytest.mark.parametrize("allocator", ["uniform", "ada"])
 @torch.inference_mode()
 def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator):
@@ -108,7 +112,7 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator):
 def test_minference_attends_along_the_lines_that_its_last_queries_choose():
     options = {"vertical": 9, "slash": 11, "last": 7, "first": 2, "nearest": 3}
     vectors = random_vectors(batch=2, prompt=60, steps=0)
-    policy = kvbench.plugins.registry().make("policy", "minference", options)
+    policy = registry().make("policy", "minference", options)
     view = SimpleNamespace(heads=6, kv_heads=2, scaling=8**-0.5)
     found = policy.attend_prompt(view, vectors.queries, vectors.keys, vectors.values).double()
     for row in range(2):
@@ -144,3 +148,95 @@ def test_minference_changes_the_prompt_alone_and_is_exact_where_its_lines_cover_
             assert all(store.static_tokens == 87 for store in stores)
     assert answers["wide"].tokens == answers["full"].tokens
     assert answers["narrow"].tokens != answers["full"].tokens
+
+
+def test_twilight_prunes_quests_pages_to_the_share_p_of_the_estimated_mass():
+    size, candidates, budget, p = 4, 40, 36, 0.7
+    sizes = set()
+    for step in drive("twilight", VECTORS, budget, {"page_size": size, "candidates": candidates, "p": p}):
+        pages = (step.now - 1) // size
+        for row in range(2):
+            for head in range(6):
+                query, keys, _ = VECTORS.of(row, head, step.now)
+                bounds = []
+                for page in range(pages):
+                    chunk = keys[page * size : page * size + size]
+                    bounds.append(torch.maximum(query * chunk.amin(0), query * chunk.amax(0)).sum())
+                best = torch.stack(bounds).topk(candidates // size).indices.tolist()
+                known = {token: float(keys[token] @ query) / math.sqrt(8) for token in step.static(row, head)}
+                found = {}
+                for page in best:
+                    for token in range(page * size, page * size + size):
+                        low = keys[token].min().half().double()
+                        unit = ((keys[token].max() - keys[token].min()) / 15).half().double()
+                        codes = ((keys[token] - low) / unit).round().clamp(0, 15)
+                        found[token] = float((low + codes * unit) @ query) / math.sqrt(8)
+                total = sum(math.exp(x) for x in (*known.values(), *found.values()))
+                mass, expected = sum(math.exp(x) for x in known.values()) / total, []
+                for token in sorted(found, key=lambda token: -found[token]):
+                    if mass >= p or len(expected) == budget - len(known):
+                        break
+                    expected.append(token)
+                    mass += math.exp(found[token]) / total
+                assert sorted(step.selected(row, head)) == sorted(expected)
+                sizes.add(len(expected))
+    assert len(sizes) > 5 and max(sizes) <= budget - 1
+
+
+def test_the_best_runs_of_layers_are_found():
+    torch.manual_seed(0)
+    for layers, count in ((1, 1), (5, 2), (6, 3), (4, 9)):
+        gain = torch.rand(layers, layers).double()
+
+        def worth(firsts, gain=gain, layers=layers):
+            return sum(float(gain[max(first for first in firsts if first <= layer), layer]) for layer in range(layers))
+
+        several = itertools.combinations(range(1, layers), min(count, layers) - 1)
+        best = max(([0, *rest] for rest in several), key=worth)
+        assert segments(gain, count) == best
+
+
+@torch.inference_mode()
+def test_kascade_takes_the_anchors_tokens_in_the_layers_after_it():
+    """In every step and layer: the exact top of the anchor's own queries and keys, for the head that was mapped."""
+    model, anchors = tiny_model(pad_token_id=None, num_hidden_layers=4), 2
+    probe, _ = watch("kascade", 20, tokens(2, 60, seed=8), steps=6, options={"anchors": anchors}, model=model)
+    chosen, seen = {}, set()
+    for layer, queries, static, selection, _, now in probe.steps:
+        assert static.tolist() == [now - 1]
+        for row in range(2):
+            anchor = int(layer.state["anchor"][row])
+            seen.add((row, anchor))
+            assert anchor <= layer.index and (anchor == layer.index or layer.index)
+            for group in range(2):
+                if anchor == layer.index:
+                    keys = probe.keys[layer.index][row, group, : now - 1].double()
+                    weights = sum(
+                        (keys @ queries[row, head, 0].double() / math.sqrt(8)).softmax(0)
+                        for head in range(group * 3, group * 3 + 3)
+                    )
+                    chosen[now, layer.index, row, group] = set(weights.topk(19).indices.tolist())
+                head = group if anchor == layer.index else int(layer.state["heads"][row, group])
+                assert set(selection.ids[row, group].tolist()) == chosen[now, anchor, row, head]
+    assert {row for row, anchor in seen if anchor == 0} == {0, 1} and len(seen) == 2 * anchors
+
+
+def test_kascade_maps_each_head_to_the_one_whose_tokens_hold_most_of_its_mass():
+    policy = registry().make("policy", "kascade", {"anchors": 1, "sample": 2})
+    torch.manual_seed(5)
+    samples = [torch.rand(1, 2, 2, 30).double().pow(4) for _ in range(3)]
+    samples = [sample / sample.sum(-1, keepdim=True) for sample in samples]
+    layers = [
+        SimpleNamespace(index=i, rows=1, kv_heads=2, budget=SimpleNamespace(most=6), state={"sample": sample},
+                        store=SimpleNamespace(device="cpu"))
+        for i, sample in enumerate(samples)
+    ]  # fmt: skip
+    policy.after_prompt(layers, None, None)
+    for layer, sample in zip(layers, samples, strict=True):
+        for head in range(2):
+            mass = [
+                sum(float(sample[0, head, query, token]) for query in range(2)
+                    for token in samples[0][0, theirs, query].topk(6).indices.tolist())
+                for theirs in range(2)
+            ]  # fmt: skip
+            assert int(layer.state["heads"][0, head]) == mass.index(max(mass))

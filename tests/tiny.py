@@ -44,7 +44,9 @@ ARCHITECTURES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-DATA_DEPENDENT = {"infinigen", "magicpig", "oracle_topp", "retroinfer", "squeezed_attention", "vattention"}
+DATA_DEPENDENT = {
+    "infinigen", "magicpig", "oracle_topp", "retroinfer", "squeezed_attention", "twilight", "vattention",
+}  # fmt: skip
 """Policies whose number of tokens depends on the data, with the budget as its upper bound."""
 
 
@@ -95,6 +97,14 @@ def matrix_policies() -> list[str]:
 
 
 INDEX_KINDS = ("flat", "ivf", "retrieval")
+
+
+ALIKE = {
+    **dict.fromkeys(("chunkkv", "compactor", "criticalkv", "lagkv", "r_kv"), "snapkv"),
+    **dict.fromkeys(("fp8", "turboquant"), "int8"),
+}  # fmt: skip
+"""Policies that hold and save what another one does, and differ in scores or codes alone, which tests of their own
+compare with formulas: tests of what is held from step to step, and saved, take that one for them."""
 
 
 def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -63,14 +63,14 @@ class Quest(KVCachePolicy):
         if "low" in layer.state and layer.store.static_tokens > self.options.page_size:
             self._note_pages(layer, layer.store.advance(self.options.page_size)[0])
 
-    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | None:
+    def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
         """Pages in place; None where only some rows of the layer have any."""
         paged = {"low" in part.layer.state for part in parts}
         if len(paged) > 1:
             return None
         if not paged.pop():
             return GrowingStep(parts, clock)
-        return QuestStep(parts, clock, self.options.page_size, _PlainTokens(parts, clock, self._capacity(parts, clock)))
+        return QuestStep(parts, clock, self.options.page_size, PlainTokens(parts, clock, self._capacity(parts, clock)))
 
     def held_step(self, parts: Sequence[Part], clock: Clock, holder: KVCachePolicy) -> FixedStep | str | None:
         """Pages of tokens that another policy holds."""
@@ -160,37 +160,37 @@ class QuestStep(FixedStep):
         return []
 
 
-class _PlainTokens(FixedTokens):
-    """All tokens as they are."""
+class PlainTokens(FixedTokens):
+    """All tokens as they are: `keys` and `values` [B, G, capacity, d], by their ids."""
 
     def __init__(self, parts: Sequence[Part], clock: Clock, capacity: int) -> None:
         first, self._positions = parts[0].layer.store, clock.positions
         shape = (clock.batch, parts[0].layer.kv_heads, capacity)
-        self._keys, self._values = (like.new_zeros(*shape, like.shape[3]) for like in first.aside.decoded())
+        self.keys, self.values = (like.new_zeros(*shape, like.shape[3]) for like in first.aside.decoded())
         for part in parts:
             store = part.layer.store
             rows = slice(None) if part.rows is None else part.rows.to(clock.positions.device)
             current_keys, current_values, _ = store.static_parts()[0]
             for target, aside, current in (
-                (self._keys, store.aside_keys, current_keys),
-                (self._values, store.aside_values, current_values),
+                (self.keys, store.aside_keys, current_keys),
+                (self.values, store.aside_values, current_values),
             ):
                 target[rows, :, : store.aside_stop] = aside
                 target[rows, :, store.aside_stop : store.tokens] = current
 
     def insert(self, keys: Tensor, values: Tensor) -> None:
         """Append."""
-        insert(self._keys, self._values, keys, values, self._positions)
+        insert(self.keys, self.values, keys, values, self._positions)
 
     def attend(self, queries: Tensor, ids: Tensor, unit: int, lengths: Tensor, scaling: float) -> Tensor:
         """Attend to the blocks, read in place."""
-        chosen = Segment(self._keys, self._values, lengths, ids, unit)
+        chosen = Segment(self.keys, self.values, lengths, ids, unit)
         return attend(queries, chosen, scaling=scaling, dtype=queries.dtype)[0]
 
     @property
     def nbytes(self) -> int:
         """Keys and values."""
-        return self._keys.nbytes + self._values.nbytes
+        return self.keys.nbytes + self.values.nbytes
 
 
 class _Pages:
