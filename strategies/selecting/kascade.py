@@ -129,7 +129,7 @@ class Kascade(SelectingPolicy):
         found, evaluations = [], 0
         for row, anchor in enumerate(layer.state["anchor"].tolist()):
             source = layer
-            while source.index > anchor and source.previous is not None:
+            while source.ordinal > anchor and source.previous is not None:
                 source = source.previous
             latest = source.state.get("latest") if source.state.get("step") == layer.tokens else None
             if source is layer or latest is None:
