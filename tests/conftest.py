@@ -1,5 +1,6 @@
 """Shared settings and fixtures of the tests."""
 
+import gc
 import os
 import sys
 
@@ -11,11 +12,52 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from kvbench import cli
+from kvbench.plugins import registry
 
 
 def pytest_addoption(parser):
     """Add the switch that rewrites the table of operations."""
     parser.addoption("--update-operations", action="store_true", help="write tests/operations.json anew")
+    parser.addoption(
+        "--policy-kinds", action="store_true",
+        help="of the tests that hold for every policy, only those of one policy for each way of using transformers",
+    )  # fmt: skip
+
+
+KINDS = {
+    "full", "full_no_cache", "streaming_llm", "snapkv", "h2o", "expected_attention", "duo_attention", "kvzip", "quest",
+    "flat", "infllm", "infinigen", "shadowkv", "kivi",
+}  # fmt: skip
+"""Evicting by place, by the prompt's queries and by running scores, by head, by replays of the prompt; selecting pages,
+tokens and blocks; rotation undone; hidden states and the model's weights; storage in codes."""
+
+LONG = (
+    "test_triton_compiles", "test_real", "test_contract_plugins", "test_sweep", "test_results", "test_triton_kernels",
+    "test_fixed", "test_indexes", "test_saving", "test_reading", "test_report",
+)  # fmt: skip
+"""Files that take long: they come first, so that no worker waits for another's last file at the end."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Put long files first; with --policy-kinds, leave out policies that ask nothing else of transformers."""
+    order = {name: place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONG)))
+    if config.getoption("--policy-kinds"):
+        here = [item for item in items if _policy(item) in KINDS | {None}]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(here)])
+        items[:] = here
+
+
+def _policy(item):
+    """The policy that a test is about: None where it is about no single one of the built-in ones."""
+    given = item.callspec.params.get("policy") if hasattr(item, "callspec") else None
+    return given if isinstance(given, str) and given in registry().classes["policy"] else None
+
+
+def pytest_collection_finish():
+    """Spare the collector of garbage what is imported: tests and runs collect, a fifth of a second a time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -82,7 +82,7 @@ class Driven:
         queries, keys, values, prompt = vectors.queries, vectors.keys, vectors.values, vectors.prompt
         batch, heads, _, d = queries.shape
         self.layer = Layer(
-            index=0, count=1, number=0, heads=heads, kv_heads=keys.shape[1], head_dim=d, scaling=d**-0.5, rows=batch,
+            ordinal=0, count=1, number=0, heads=heads, kv_heads=keys.shape[1], head_dim=d, scaling=d**-0.5, rows=batch,
             store=KVStore(keys[:, :, :prompt].clone(), values[:, :, :prompt].clone()),
             budget=LayerBudget(budget, covers_all=budget == prompt), static=self.policy.static_tokens(prompt),
             prompt_tokens=prompt, module=module or nn.Identity(), rotary=rotary,

@@ -64,7 +64,7 @@ def test_help_and_lists_take_less_than_a_second_of_processor_time(tmp_path):
 
     taken("policies")  # makes the list
     for command in ("--help", "--version", "policies", "budgets", "tasks", "models"):
-        assert min(taken(command) for _ in range(2)) < 1, command
+        assert taken(command) < 1 or taken(command) < 1, command
 
 
 @pytest.fixture

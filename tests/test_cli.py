@@ -13,8 +13,6 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 from kvbench.runs import examples
 
-pytestmark = pytest.mark.transformers
-
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
@@ -27,15 +25,16 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def run(kvbench, model_folder, tmp_path):
-    """`kvbench run` on the tiny model, three short examples."""
+    """`kvbench run` on the tiny model, three short examples of short answers."""
 
     def command(*arguments):
         small = ("--model", model_folder, "--context-length", 512, "--examples", 3, "--output", tmp_path / "out")
-        return kvbench("run", *small, *arguments)
+        return kvbench("run", *small, "--task", "infinitebench_passkey", *arguments)
 
     return command
 
 
+@pytest.mark.transformers
 def test_run_prints_one_json_document_with_the_policy_first_and_the_baseline_after_it(run):
     code, out, _ = run("--policy", "snapkv", "--ratio", "0.3", "--json")
     document = json.loads(out)
@@ -62,7 +61,9 @@ def test_run_prints_a_table_and_names_its_folders(run, tmp_path):
         assert text in out
     folders = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert len(folders) == 3
-    assert all(re.fullmatch(r"(quest|streaming_llm|full)-niah_single_1-512-[0-9a-f]{12}", name) for name in folders)
+    assert all(
+        re.fullmatch(r"(quest|streaming_llm|full)-infinitebench_passkey-512-[0-9a-f]{12}", name) for name in folders
+    )
     assert (
         json.loads((tmp_path / "out" / folders[1] / "run.json").read_text())["config"]["policy_options"]["page_size"]
         == 8

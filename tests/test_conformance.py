@@ -66,7 +66,7 @@ class OverBudget(Keeping):
 class Repeating(Keeping):
     def select(self, layer, queries, budget):
         ids = super().select(layer, queries, budget).ids.clone()
-        if layer.index == 1:
+        if layer.ordinal == 1:
             ids[:, 3, 1] = ids[:, 3, 0]
         return Selection(ids)
 
@@ -152,13 +152,13 @@ class RandomWeights(Keeping):
 
 class DropsOne(Keeping):
     def room(self, layer, budget):
-        return super().room(layer, budget) - (layer.index == 2)
+        return super().room(layer, budget) - (layer.ordinal == 2)
 
 
 class Weighs(Keeping):
     def select(self, layer, queries, budget):
         ids = super().select(layer, queries, budget).ids
-        return Selection(ids, log_weights=torch.full(ids.shape, 0.2 if layer.index else 0.0))
+        return Selection(ids, log_weights=torch.full(ids.shape, 0.2 if layer.ordinal else 0.0))
 
 
 class StateOnPolicy(Keeping):

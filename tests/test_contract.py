@@ -93,7 +93,7 @@ def unrotated_keys(model, ids, mask=None):
             positions = torch.arange(layer.tokens)
             plain = layer.unrotate(keys, positions)
             torch.testing.assert_close(layer.rotate(plain, positions), keys)
-            found[layer.index, layer.tokens] = plain, layer
+            found[layer.ordinal, layer.tokens] = plain, layer
 
     with kvbench.attach(model, policy=Unrotates()):
         generate(model, ids, mask, steps=2)
@@ -238,14 +238,14 @@ def test_a_replay_sees_what_a_longer_prompt_gives_and_leaves_no_trace(architectu
             assert torch.equal(ids, padded[rows : rows + 1, -layers[0].tokens :])
             replay(
                 more[rows : rows + 1],
-                lambda layer, queries, keys: seen.update({(rows, layer.index): (queries, keys)}),
+                lambda layer, queries, keys: seen.update({(rows, layer.ordinal): (queries, keys)}),
             )
 
     class Sees(kvbench.Probe):
         name, summary = "sees", "Keeps the prompt's queries and keys."
 
         def prefill(self, layer, queries, keys, values):
-            longer[layer.index] = queries, keys
+            longer[layer.ordinal] = queries, keys
             return (yield)
 
     padded = ids
@@ -267,7 +267,7 @@ def test_the_prompt_is_taken_over_once_after_its_last_chunk():
         calls = ()
 
         def after_prompt(self, layers, ids, replay):
-            self.calls += (([layer.index for layer in layers], ids.shape[1]),)
+            self.calls += (([layer.ordinal for layer in layers], ids.shape[1]),)
 
     model, policy = tiny_model(), Counts()
     with kvbench.attach(model, policy=policy, prompt_tokens=70):

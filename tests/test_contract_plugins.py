@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared import Prepared
 from test_plugins import installed
-from test_plugins import kvbench as command
 from test_session import generate, padded_batch
 from test_tasks import make_tokenizer
 from tiny import small_options, tiny_model, tokens
@@ -33,7 +33,9 @@ import kvbench_contract_plugins as plugins  # noqa: E402
 
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
-    return installed(PACKAGE, tmp_path_factory.mktemp("environment"))[0]
+    python = Prepared(installed(PACKAGE, tmp_path_factory.mktemp("environment"))[0])
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,8 @@ def model(tmp_path_factory):
 
 
 def run(python, model, output, *arguments):
-    done = command(
-        python, "run", "--model", model, "--context-length", 512, "--examples", 1, "--output", output, "--json",
+    done = python.kvbench(
+        "run", "--model", model, "--context-length", 512, "--examples", 1, "--output", output, "--json",
         *arguments,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -54,8 +56,8 @@ def run(python, model, output, *arguments):
 
 
 def refused(python, model, output, *arguments):
-    done = command(
-        python, "run", "--model", model, "--context-length", 512, "--examples", 1, "--output", output, *arguments
+    done = python.kvbench(
+        "run", "--model", model, "--context-length", 512, "--examples", 1, "--output", output, *arguments
     )
     assert done.returncode == 2
     return " ".join(done.stderr.split())
@@ -251,8 +253,8 @@ def test_runs_say_whose_the_prompts_attention_is(python, model, tmp_path):
     checks = {check["name"]: check for report in ours["conformance"] for check in report["checks"]}
     assert checks["two runs are equal"]["status"] == "passed"
     assert "the prompt's attention is sparse" in checks["exact when covering"]["detail"]
-    shown = command(
-        python, "run", "--policy", "block_sparse", "--model", model, "--context-length", 512, "--examples", 1,
+    shown = python.kvbench(
+        "run", "--policy", "block_sparse", "--model", model, "--context-length", 512, "--examples", 1,
         "--output", tmp_path,
     ).stdout  # fmt: skip
     assert "the prompt's attention of block_sparse is the policy's own" in " ".join(shown.split())
@@ -548,8 +550,8 @@ def test_the_static_set_in_other_storage_from_the_command_line(python, model, tm
 def test_a_small_plugin_compresses_its_answers(python, model, tmp_path):
     """The budget exceeds the prompt, and the answer's tokens are compressed, too."""
     done, _ = run(
-        python, model, tmp_path, "--policy", "longest_values,snapkv", "--tokens", 440, "--compress-every", 16, "-o",
-        "window=8", "--budget", "uniform",
+        python, model, tmp_path, "--policy", "longest_values,snapkv", "--tokens", 440,
+        "--compress-every", 16, "-o", "window=8", "--budget", "uniform",
     )  # fmt: skip
     for name in ("longest_values", "snapkv"):
         ours = done[name]

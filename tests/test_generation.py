@@ -236,12 +236,12 @@ def test_a_policy_that_fails_on_a_shared_prompt_is_left_out_and_the_others_go_on
 
 def test_what_is_recorded_takes_none_of_the_measured_time(loaded, tmp_path, monkeypatch):
     note = PrefilledLayers.note
-    monkeypatch.setattr(PrefilledLayers, "note", lambda *given: (time.sleep(0.1), note(*given)))
+    monkeypatch.setattr(PrefilledLayers, "note", lambda *given: (time.sleep(0.3), note(*given)))
     monkeypatch.setattr(runner, "_warm_up", lambda *_: None)
     found = run(loaded, tmp_path, examples=2)
     layers = loaded.model.config.num_hidden_layers
     for row in (row for done in found for row in done.rows):
-        assert max(row["prefill_s"], row["index_s"]) < 0.1 * layers
+        assert max(row["prefill_s"], row["index_s"]) < 0.3 * layers
 
 
 def test_a_run_stopped_inside_a_batch_ends_in_the_same_examples(loaded, tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ class SomeLayers(kvbench.KVCachePolicy):
         pass
 
     def fixed_step(self, parts, clock):
-        return GrowingStep(parts, clock) if parts[0].layer.index == 0 else self.answer
+        return GrowingStep(parts, clock) if parts[0].layer.ordinal == 0 else self.answer
 
 
 class Raises(SomeLayers):

@@ -49,8 +49,8 @@ def run(kvbench, tmp_path, monkeypatch):
         RUNS.clear()
         _watching.append(True)
         code, _, err = kvbench("run", "--model", folder, "--policy", "streaming_llm", "--no-baseline", "--json",
-                               "--context-length", 512, "--examples", 1, "--probe-examples", 0,
-                               "--output", tmp_path / "out")  # fmt: skip
+                               "--context-length", 512, "--task", "infinitebench_passkey", "--examples", 1,
+                               "--probe-examples", 0, "--output", tmp_path / "out")  # fmt: skip
         _watching.clear()
         assert not RUNS
         assert not (tmp_path / "ran").exists()

@@ -8,6 +8,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from prepared import Prepared
 from test_tasks import make_tokenizer
 from tiny import tiny_model
 
@@ -19,7 +20,10 @@ PACKAGE = Path(__file__).parent / "plugin_package"
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    return installed(PACKAGE, tmp_path_factory.mktemp("environment"))
+    python, packages = installed(PACKAGE, tmp_path_factory.mktemp("environment"))
+    prepared = Prepared(python)
+    yield prepared, packages
+    prepared.close()
 
 
 def installed(package, place):
@@ -39,23 +43,21 @@ def installed(package, place):
     return python, packages
 
 
-def kvbench(python, *arguments):
-    return subprocess.run(
-        [python, "-m", "kvbench.cli", *map(str, arguments)], check=False, capture_output=True, text=True, cwd="/"
-    )
-
-
 def test_the_policy_of_another_package_is_listed_and_runs(environment, tmp_path):
     python, _ = environment
-    listed = kvbench(python, "policies", "keynorm", "--json")
+    listed = subprocess.run(
+        [python.python, "-m", "kvbench.cli", "policies", "keynorm", "--json"],
+        check=True, capture_output=True, text=True, cwd="/",
+    )  # fmt: skip
     assert json.loads(listed.stdout)[0]["options"][0]["name"] == "window"
 
     tokenizer = make_tokenizer()
     tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    done = kvbench(
-        python, "run", "--policy", "keynorm", "--ratio", "0.2", "-o", "window=24", "--model", tmp_path / "model",
-        "--context-length", 512, "--examples", 1, "--output", tmp_path / "out", "--json",
+    done = python.kvbench(
+        "run", "--policy", "keynorm", "--ratio", "0.2", "-o", "window=24", "--model", tmp_path / "model",
+        "--task", "infinitebench_passkey", "--context-length", 512, "--examples", 1,
+        "--output", tmp_path / "out", "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     ours = json.loads(done.stdout)["runs"][0]
@@ -70,9 +72,10 @@ def test_an_edited_plugin_runs_anew_and_says_so(environment, tmp_path):
     tokenizer.save_pretrained(tmp_path / "model")
 
     def run():
-        done = kvbench(
-            python, "run", "--policy", "keynorm", "--tokens", 60, "--model", tmp_path / "model", "--no-baseline",
-            "--context-length", 512, "--examples", 1, "--output", tmp_path / "out", "--json",
+        done = python.kvbench(
+            "run", "--policy", "keynorm", "--tokens", 60, "--model", tmp_path / "model", "--no-baseline",
+            "--task", "infinitebench_passkey", "--context-length", 512, "--examples", 1,
+            "--output", tmp_path / "out", "--json",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)["runs"][0], " ".join(done.stderr.split())
@@ -105,13 +108,13 @@ def test_a_plugin_that_fails_to_import_is_named_and_leaves_the_others(environmen
     (broken / "entry_points.txt").write_text("[kvbench]\nbroken = broken_plugin\n")
     (packages / "broken_plugin.py").write_text("raise RuntimeError('no such device')\n")
     try:
-        listed = kvbench(python, "policies")
+        listed = python.kvbench("policies")
         assert listed.returncode == 0
         assert "keynorm" in listed.stdout
         assert "quest" in listed.stdout
         warning = " ".join(listed.stderr.split())
         assert "plugin 'broken' (broken_plugin): RuntimeError: no such device" in warning
-        asked = kvbench(python, "run", "--policy", "brokenpolicy")
+        asked = python.kvbench("run", "--policy", "brokenpolicy")
         assert asked.returncode == 2
         assert "Unknown policy 'brokenpolicy'" in asked.stderr
         assert "no such device" in asked.stderr

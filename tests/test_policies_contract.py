@@ -13,8 +13,6 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 
-pytestmark = pytest.mark.transformers
-
 SILENT = {"instruction": "", "continuation": ""}
 BUDGETED = {
     "infinigen": {"partial_weight_ratio": 0.4},
@@ -37,14 +35,14 @@ class Record(Watch):
         self.values, self.hidden, self.outputs = {}, [], []
 
     def prefill(self, layer, queries, keys, values):
-        self.values[layer.index] = values.clone()
+        self.values[layer.ordinal] = values.clone()
         return (yield from super().prefill(layer, layer.prompt_queries, keys, values))
 
     def query_window(self, number):
         return None
 
     def insert(self, layer, keys, values):
-        self.values[layer.index] = torch.cat([self.values[layer.index], values], dim=2)
+        self.values[layer.ordinal] = torch.cat([self.values[layer.ordinal], values], dim=2)
         return (yield from super().insert(layer, keys, values))
 
     def select(self, layer, queries, budget):
@@ -80,6 +78,7 @@ def softmax_attention(query, keys, values, scaling):
 # -- what all of them promise ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize(
     ("architecture", "policy"),
     [*(("gemma3", policy) for policy in EVERY), *(("llama", policy) for policy in UNBUDGETED)],
@@ -150,14 +149,14 @@ def test_infinigen_fetches_what_the_previous_layers_input_predicts():
         assert static.tolist() == [now - 1]
         for row in range(2):
             predicted = queries[row, :, 0].double()
-            if layer.index:
-                weight = MODEL.model.layers[layer.index].self_attn.q_proj.weight.double()
+            if layer.ordinal:
+                weight = MODEL.model.layers[layer.ordinal].self_attn.q_proj.weight.double()
                 plain = weight @ probe.hidden[number - 1][row, 0].double()
                 predicted = rope(plain.view(6, 1, 8), torch.tensor([now - 1]))[:, 0]
             below, counts = [], []
             for group in range(2):
-                asked = probe.prompt_queries[layer.index][row, group * 3 : group * 3 + 3].double().flatten(0, 1)
-                keys = probe.keys[layer.index][row, group].double()
+                asked = probe.prompt_queries[layer.ordinal][row, group * 3 : group * 3 + 3].double().flatten(0, 1)
+                keys = probe.keys[layer.ordinal][row, group].double()
                 skew = torch.linalg.svd(asked, full_matrices=False).Vh.T
                 telling = (asked @ skew).abs().mean(0) + (keys[:prompt] @ skew).abs().mean(0)
                 kept = telling.topk(3).indices
@@ -183,7 +182,7 @@ def test_infllm_looks_up_blocks_by_representatives_and_places_them_at_the_local_
     seen = {index: queries.double() for index, queries in probe.prompt_queries.items()}
     closed = {}
     for (layer, queries, static, selection, _, now), output in zip(probe.steps, probe.outputs, strict=True):
-        keys, values = probe.keys[layer.index], probe.values[layer.index].double()
+        keys, values = probe.keys[layer.ordinal], probe.values[layer.ordinal].double()
         plain = rope(keys, torch.arange(keys.shape[2]), sign=-1)
         blocks = (now - init - local) // block
         stop = init + blocks * block
@@ -191,18 +190,18 @@ def test_infllm_looks_up_blocks_by_representatives_and_places_them_at_the_local_
         for row in range(2):
             for number in range(blocks):
                 for group in range(2):
-                    if (layer.index, row, number, group) in closed:
+                    if (layer.ordinal, row, number, group) in closed:
                         continue
                     judged = []
                     for token in range(init + number * block, init + (number + 1) * block):
-                        following = seen[layer.index][row, group * 3 : group * 3 + 3, token + 1 : token + 1 + local]
+                        following = seen[layer.ordinal][row, group * 3 : group * 3 + 3, token + 1 : token + 1 + local]
                         judged.append((following.sum(0) @ keys[row, group, token].double()).mean())
                     best = torch.stack(judged).topk(marks).indices + init + number * block
-                    closed[layer.index, row, number, group] = best
+                    closed[layer.ordinal, row, number, group] = best
             turned = rope(rope(queries[row], torch.tensor([now - 1]), sign=-1), torch.tensor([local]))[:, 0]
             relevance = [
                 sum(
-                    turned[head] @ plain[row, head // 3, closed[layer.index, row, number, head // 3]].T
+                    turned[head] @ plain[row, head // 3, closed[layer.ordinal, row, number, head // 3]].T
                     for head in range(6)
                 ).sum()
                 for number in range(blocks)
@@ -217,7 +216,7 @@ def test_infllm_looks_up_blocks_by_representatives_and_places_them_at_the_local_
                 logits = torch.cat([plain[row, head // 3, far] @ turned[head], straight]) * layer.scaling
                 expected = logits.softmax(0) @ values[row, head // 3, far + near]
                 torch.testing.assert_close(output[row, head].double(), expected, atol=1e-4, rtol=1e-3)
-        seen[layer.index] = torch.cat([seen[layer.index], queries.double()], dim=2)
+        seen[layer.ordinal] = torch.cat([seen[layer.ordinal], queries.double()], dim=2)
     assert (
         max(number for _, _, number, _ in closed) >= (prompt - init - local) // block
     )  # a block closed while decoding
@@ -232,7 +231,7 @@ def test_shadowkv_rebuilds_low_rank_keys_of_the_chunks_its_landmarks_choose():
     for (layer, queries, static, selection, _, now), output in zip(probe.steps, probe.outputs, strict=True):
         assert sorted(static.tolist()) == list(range(stop, now))
         for row in range(2):
-            keys, values = probe.keys[layer.index][row].double(), probe.values[layer.index][row].double()
+            keys, values = probe.keys[layer.ordinal][row].double(), probe.values[layer.ordinal][row].double()
             plain = rope(keys[:, :stop], torch.arange(stop), sign=-1)
             matrix = plain.transpose(0, 1).reshape(stop, -1)
             left, singular, right = torch.linalg.svd(matrix, full_matrices=False)
@@ -287,7 +286,7 @@ def test_kvzip_keeps_what_repeating_the_prompt_attends_to():
     for cached in session.cache.governed:
         (layer,) = cached.by_lane
         for row in range(2):
-            best = scores[layer.index, row].flatten().topk(2 * budget).indices
+            best = scores[layer.ordinal, row].flatten().topk(2 * budget).indices
             for group in range(2):
                 expected = sorted(int(i) % prompt for i in best if int(i) // prompt == group)
                 kept = layer.store.static_ids[row, group]
@@ -378,8 +377,8 @@ def test_kvzip_weighs_the_system_prompt_beside_the_chunk():
         (layer,) = cached.by_lane
         scores = torch.zeros(2, prompt - system, dtype=torch.float64)
         for head in range(6):
-            queries = longer.prompt_queries[layer.index][0, head, prompt:].double()
-            keys = longer.keys[layer.index][0, head // 3].double()
+            queries = longer.prompt_queries[layer.ordinal][0, head, prompt:].double()
+            keys = longer.keys[layer.ordinal][0, head // 3].double()
             for number, query in enumerate(queries):
                 weights = (keys[: prompt + number + 1] @ query * 8**-0.5).softmax(0)[system:prompt]
                 scores[head // 3] = torch.maximum(scores[head // 3], weights)
@@ -399,10 +398,10 @@ def test_expected_attention_keeps_what_a_gaussian_of_queries_would_attend_to(cov
     turn = torch.stack([rope(torch.eye(8)[:, None], torch.tensor([prompt + t]))[:, 0] for t in range(future)]).mean(0)
     for cached in session.cache.governed:
         (layer,) = cached.by_lane
-        plain = rope(probe.prompt_queries[layer.index], torch.arange(prompt), sign=-1)[:, :, sinks:]
+        plain = rope(probe.prompt_queries[layer.ordinal], torch.arange(prompt), sign=-1)[:, :, sinks:]
         for row in range(2):
             for group in range(2):
-                keys = probe.keys[layer.index][row, group, :prompt].double()
+                keys = probe.keys[layer.ordinal][row, group, :prompt].double()
                 weights = torch.zeros(prompt, dtype=torch.float64)
                 for head in range(group * 3, group * 3 + 3):
                     mean = plain[row, head].mean(0) @ turn
@@ -410,7 +409,7 @@ def test_expected_attention_keeps_what_a_gaussian_of_queries_would_attend_to(cov
                     exponents = [key @ mean / 8**0.5 + key @ spread @ key / 16 for key in keys]
                     left_out = 0 if normalise_sinks else sinks
                     weights[left_out:] += torch.stack(exponents[left_out:]).softmax(0) / 3
-                score = weights * probe.values[layer.index][row, group, :prompt].double().norm(dim=-1)
+                score = weights * probe.values[layer.ordinal][row, group, :prompt].double().norm(dim=-1)
                 expected = [*range(sinks), *(int(i) + sinks for i in score[sinks:].topk(budget - sinks).indices)]
                 kept = layer.store.static_ids[row, group]
                 assert kept[kept < prompt].tolist() == sorted(expected)
@@ -446,8 +445,8 @@ def test_duo_attention_gives_the_context_to_the_best_heads_of_the_model(given, t
         for row in range(2):
             best = scores[:, row].flatten().topk(count).indices.tolist()
             for head in range(6):
-                seen = list(range(now)) if layer.index * 2 + head // 3 in best else streaming
-                keys, values = (part[layer.index][row, head // 3, seen] for part in (probe.keys, probe.values))
+                seen = list(range(now)) if layer.ordinal * 2 + head // 3 in best else streaming
+                keys, values = (part[layer.ordinal][row, head // 3, seen] for part in (probe.keys, probe.values))
                 expected = softmax_attention(queries[row, head, 0], keys, values, layer.scaling)
                 torch.testing.assert_close(output[row, head].double(), expected, atol=1e-4, rtol=1e-3)
     aside = sum(store.aside._tokens.length * store.aside._tokens.keys.shape[1] for store in session.cache.stores())

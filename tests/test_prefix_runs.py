@@ -15,8 +15,6 @@ from kvbench.runs.prefix_costs import prefix_metrics
 from kvbench.runs.prefixed import recall_around
 from kvbench.runs.runner import Request, execute, plan
 
-pytestmark = pytest.mark.transformers
-
 ASKED = {
     "budget": Budget(tokens=60), "task": "shared_needles", "task_options": {"requests": 2}, "context_length": 400,
     "examples": 3, "seed": 7, "policy_options": {}, "probe_examples": 0,

@@ -39,7 +39,7 @@ def test_recall_recovery_and_density_follow_their_definitions(policy, options):
     compared = {name: [] for name in ("dynamic_mass", "static_mass")}
     compared |= {f"{name}_without_sinks": [] for name in compared}
     for layer, queries, static, selection, budget, now in watch.steps:
-        keys = watch.keys[layer.index][:, :, :now].double()
+        keys = watch.keys[layer.ordinal][:, :, :now].double()
         sinks, window = layer.static
         store_choice = selection.ids is not None
         for number, ids in enumerate(attended(layer, static, selection)):
@@ -49,7 +49,7 @@ def test_recall_recovery_and_density_follow_their_definitions(policy, options):
             masses.append(float(weights[ids].sum()))
             beyond.append(float(weights[[i for i in ids if i >= 4]].sum() / weights[4:].sum()))
             densities.append(len(ids) / now)
-            first = firsts.setdefault((layer.index, row, head), weights)
+            first = firsts.setdefault((layer.ordinal, row, head), weights)
             for name, left_out in (("", 0), ("_without_sinks", 4)):
                 count, rest = len([i for i in ids if i >= left_out]), weights[left_out:]
                 compared[f"dynamic_mass{name}"].append(

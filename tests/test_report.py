@@ -1,7 +1,6 @@
 """`kvbench report` on runs of a tiny random model: numbers, texts, files, and the page in a browser."""
 
 import csv
-import gc
 import json
 import re
 import shlex
@@ -72,7 +71,6 @@ def runs(tmp_path_factory):
     model, tokenizer = root / "tiny-llama", make_tokenizer()
     tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(model)
     tokenizer.save_pretrained(model)
-    gc.freeze()  # each example collects garbage, which takes long where other tests left many objects
     for length in LENGTHS:
         kvbench(
             "run", "--policy", "quest,streaming_llm", "--model", model, "--task", "infinitebench_passkey",
@@ -81,7 +79,6 @@ def runs(tmp_path_factory):
         )  # fmt: skip
         for policy, scores in SCORES.items():
             rescore(only(root / "runs", f"{policy}-*-{length}-*"), scores)
-    gc.unfreeze()
     kvbench("capture", "--model", model, "--context-length", 300, "--output", root / "capture")
     for name in ("ood", "overlap"):
         kvbench("analyze", name, "--capture", root / "capture", "--output", root / "runs" / name)

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from prepared import Prepared
 from saving_process import go_on, read, settings
 from saving_process import save as save_and_go_on
 from test_plugins import installed
@@ -27,12 +29,9 @@ POLICIES = sorted(registry().classes["policy"])
 CACHED = [name for name in POLICIES if registry().find("policy", name).cached and name not in ALIKE]
 
 
-def elsewhere(what, folder, policies, python=sys.executable):
+def elsewhere(python, what, folder, policies):
     """What `saving_process` says of policies in another process."""
-    command = [python, HERE / "saving_process.py", what, folder, *policies]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    done = python.run(HERE / "saving_process.py", what, folder, *policies)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -60,7 +59,8 @@ def test_a_loaded_context_goes_on_bit_for_bit(policy, batch, tmp_path):
 def test_so_it_does_in_another_process(tmp_path):
     for policy in CACHED:
         save_and_go_on(tmp_path, policy)
-    assert elsewhere("resume", tmp_path, CACHED) == dict.fromkeys(CACHED, True)
+    with closing(Prepared()) as python:
+        assert elsewhere(python, "resume", tmp_path, CACHED) == dict.fromkeys(CACHED, True)
 
 
 # What takes other ways: ragged heads, budgets of each row, storages of others, layers left exact.
@@ -293,7 +293,7 @@ def test_probes_that_watch_the_prompt_are_refused_and_others_go_on(state):
 
         def select(self, layer, queries, budget):
             selection = yield
-            self.count += layer.index == 0
+            self.count += layer.ordinal == 0
             return selection
 
         def result(self):
@@ -308,23 +308,25 @@ def test_probes_that_watch_the_prompt_are_refused_and_others_go_on(state):
 # -- a third party's policies ----------------------------------------------------------------------------------------
 
 
+SCRIBBLES = (
+    "Policy 'scribbles' (kvbench_saving_plugins) changed its attribute 'seen' after the session began, and what a "
+    "policy keeps on itself is not saved: keep it in layer.state, or define save_state and load_state."
+)
+LAMBDAS = (
+    "Policy 'lambdas' (kvbench_saving_plugins) keeps an object of type function in layer.state of layer 0['rank'], "
+    "which cannot be saved: keep tensors, arrays, numbers, texts, random generators, lists and dicts there, derive "
+    "its class from kvbench.Saveable, or define save_state and load_state."
+)
+
+
 def test_installed_policies_are_saved_without_code_or_say_why_not(tmp_path):
-    python, _ = installed(HERE / "saving_plugins", tmp_path)
-    policies = ["notes", "diary", "scribbles", "lambdas"]
-    told = elsewhere("save", tmp_path, policies, python)
-    assert told["notes"] is told["diary"] is None
-    assert told["scribbles"] == (
-        "Policy 'scribbles' (kvbench_saving_plugins) changed its attribute 'seen' after the session began, and what a "
-        "policy keeps on itself is not saved: keep it in layer.state, or define save_state and load_state."
-    )
-    assert told["lambdas"] == (
-        "Policy 'lambdas' (kvbench_saving_plugins) keeps an object of type function in layer.state of layer 0['rank'], "
-        "which cannot be saved: keep tensors, arrays, numbers, texts, random generators, lists and dicts there, derive "
-        "its class from kvbench.Saveable, or define save_state and load_state."
-    )
-    assert elsewhere("resume", tmp_path, policies[:2], python) == {"notes": True, "diary": True}
-    code = tmp_path / "source" / "kvbench_saving_plugins.py"
-    code.write_text(code.read_text().replace("kept = 3", "kept = 4"))
-    subprocess.run([sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-build-isolation", "--upgrade",
-                    "--target", _, tmp_path / "source"], check=True)  # fmt: skip
-    assert "was saved by other code of policy 'notes'" in elsewhere("resume", tmp_path, ["notes"], python)["notes"]
+    python, packages = installed(HERE / "saving_plugins", tmp_path)
+    with closing(Prepared(python)) as python:
+        told = elsewhere(python, "save", tmp_path, ["notes", "diary", "scribbles", "lambdas"])
+        assert told == {"notes": None, "diary": None, "scribbles": SCRIBBLES, "lambdas": LAMBDAS}
+        assert elsewhere(python, "resume", tmp_path, ["notes", "diary"]) == {"notes": True, "diary": True}
+        code = tmp_path / "source" / "kvbench_saving_plugins.py"
+        code.write_text(code.read_text().replace("kept = 3", "kept = 4"))
+        subprocess.run([sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-build-isolation", "--upgrade",
+                        "--target", packages, tmp_path / "source"], check=True)  # fmt: skip
+        assert "was saved by other code of policy 'notes'" in elsewhere(python, "resume", tmp_path, ["notes"])["notes"]

@@ -207,16 +207,16 @@ def test_kascade_takes_the_anchors_tokens_in_the_layers_after_it():
         for row in range(2):
             anchor = int(layer.state["anchor"][row])
             seen.add((row, anchor))
-            assert anchor <= layer.index and (anchor == layer.index or layer.index)
+            assert anchor <= layer.ordinal and (anchor == layer.ordinal or layer.ordinal)
             for group in range(2):
-                if anchor == layer.index:
-                    keys = probe.keys[layer.index][row, group, : now - 1].double()
+                if anchor == layer.ordinal:
+                    keys = probe.keys[layer.ordinal][row, group, : now - 1].double()
                     weights = sum(
                         (keys @ queries[row, head, 0].double() / math.sqrt(8)).softmax(0)
                         for head in range(group * 3, group * 3 + 3)
                     )
-                    chosen[now, layer.index, row, group] = set(weights.topk(19).indices.tolist())
-                head = group if anchor == layer.index else int(layer.state["heads"][row, group])
+                    chosen[now, layer.ordinal, row, group] = set(weights.topk(19).indices.tolist())
+                head = group if anchor == layer.ordinal else int(layer.state["heads"][row, group])
                 assert set(selection.ids[row, group].tolist()) == chosen[now, anchor, row, head]
     assert {row for row, anchor in seen if anchor == 0} == {0, 1} and len(seen) == 2 * anchors
 

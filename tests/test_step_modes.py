@@ -5,6 +5,8 @@ import statistics
 
 import pytest
 import torch
+from test_tasks import make_tokenizer
+from tiny import tiny_model
 
 from kvbench.compare.leaderboard import query
 from kvbench.engine.bandwidth import Bandwidth, bandwidth
@@ -17,10 +19,18 @@ from kvbench.runs.rows import fault, read_rows, split
 from kvbench.runs.timing import step_row
 
 
-@pytest.mark.real
-def test_a_run_states_mode_floor_and_ratio(kvbench, tmp_path):
-    command = ("run", "--policy", "quest,snapkv", "--context-length", 320, "--examples", 1, "--probe-examples", 1,
-               "--ratio", 0.6, "--output", tmp_path)  # fmt: skip
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    tokenizer, place = make_tokenizer(), tmp_path_factory.mktemp("model")
+    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    return place
+
+
+def test_a_run_states_mode_floor_and_ratio(kvbench, model, tmp_path):
+    command = ("run", "--policy", "quest,snapkv", "--model", model, "--task", "infinitebench_passkey",
+               "--context-length", 512, "--examples", 1,
+               "--probe-examples", 1, "--ratio", 0.6, "--output", tmp_path)  # fmt: skip
     code, out, err = kvbench(*command, "--decoding", "fixed")
     assert code == 0, err
     assert "times the floor" in out and "fixed" in out
@@ -50,9 +60,8 @@ def test_a_run_states_mode_floor_and_ratio(kvbench, tmp_path):
     assert "Times the floor" in page and "--decoding fixed" in page
 
 
-@pytest.mark.real
-def test_what_cannot_run_so_is_told_before_anything_runs(kvbench, tmp_path):
-    rest = ("--context-length", 256, "--examples", 1, "--output", tmp_path)
+def test_what_cannot_run_so_is_told_before_anything_runs(kvbench, model, tmp_path):
+    rest = ("--model", model, "--context-length", 512, "--examples", 1, "--output", tmp_path)
     code, _, err = kvbench("run", "--policy", "quest", "--decoding", "graph", *rest, "--device", "cpu")
     assert code == 2 and "A CUDA graph needs a GPU" in err
     code, _, err = kvbench("run", "--policy", "quest", "--decoding", "captured", *rest)

@@ -25,11 +25,11 @@ class Watch(kvbench.Probe):
         self.keys, self.prompt_queries, self.steps = {}, {}, []
 
     def prefill(self, layer, queries, keys, values):
-        self.keys[layer.index], self.prompt_queries[layer.index] = keys.clone(), queries.clone()
+        self.keys[layer.ordinal], self.prompt_queries[layer.ordinal] = keys.clone(), queries.clone()
         return (yield)
 
     def insert(self, layer, keys, values):
-        self.keys[layer.index] = torch.cat([self.keys[layer.index], keys], dim=2)
+        self.keys[layer.ordinal] = torch.cat([self.keys[layer.ordinal], keys], dim=2)
         return (yield)
 
     def select(self, layer, queries, budget):
@@ -133,7 +133,7 @@ def test_quest_selects_the_pages_of_its_formula_in_every_step():
     size, budget = 4, 24
     probe, _ = watch("quest", budget, tokens(2, 90), steps=20, options={"page_size": size})
     for layer, queries, static, selection, _, now in probe.steps:
-        keys = probe.keys[layer.index][:, :, :now].double()
+        keys = probe.keys[layer.ordinal][:, :, :now].double()
         pages = (now - 1) // size
         assert static.tolist() == list(range(pages * size, now)) or sorted(static.tolist()) == list(
             range(pages * size, now)
@@ -153,7 +153,7 @@ def test_quest_selects_the_pages_of_its_formula_in_every_step():
 def test_flat_selects_the_exact_top_of_the_offloaded_keys_in_every_step():
     probe, _ = watch("flat", 30, tokens(2, 90), steps=20, options={"sinks": 2, "window": 8})
     for layer, queries, static, selection, budget, now in probe.steps:
-        keys = probe.keys[layer.index][:, :, :now].double()
+        keys = probe.keys[layer.ordinal][:, :, :now].double()
         aside = sorted(set(range(now)) - set(static.tolist()))
         for row in range(2):
             for head in range(layer.heads):

@@ -449,11 +449,11 @@ def test_examples_do_not_depend_on_the_hash_seed():
     assert len(outputs[0].strip()) == 64
 
 
-def test_ten_examples_of_2k_tokens_take_less_than_two_seconds(tokenizer):
+def test_ten_examples_of_2k_tokens_take_less_than_two_seconds_of_processor_time(tokenizer):
     one(NiahSingle2, tokenizer)
-    start = time.perf_counter()
+    start = time.process_time()
     list(NiahSingle2().examples(tokenizer, context_length=2048, count=10, seed=1))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 # Texts
@@ -586,9 +586,7 @@ def test_exact_attention_finds_the_needle():
     loaded = load_model("smollm2-135m", device="cpu")
     task = NiahSingle1()
     for length in (1024, 2048):
-        for example in task.examples(
-            loaded.tokenizer, context_length=length, count=3 if length == 1024 else 1, seed=42
-        ):
+        for example in task.examples(loaded.tokenizer, context_length=length, count=1, seed=42):
             prompt = encode(loaded.tokenizer, example)
             ids = torch.tensor([prompt.input_ids])
             text = loaded.tokenizer.decode(prompt.input_ids)

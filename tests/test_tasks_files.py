@@ -553,13 +553,13 @@ def test_rouge_of_real_text_is_that_of_rouge_score():
 def test_rouge_of_long_texts_takes_a_moment():
     rng = random.Random(1)
     first, second = (" ".join(f"w{rng.randrange(2000)}" for _ in range(5000)) for _ in range(2))
-    start = time.perf_counter()
+    start = time.process_time()
     assert 0 < rouge_l(first, [second]) < 1
-    assert time.perf_counter() - start < 1
-    start = time.perf_counter()
+    assert time.process_time() - start < 1
+    start = time.process_time()
     assert 0 < rouge_lsum(first, [second]) < 1
     assert rouge_lsum(first.replace(" ", "\n", 500), [second.replace(" ", "\n", 500)]) > 0
-    assert time.perf_counter() - start < 8
+    assert time.process_time() - start < 8
 
 
 def test_chinese_answers_lose_the_published_punctuation():

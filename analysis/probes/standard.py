@@ -207,7 +207,7 @@ class Density(MeasuringProbe):
         attended = self.step(layer, queries, selection).attended.sum(-1)
         self._means.add("attended_tokens", layer, attended)
         self._means.add("density", layer, attended.double() / layer.tokens)
-        if layer.ungoverned and layer.index == layer.count - 1:
+        if layer.ungoverned and layer.ordinal == layer.count - 1:
             everything = torch.full_like(attended, layer.tokens)
             self._means.add_unseen("attended_tokens", everything, layer.ungoverned)
             self._means.add_unseen("density", everything.double() / layer.tokens, layer.ungoverned)

@@ -176,12 +176,12 @@ class BudgetRequest:
 class PromptLayer:
     """A layer's prompt as allocators see it: B rows of n tokens, the layer's attention over them done.
 
-    `index` counts the governed layers from 0, `number` is the layer's place in the model. `queries` [B, H, m, d] are
+    `ordinal` counts the governed layers from 0, `number` is the layer's place in the model. `queries` [B, H, m, d] are
     the last m (`BudgetAllocator.query_window`), `keys` [B, G, n, d]; both after rotary embedding. `hidden` [B, n, ...]
     has what `BudgetAllocator.reduce_hidden` returned for each token.
     """
 
-    index: int
+    ordinal: int
     number: int
     scaling: float
     queries: Tensor

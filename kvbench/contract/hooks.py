@@ -2,7 +2,7 @@
 
 Shapes: B batch rows, H query heads, G key/value heads (H a multiple of G), n tokens, d head dimension.
 Queries and keys are after rotary embedding. Rows that a hook sees together have the same length: the session
-calls the hooks once for each group of equally long rows, so no policy ever meets padding.
+calls the hooks once for each lane (rows of one length), so no policy ever meets padding.
 """
 
 from __future__ import annotations

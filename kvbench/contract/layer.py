@@ -27,13 +27,13 @@ class Rotation(Protocol):
 
 @dataclass(frozen=True)
 class PromptView:
-    """A governed layer while its prompt passes, for one group of equally long rows (`attend_prompt`).
+    """A governed layer while its prompt passes, for one lane (`attend_prompt`).
 
-    `index`, `count` and `number` are as in `Layer`. `state` is the policy's: it lasts from chunk to chunk, and becomes
+    `ordinal`, `count` and `number` are as in `Layer`. `state` is the policy's: it lasts from chunk to chunk and becomes
     `layer.state` when the prompt ends.
     """
 
-    index: int
+    ordinal: int
     count: int
     number: int
     heads: int
@@ -47,14 +47,14 @@ class PromptView:
 
 @dataclass
 class Layer:
-    """One attention layer, for one group of equally long rows, as policies and probes see it.
+    """One attention layer, for one lane (rows of one length), as policies and probes see it.
 
-    `index` counts from 0 to `count` − 1 over the layers that the policy governs (sliding-window layers keep their own
+    `ordinal` counts from 0 to `count` − 1 over the layers that the policy governs (sliding-window layers keep their own
     cache and are left out); `number` is the layer's place in the model. `state` belongs to the policy: whatever
-    it keeps between steps lives here, never on the policy itself, since several groups of rows may be under way.
+    it keeps between steps lives here, never on the policy itself, since several lanes may be under way.
     """
 
-    index: int
+    ordinal: int
     count: int
     number: int
     heads: int

@@ -45,7 +45,7 @@ class Layered(KVCachePolicy):
         """As the layer's policy says; a layer of a policy that keeps everything stays exact."""
         chosen = (
             policy for policy, mine in zip(self._policies, self.ranges, strict=True)
-            if mine is None or place.index in mine
+            if mine is None or place.ordinal in mine
         )  # fmt: skip
         policy = self._by_number[place.number] = next(chosen)
         return not policy.exact and policy.governs(place)

@@ -46,9 +46,9 @@ class ModelView:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a full-attention layer stands: `index` of the model's `count` such layers, and `number` in the model."""
+    """Where a full-attention layer stands: `ordinal` of the model's `count` such layers, and `number` in the model."""
 
-    index: int
+    ordinal: int
     count: int
     number: int
 
@@ -173,7 +173,7 @@ class KVCachePolicy(Pluggable):
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
         """Give one layer's decoding steps in fixed shapes, for a CUDA graph, or why it has none (None: nothing to say).
 
-        It takes over what the policy made of the prompt: `parts`, groups of rows, whose stores are not used any more. A
+        It takes over what the policy made of the prompt: `parts`, a lane each, whose stores are not used any more. A
         policy that defines neither `insert`, `select` nor `attend` and sets nothing aside need not define it.
         """
         return None
@@ -237,7 +237,7 @@ class KVCachePolicy(Pluggable):
         return every if self.query_window is None else min(self.query_window, every)
 
     def save_state(self, layer: Layer) -> dict[str, Any]:
-        """What shall be saved of the policy's own for one group of rows of a layer; `layer.state`.
+        """What shall be saved of the policy's own for one lane of a layer; `layer.state`.
 
         Tensors, plain data and whatever `kvbench.Saveable` says; the store has been saved apart. For policies that keep
         something elsewhere, or want to leave out what follows from the rest.

@@ -21,7 +21,7 @@ from kvbench.contract.layer import Layer
 
 @dataclass(frozen=True)
 class Part:
-    """A group of equally long rows of one layer, as the policy left it after the prompt; no `rows` are all rows."""
+    """A lane of one layer, rows of one length, as the policy left it after the prompt; no `rows` are all rows."""
 
     layer: Layer
     rows: Tensor | None = None

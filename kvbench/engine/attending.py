@@ -216,7 +216,7 @@ class Attending(Governor):
     def _dense_before(self, cached: PolicyCacheLayer) -> Tensor | None:
         """The input [B, m, D] of the full-attention layer before a governed one, where the policy leaves it exact."""
         assert self.cache is not None
-        lowest = self.numbers[cached.index - 1] if cached.index else -1
+        lowest = self.numbers[cached.ordinal - 1] if cached.ordinal else -1
         between = [number for number in self.cache.dense if lowest < number < cached.number]
         found = self.cache.dense[max(between)] if between else None
         return None if found is None else _hidden(*self._calls[found.module])

@@ -158,10 +158,10 @@ class PolicyCacheLayer(CacheLayerMixin):
     is_compileable = False
 
     def __init__(
-        self, session: Governor, cache: PolicyCache, index: int, number: int, replaced: CacheLayerMixin
+        self, session: Governor, cache: PolicyCache, ordinal: int, number: int, replaced: CacheLayerMixin
     ) -> None:
         super().__init__()
-        self.session, self.cache, self.index, self.number = session, cache, index, number
+        self.session, self.cache, self.ordinal, self.number = session, cache, ordinal, number
         self.expand = session.survey.layers[number].expand
         self.longest: int | None = getattr(replaced, "sliding_window", None)
         """The window of a model whose longest context it holds: there is no attention beyond it to govern."""
@@ -312,7 +312,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         hidden = torch.cat(self.hidden, dim=1) if self.hidden else None
         if hidden is not None and lane.rows is not None:
             hidden = hidden[lane.rows, lane.padding :]
-        return PromptLayer(self.index, self.number, self.waiting.scaling, queries, keys, hidden)
+        return PromptLayer(self.ordinal, self.number, self.waiting.scaling, queries, keys, hidden)
 
     def finish_prompt(self) -> None:
         """Split the prompt into its lanes; each gets its budget and is taken over by the policy."""
@@ -325,7 +325,7 @@ class PolicyCacheLayer(CacheLayerMixin):
         start = session.now()
         for place, lane in enumerate(self.cache.lanes):
             request, shares = self.cache.allocate(place, lane.tokens(keys))
-            budget = shares[self.index]
+            budget = shares[self.ordinal]
             if session.allocator is not None and request is not None:
                 budget = allocate_heads(session.allocator, self._prompt_layer(lane), request, budget)
             budgets.append(budget)
@@ -357,14 +357,14 @@ class PolicyCacheLayer(CacheLayerMixin):
         session = self.session
         store: Any = None
         return Layer(
-            index=self.index, count=len(self.cache.governed), number=self.number, heads=attends.heads,
+            ordinal=self.ordinal, count=len(self.cache.governed), number=self.number, heads=attends.heads,
             kv_heads=kv_heads, head_dim=head_dim, scaling=attends.scaling, rows=rows, store=store, budget=budget,
             static=static_tokens(session.policy, tokens), prompt_tokens=tokens, module=attends.module,
             softcap=attends.softcap, sink_logits=attends.sink_logits,
             rotary=Rotary(
                 session.model, session.config, attends.module, self.number, latent=self.expand is not None
             ),
-            previous=self.cache.governed[self.index - 1].by_lane[len(self.by_lane)] if self.index else None,
+            previous=self.cache.governed[self.ordinal - 1].by_lane[len(self.by_lane)] if self.ordinal else None,
             most_attended=session.policy.most_attended, ungoverned=len(self.cache.dense), apart=session.overlaps,
         )  # fmt: skip
 
@@ -410,10 +410,10 @@ class HybridCacheLayer(PolicyCacheLayer, LinearAttentionAndFullAttentionLayer):
     """A governed layer that has the states of linear attention, too, which stay transformers' own."""
 
     def __init__(
-        self, session: Governor, cache: PolicyCache, index: int, number: int, replaced: LinearAttentionLayer
+        self, session: Governor, cache: PolicyCache, ordinal: int, number: int, replaced: LinearAttentionLayer
     ) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=replaced.number_of_states)
-        PolicyCacheLayer.__init__(self, session, cache, index, number, replaced)
+        PolicyCacheLayer.__init__(self, session, cache, ordinal, number, replaced)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Prepare for the first keys and values, or for the first states."""

@@ -352,7 +352,7 @@ def _dense_part(cache: PolicyCache, number: int) -> Part:
     keys, values = held.keys, held.values
     rows, groups, tokens, dim = keys.shape
     layer = Layer(
-        index=0, count=1, number=number, heads=called.heads, kv_heads=groups, head_dim=dim, scaling=called.scaling,
+        ordinal=0, count=1, number=number, heads=called.heads, kv_heads=groups, head_dim=dim, scaling=called.scaling,
         rows=rows, store=KVStore(keys, values), budget=LayerBudget(tokens, covers_all=True), static=(0, 0),
         prompt_tokens=tokens, module=called.module,
     )  # fmt: skip

@@ -258,7 +258,7 @@ def chosen_layers(model: Any, policy: KVCachePolicy, dense_layers: int = 0) -> l
             f"dense_layers is {dense_layers}: {type(model).__name__} has {len(full)} full-attention layers, so give 0 "
             f"to {max(len(full) - 1, 0)}."
         )
-    places = [Place(index, len(full), number) for index, number in enumerate(full)]
+    places = [Place(ordinal, len(full), number) for ordinal, number in enumerate(full)]
     chosen = [place.number for place in places[dense_layers:] if policy.governs(place)]
     if full and not chosen:
         raise KVBenchError(

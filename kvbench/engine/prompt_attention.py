@@ -36,7 +36,7 @@ def prompt_attention(
         if padding < new:
             key = None if lane.rows is None else tuple(lane.rows.tolist())
             view = PromptView(
-                index=cached.index, count=len(cache.governed), number=cached.number, heads=queries.shape[1],
+                ordinal=cached.ordinal, count=len(cache.governed), number=cached.number, heads=queries.shape[1],
                 kv_heads=keys.shape[1], head_dim=keys.shape[3], scaling=scaling, rows=mine.shape[0], module=module,
                 state=cached.prompt_states.setdefault(key, {}),
             )  # fmt: skip

@@ -105,7 +105,7 @@ def _latest_step(cache: PolicyCache) -> tuple[float | None, float | None]:
             mean = float(counts(layer, layer.selection).sum(-1).double().mean())
             attended += [mean] * layer.rows
             shares += [mean / layer.tokens] * layer.rows
-            if layer.ungoverned and layer.index == layer.count - 1:
+            if layer.ungoverned and layer.ordinal == layer.count - 1:
                 attended += [float(layer.tokens)] * (layer.ungoverned * layer.rows)
                 shares += [1.0] * (layer.ungoverned * layer.rows)
     return (sum(attended) / len(attended), sum(shares) / len(shares)) if attended else (None, None)

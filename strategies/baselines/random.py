@@ -37,7 +37,7 @@ class Random(SelectingPolicy):
         step, count = torch.tensor(
             [[layer.tokens - 1], [store.aside_stop - store.aside_start]], dtype=torch.int32, device=queries.device
         )
-        heads = seeds(self.options.seed, layer.index, layer.heads, queries.device)
+        heads = seeds(self.options.seed, layer.ordinal, layer.heads, queries.device)
         found = lots(heads, step, count, store.aside_stop - store.aside_start)
         drawn = found.topk(wanted, dim=-1).indices + store.aside_start
         return Selection(drawn.expand(layer.rows, -1, -1), evaluations=0.0)
@@ -51,7 +51,7 @@ class _RandomStep(TopStep):
     def __init__(self, policy: Random, parts: Sequence[Part], clock: Clock) -> None:
         super().__init__(policy, parts, clock)
         layer = parts[0].layer
-        self._heads = seeds(policy.options.seed, layer.index, layer.heads, clock.positions.device)
+        self._heads = seeds(policy.options.seed, layer.ordinal, layer.heads, clock.positions.device)
 
     def scores(self, queries: Tensor) -> Tensor:
         return lots(self._heads, self._clock.positions, self.window.aside, self.capacity)

@@ -107,4 +107,4 @@ class TurboQuant(CodingPolicy):
     def governs(self, place: Place) -> bool:
         """All but the first and last layers."""
         full: int = min(self.options.full_layers, place.count // 4)
-        return full <= place.index < place.count - full
+        return full <= place.ordinal < place.count - full

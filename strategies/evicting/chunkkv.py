@@ -50,7 +50,7 @@ class ChunkKV(KVCachePolicy):
         before, size = layer.tokens - queries.shape[2], self.options.chunk_size
         if layer.budget.covers_all or not before:
             return
-        earlier = layer.previous if layer.index % self.options.reuse else None
+        earlier = layer.previous if layer.ordinal % self.options.reuse else None
         if earlier is not None and "chunks" in earlier.state:
             scores = earlier.state["chunks"].to(keys.device)
         else:

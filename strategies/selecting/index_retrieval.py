@@ -124,7 +124,7 @@ class IndexRetrieval(SelectingPolicy):
         """Every `insert_every` tokens; the first time sooner, so that only some of the layers insert at a step."""
         every = int(self.options.insert_every)
         moved = layer.store.aside_stop > layer.prompt_tokens - layer.static[1]
-        early = 0 if moved or self.index is Flat else layer.index * every // layer.count
+        early = 0 if moved or self.index is Flat else layer.ordinal * every // layer.count
         return beyond >= every - early
 
     def until(self, layer: Layer, most: int) -> int:

@@ -109,7 +109,7 @@ class Kascade(SelectingPolicy):
         gain = (mass.view(shape) / top.values.sum(-1)).mean(-1)  # [anchor, layer, B]
         chosen = [segments(gain[..., row].double(), self.options.anchors) for row in range(gain.shape[2])]
         for layer, sample in zip(layers, samples, strict=True):
-            anchors = [max(first for first in own if first <= layer.index) for own in chosen]
+            anchors = [max(first for first in own if first <= layer.ordinal) for own in chosen]
             heads = torch.zeros(layer.rows, layer.kv_heads, dtype=torch.long)
             for row, anchor in enumerate(anchors):
                 theirs = samples[anchor][row].topk(k, dim=-1).indices  # [G, w, k]
@@ -129,7 +129,7 @@ class Kascade(SelectingPolicy):
         found, evaluations = [], 0
         for row, anchor in enumerate(layer.state["anchor"].tolist()):
             source = layer
-            while source.index > anchor and source.previous is not None:
+            while source.ordinal > anchor and source.previous is not None:
                 source = source.previous
             latest = source.state.get("latest") if source.state.get("step") == layer.tokens else None
             if source is layer or latest is None:
@@ -144,7 +144,7 @@ class Kascade(SelectingPolicy):
 
     @staticmethod
     def _chooses(layer: Layer) -> bool:
-        return bool((layer.state["anchor"] == layer.index).any())
+        return bool((layer.state["anchor"] == layer.ordinal).any())
 
     def _exact(self, layer: Layer, queries: Tensor) -> Tensor:
         """Ids [B, G, k] of the tokens with the group's largest weights, best first, as many as any layer takes."""
@@ -175,14 +175,14 @@ class _AnchorStep(AsideStep):
             wide = max(wide, part.layer.state["most"])
             part.layer.state.clear()
         super().__init__(policy, parts, clock)
-        self._index, self._wide = layer.index, min(wide, self.capacity)
+        self._index, self._wide = layer.ordinal, min(wide, self.capacity)
         # what an anchor that attends to everything does not choose, a layer chooses for itself
         for row, anchor in enumerate(anchors.tolist()):
             if clock.shared.get(("kascade all", anchor), False):
-                anchors[row] = layer.index
-        clock.shared["kascade all", layer.index] = self._all
+                anchors[row] = layer.ordinal
+        clock.shared["kascade all", layer.ordinal] = self._all
         self._sources = [(one, (anchors == one).to(device)[:, None, None]) for one in sorted(set(anchors.tolist()))]
-        self._own = layer.index in [one for one, _ in self._sources]
+        self._own = layer.ordinal in [one for one, _ in self._sources]
         self._rank = torch.arange(self._wide, device=device)
         self._kept = clock.shared
         self._kept["kascade", self._index] = torch.full(

@@ -49,7 +49,7 @@ class MagicPIG(SelectingPolicy):
         layer.state["mean"] = keys.float().mean(2, keepdim=True).cpu()
         layer.state["tables"] = HashTables(
             layer.rows * layer.kv_heads, layer.head_dim, bits=self.options.bits, tables=self.options.tables,
-            seed=self.options.seed * 1_000_003 + layer.index,
+            seed=self.options.seed * 1_000_003 + layer.ordinal,
         )  # fmt: skip
         layer.state["norms"] = torch.empty(layer.rows, layer.kv_heads, 0)
         self.grow(layer, keys, values)
@@ -75,7 +75,7 @@ class MagicPIG(SelectingPolicy):
         if (sizes[..., None] > room).any():
             step, heads = (
                 torch.tensor([layer.tokens - 1]),
-                seeds(self.options.seed, layer.index, layer.heads, ids.device),
+                seeds(self.options.seed, layer.ordinal, layer.heads, ids.device),
             )
             drawn = lots_of(heads, step, ids.clamp_min(0)).masked_fill(ids < 0, -1)
             ids = ids.gather(-1, drawn.topk(min(wanted, ids.shape[-1]), dim=-1).indices)
@@ -108,7 +108,7 @@ class _SamplingStep(AsideStep):
         super().__init__(policy, parts, clock)
         self._hot = None  # the sample is fetched here
         self._bits, self._tables = policy.options.bits, policy.options.tables
-        self._heads = seeds(policy.options.seed, layer.index, layer.heads, device)
+        self._heads = seeds(policy.options.seed, layer.ordinal, layer.heads, device)
         self._planes: Tensor = states[0]["tables"].planes.to(device)
         shape, dim = (clock.batch, layer.kv_heads), layer.head_dim
         self._mean = torch.zeros(*shape, 1, dim, device=device)

@@ -110,7 +110,7 @@ class VAttention(SelectingPolicy):
         ]
         found = layer.capped(scores(queries, store.aside_keys, layer.scaling))
         step, count = torch.tensor([[layer.tokens - 1], [found.shape[2]]], dtype=torch.int32, device=queries.device)
-        heads = seeds(self.options.seed, layer.index, layer.heads, queries.device)
+        heads = seeds(self.options.seed, layer.ordinal, layer.heads, queries.device)
         room = torch.as_tensor(self.room(layer, wanted, layer.heads), device=found.device)
         slots, log_weights = _Plan.of(self.options).choose(
             found, layer.capped(torch.cat(known, dim=-1)).logsumexp(-1, keepdim=True),
@@ -140,7 +140,7 @@ class _SampleStep(AsideStep):
         super().__init__(policy, parts, clock)
         layer = parts[0].layer
         self._plan, self._heads = _Plan.of(policy.options), seeds(
-            policy.options.seed, layer.index, layer.heads, clock.positions.device
+            policy.options.seed, layer.ordinal, layer.heads, clock.positions.device
         )  # fmt: skip
 
     def choose(self, queries: Tensor) -> Sequence[Segment]:

@@ -25,7 +25,7 @@ class EveryOther(kvbench.KVCachePolicy):
 
     def governs(self, place):
         """Layers first, first + 2, ..."""
-        return place.index % 2 == self.options.first
+        return place.ordinal % 2 == self.options.first
 
     def static_tokens(self, context):
         """The newest token."""
@@ -59,7 +59,7 @@ class BlockSparse(kvbench.KVCachePolicy):
 
     def attend_prompt(self, layer, queries, keys, values):
         """Softmax over the blocks that a query's own block may see."""
-        if layer.index < self.options.dense:
+        if layer.ordinal < self.options.dense:
             return None
         layer.state["calls"] = layer.state.get("calls", 0) + 1
         tokens, new, size = keys.shape[2], queries.shape[2], self.options.block

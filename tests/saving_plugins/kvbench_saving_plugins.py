@@ -60,7 +60,7 @@ class Notes(kvbench.KVCachePolicy):
         """Set all but the newest tokens aside."""
         layer.store.set_aside(0, layer.tokens - self.kept, offload=False, storage=_Blocks)
         layer.state |= {
-            "ledger": Ledger(layer), "random": random.Random(layer.index), "torch": torch.Generator().manual_seed(3),
+            "ledger": Ledger(layer), "random": random.Random(layer.ordinal), "torch": torch.Generator().manual_seed(3),
             "sizes": (layer.tokens, {"least": float("inf"), (1, 2): {3, 4}}), "dtype": keys.dtype, "on": keys.device,
             "half": keys[:, :, ::2], "same": keys, "none": None, "word": "yes", "scalar": np.float32(0.1),
         }  # fmt: skip

@@ -28,7 +28,7 @@ class Covering(KVCachePolicy):
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Keep every token, in another order, or set all but two aside."""
-        if layer.index % 2 == self.evicting:
+        if layer.ordinal % 2 == self.evicting:
             order = torch.arange(layer.tokens, device=keys.device).flip(0)
             layer.store.keep(order.expand(layer.rows, layer.kv_heads, -1))
         else:

@@ -102,7 +102,7 @@ def _device(governor: Governor, number: int, known: torch.device) -> torch.devic
 
 def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
     policy = cached.session.policy
-    groups = []
+    lanes = []
     for place, layer in enumerate(cached.by_lane):
         where = f"layer {layer.number}" + (f", rows {place}" if len(cached.by_lane) > 1 else "")
         known = _named(cached, layer)
@@ -110,7 +110,7 @@ def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
         around = Surroundings(layer.store.device, {**known, "layer.store": layer.store})
         with cached.session.named_errors("save_state", layer):
             state = policy.save_state(layer)
-        groups.append(
+        lanes.append(
             {
                 "shape": [layer.rows, layer.kv_heads, layer.head_dim, layer.prompt_tokens],
                 "attends": _attends(
@@ -129,7 +129,7 @@ def _governed(writer: Writer, cached: PolicyCacheLayer) -> Node:
                 "state": writer.node(state, f"layer.state of {where}", around),
             }
         )  # fmt: skip
-    return {"number": cached.number, "seen": cached.seen, "checked": cached.checked, "groups": groups}
+    return {"number": cached.number, "seen": cached.seen, "checked": cached.checked, "groups": lanes}
 
 
 def _named(cached: PolicyCacheLayer, layer: Layer) -> dict[str, Any]:
@@ -160,9 +160,9 @@ def read_state(governor: Governor, tree: Any, views: Views) -> PolicyCache:
     set_others(cache, reader, tree["others"])
     for cached, part in zip(cache.governed, tree["governed"], strict=True):
         if len(part["groups"]) != len(cache.lanes):
-            raise ValueError("its groups of rows do not fit together")
-        for group in part["groups"]:
-            cached.by_lane.append(_read_layer(cached, reader, group))
+            raise ValueError("its lanes do not fit together")
+        for lane in part["groups"]:
+            cached.by_lane.append(_read_layer(cached, reader, lane))
         cached.seen = cached.attended = cached.before_step = int(part["seen"])
         cached.checked, cached.in_prompt = bool(part["checked"]), False
     cache.complete = True
@@ -190,23 +190,23 @@ def _read_attends(governor: Governor, reader: Reader, number: int, called: Any) 
     return Attends(module, int(called["heads"]), scaling, None if softcap is None else float(softcap), sinks)
 
 
-def _read_layer(cached: PolicyCacheLayer, reader: Reader, group: Any) -> Layer:
+def _read_layer(cached: PolicyCacheLayer, reader: Reader, lane: Any) -> Layer:
     governor, policy = cached.session, cached.session.policy
-    attends = _read_attends(governor, reader, cached.number, group["attends"])
-    rows, kv_heads, head_dim, tokens = map(int, group["shape"])
+    attends = _read_attends(governor, reader, cached.number, lane["attends"])
+    rows, kv_heads, head_dim, tokens = map(int, lane["shape"])
     around = Surroundings(_device(governor, cached.number, governor.model.device))
-    budget = LayerBudget(**{name: reader.value(part, around) for name, part in group["budget"].items()})
+    budget = LayerBudget(**{name: reader.value(part, around) for name, part in lane["budget"].items()})
     layer = cached.new_layer(attends, budget, rows, kv_heads, head_dim, tokens)
     known = Surroundings(around.device, _named(cached, layer))
-    store = reader.value(group["store"], known)
+    store = reader.value(lane["store"], known)
     if not isinstance(store, KVStore):
         raise ValueError("a store is missing")
     layer.store = store
-    for name, part in group["more"].items():
+    for name, part in lane["more"].items():
         if name in REBUILT or name not in vars(layer):
             raise ValueError(f"{plain(name)} is nothing that a layer keeps")
         setattr(layer, name, reader.value(part, known))
-    state = reader.value(group["state"], Surroundings(known.device, {**known.named, "layer.store": store}))
+    state = reader.value(lane["state"], Surroundings(known.device, {**known.named, "layer.store": store}))
     with governor.named_errors("load_state", layer):
         policy.load_state(layer, state)
     return layer

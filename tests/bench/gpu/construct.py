@@ -1,4 +1,4 @@
-"""Times the construction of policies' structures on a GPU beside the prefill they follow, and its parts.
+"""Times the construction of policies' structures on a GPU beside the prefill they follow, its parts and its memory.
 
 `python tests/bench/gpu/construct.py --output construct.json` on a machine with a GPU. The model has Llama-3-8B's shape
 and random weights; the prompt's keys and values are random: good for time and memory, never for accuracy.
@@ -90,6 +90,25 @@ def parts(tokens: int, heads: int, groups: int, dim: int) -> dict[str, float | N
     return found
 
 
+def read(model: Any, ids: torch.Tensor, chunk: int | None) -> Any:
+    """The cache after a prompt, in one call or in chunks; the prompt's own tensors are free then."""
+    past = None
+    for first in range(0, ids.shape[1], chunk or ids.shape[1]):
+        part = ids[:, first : first + (chunk or ids.shape[1])]
+        past = model(part, past_key_values=past, use_cache=True, logits_to_keep=1).past_key_values
+    return past
+
+
+@torch.inference_mode()
+def plain_peak(model: Any, tokens: int, chunk: int | None) -> int:
+    """The most bytes that plain transformers holds while it reads a prompt."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    read(model, torch.randint(model.config.vocab_size, (1, tokens), device=model.device), chunk)
+    return torch.cuda.max_memory_allocated()
+
+
 @torch.inference_mode()
 def construct(model: Any, name: str, tokens: int, chunk: int | None) -> dict[str, Any]:
     """Prefill and construction of one policy."""
@@ -102,11 +121,7 @@ def construct(model: Any, name: str, tokens: int, chunk: int | None) -> dict[str
     with Session(model, policy, budget, prompt_tokens=tokens) as session:
         torch.cuda.synchronize()
         began = time.perf_counter()
-        past = None
-        for first in range(0, tokens, chunk or tokens):
-            past = model(
-                ids[:, first : first + (chunk or tokens)], past_key_values=past, use_cache=True, logits_to_keep=1
-            ).past_key_values
+        read(model, ids, chunk)
         torch.cuda.synchronize()
         whole = time.perf_counter() - began
         assert session.cache is not None
@@ -136,7 +151,13 @@ def main() -> None:
     if arguments.parts:
         found["parts"] = parts(arguments.tokens, 32, 8, 128)
     model = llama_shaped(arguments.layers)
-    print(f"{'policy':20} {'prefill s':>9} {'constr s':>9} {'ratio':>6} {'peak GiB':>9} {'index':>6}", flush=True)
+    plain = plain_peak(model, arguments.tokens, arguments.chunk)
+    found["plain_peak_gib"] = plain / 2**30
+    heads = 2 * model.config.num_key_value_heads * model.config.head_dim
+    layer = heads * arguments.tokens * torch.finfo(model.dtype).bits // 8
+    print(f"plain transformers' peak: {plain / 2**30:.1f} GiB; one layer's keys and values: {layer / 2**30:.2f} GiB")
+    print(f"{'policy':20} {'prefill s':>9} {'constr s':>9} {'ratio':>6} {'peak GiB':>9} {'+ layers':>8} {'index':>6}",
+          flush=True)  # fmt: skip
     for name in ("streaming_llm", *arguments.policies.split(",")):  # the first pass warms up
         try:
             row = construct(model, name, arguments.tokens, arguments.chunk)
@@ -145,10 +166,13 @@ def main() -> None:
             traceback.clear_frames(error.__traceback__)
             found["rows"].append({"policy": name, "error": f"{type(error).__name__}: {error}"})
             continue
+        # beyond what plain transformers holds at most, what of the index lies on the device included
+        row["layers_above_plain"] = (row["peak_gib"] * 2**30 - plain) / layer
         found["rows"].append(row)
         ratio = row["construction_s"] / row["prefill_s"]
+        index = row["index_bytes"] / row["held_bytes"]
         print(f"{name:20} {row['prefill_s']:9.2f} {row['construction_s']:9.2f} {ratio:6.2f} {row['peak_gib']:9.1f} "
-              f"{row['index_bytes'] / row['held_bytes']:6.3f}", flush=True)  # fmt: skip
+              f"{row['layers_above_plain']:8.2f} {index:6.3f}", flush=True)  # fmt: skip
         if arguments.output:
             arguments.output.write_text(json.dumps(found, indent=1) + "\n")
 
