@@ -29,7 +29,7 @@ class Counting(kvbench.Probe):
         self.sizes = []
 
     def insert(self, layer, keys, values):
-        if layer.index == 0:
+        if layer.ordinal == 0:
             self.sizes.append(keys.shape[2])
         yield
 
