@@ -155,7 +155,13 @@ def _ranking(
 
 
 def _claims(runs: Sequence[_Run], figures: Mapping[str, Any]) -> list[str]:
-    lines = ["## Published claims", ""]
+    lines = [
+        "## Published claims",
+        "",
+        "Figures in a claim are the source's. A claim without one says in our own words what its method is for; it is "
+        "no quotation.",
+        "",
+    ]
     rows = []
     for claim in figures["claims"]:
         for setting, verdict, ours in _verdicts(runs, claim) or [("", "not measured", "")]:

@@ -121,8 +121,9 @@ def costs_of(runs: Sequence[ReportRun]) -> list[Costs]:
         groups.setdefault(json.dumps({key: run.config[key] for key in _SAME}, sort_keys=True), []).append(run)
     firsts = [group[0] for group in groups.values()]
     names = labels(firsts, apart=[key for key in firsts[0].config if key not in _SAME])
+    exact = [run for run in mine if run.config["prompt_attention"] == "exact"]
     found = [
-        _of(names[id(first)].removesuffix(" (over budget)"), group)
+        _of(names[id(first)].removesuffix(" (over budget)"), group, exact if first in exact else group)
         for first, group in zip(firsts, groups.values(), strict=True)
     ]
     if not any(one.label == BASELINE for one in found):
@@ -133,8 +134,9 @@ def costs_of(runs: Sequence[ReportRun]) -> list[Costs]:
     return sorted(found, key=lambda one: one.label != BASELINE)
 
 
-def _of(label: str, runs: Sequence[ReportRun]) -> Costs:
-    rows = [row for run in runs for row in run.rows if "load_s" in row and row["step_s"]]
+def _of(label: str, runs: Sequence[ReportRun], reading: Sequence[ReportRun]) -> Costs:
+    """The costs of a policy; `reading` are all runs whose prompts are read as its are, with the same attention."""
+    rows, read = _rows(runs), _rows(reading)
     if len({row["prefix_tokens"] for row in rows}) < 2:
         raise KVBenchError(
             f"{label} was measured at one length of the prefix only, and times are fitted to lengths: run it with "
@@ -142,8 +144,8 @@ def _of(label: str, runs: Sequence[ReportRun]) -> Costs:
         )
     built = [row for row in rows if "construct_prefill_s" in row]
     measured = {
-        "prefill": [(row["prompt_tokens"], 0, row["miss_prefill_s"]) for row in rows]
-        + [(row["prefix_tokens"], 0, row["construct_prefill_s"]) for row in built],
+        "prefill": [(row["prompt_tokens"], 0, row["miss_prefill_s"]) for row in read]
+        + [(row["prefix_tokens"], 0, row["construct_prefill_s"]) for row in read if "construct_prefill_s" in row],
         "index": [(row["prompt_tokens"], 0, row["miss_index_s"]) for row in rows]
         + [(row["prefix_tokens"], 0, row["construct_index_s"]) for row in built],
         "load": [(row["prefix_tokens"], 0, row["load_s"]) for row in rows],
@@ -155,3 +157,7 @@ def _of(label: str, runs: Sequence[ReportRun]) -> Costs:
     if label == BASELINE:  # what exact attention takes besides is no index
         measured["index"] = [(tokens, 0, 0.0) for tokens, _, _ in measured["index"]]
     return Costs(label, measured, fmean(row["token_bytes"] for row in rows))
+
+
+def _rows(runs: Sequence[ReportRun]) -> list[dict[str, Any]]:
+    return [row for run in runs for row in run.rows if "load_s" in row and row["step_s"]]

@@ -29,7 +29,7 @@ def draw(document: dict[str, Any], folder: Path) -> None:
                 )  # fmt: skip
         left.set_yticks(range(len(rows)), [f"{row['policy']}, {SHORT[row['kept']]}" for row in rows], fontsize=7)
         left.set_ylim(len(rows) - 0.4, -0.6)
-        left.set_xscale("log")
+        figures.logarithmic(left)
         left.set_xlabel("time to first token, waiting included (s)")
         left.grid(visible=False, axis="y")
         left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, handletextpad=0.2)
@@ -44,7 +44,7 @@ def draw(document: dict[str, Any], folder: Path) -> None:
                         linestyle=dashes if policy != "full" else "--", marker=look.marker, markersize=4,
                         label=policy if kept == "index" or policy == "full" else None,
                     )  # fmt: skip
-        right.set_xlabel(f"share of a prompt of {reuse[0]['tokens']} tokens in the store (%)")
+        right.set_xlabel(f"% of a {reuse[0]['tokens']}-token prompt saved")
         right.set_ylabel("time to first token, no waiting (s)")
         right.set_ylim(bottom=0)
         right.legend(
