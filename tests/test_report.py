@@ -201,7 +201,7 @@ def test_needles_are_averaged_by_depth_and_length(report, runs):
 
 def test_every_field_of_a_configuration_is_in_its_command_or_follows_from_it():
     handled = {"policy", "policy_options", "budget", "task_options", "probes", "share_prefill", "prompt_attention"}
-    follows = {"model_fingerprint", "task_data", "plugins"}  # from the model, the task and what is installed
+    follows = {"model_fingerprint", "weights", "task_data", "plugins"}  # from the model, the task and what is installed
     assert set(RunConfig.model_fields) == set(FLAGS) | handled | follows
 
 

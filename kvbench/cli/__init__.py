@@ -28,6 +28,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     results,
     run,
     sweep,
+    trace,
     verify,
 )
 from kvbench.cli.common import app, err

@@ -14,6 +14,9 @@ from kvbench.contract.storage import Storage
 
 MOST_LOGITS = 2**26
 """Of a block of queries at a time: 256 MiB of float32."""
+DENSE = 16
+"""Set-aside tokens for each selected one, up to which a block of queries meets them all: copying a token's key and
+value takes as long as some twenty inner products."""
 
 
 def attend(layer: Layer, queries: Tensor, selection: Selection, *, with_weights: bool = False) -> Attention:
@@ -28,7 +31,8 @@ def attend(layer: Layer, queries: Tensor, selection: Selection, *, with_weights:
     if block == 1:
         return _attend(layer, queries, selection, None, with_weights)
     positions = torch.arange(layer.tokens - block, layer.tokens, device=queries.device)
-    at_once = max(1, MOST_LOGITS // (layer.rows * layer.heads * layer.tokens))
+    chosen = 0 if selection.ids is None else selection.ids.shape[-1] * layer.head_dim
+    at_once = max(1, MOST_LOGITS // (layer.rows * layer.heads * max(layer.tokens, chosen)))
     found = []
     for first in range(0, block, at_once):
         now = slice(first, first + at_once)
@@ -73,7 +77,9 @@ def _attend(
         parts = [_as_one_row(layer.static_attention or attend_static(layer, queries), queries.device)]
     else:
         parts = _static(layer, queries, positions)
-    chosen = _chosen(layer, queries if selection.queries is None else selection.queries, selection, positions)
+    chosen = _chosen(
+        layer, queries if selection.queries is None else selection.queries, selection, positions, with_weights
+    )
     if chosen is not None:
         here = chosen[0].device == queries.device
         parts.append(chosen if here else _as_one_row(softmax_parts([chosen]), queries.device))
@@ -106,7 +112,7 @@ def _static(layer: Layer, queries: Tensor, positions: Tensor | None) -> list[tup
 
 
 def _chosen(
-    layer: Layer, queries: Tensor, selection: Selection, positions: Tensor | None
+    layer: Layer, queries: Tensor, selection: Selection, positions: Tensor | None, with_weights: bool
 ) -> tuple[Tensor, Tensor | Storage] | None:
     """Logits and values of the selected tokens, where they lie."""
     ids, store, heads = selection.ids, layer.store, queries.shape[1]
@@ -120,6 +126,9 @@ def _chosen(
         return logits, store.aside
     if ids is None or not ids.shape[-1]:
         return None
+    plain = selection.queries is None and selection.log_weights is None and not with_weights
+    if positions is not None and plain and store.aside_stop - store.aside_start <= DENSE * ids.shape[-1]:
+        return _among_all(layer, queries, ids, positions)
     keys, values = store.gather(ids)
     logits = layer.capped(scores(queries.to(keys.device), keys, layer.scaling))
     if selection.log_weights is not None:
@@ -127,6 +136,19 @@ def _chosen(
     if selection.padded:
         logits = logits.masked_fill(_per_head(ids.to(keys.device) < 0, heads), -torch.inf)
     return logits if positions is None else _causal(logits, ids, positions), values
+
+
+def _among_all(layer: Layer, queries: Tensor, ids: Tensor, positions: Tensor) -> tuple[Tensor, Storage]:
+    """Logits of all set-aside tokens, −∞ for those that `ids` lacks: a block copies many rows where it selects them."""
+    store = layer.store
+    logits = layer.capped(store.aside.scores(queries, layer.scaling))
+    count = store.aside_stop - store.aside_start
+    slots = torch.where(ids < 0, count, ids - store.aside_start).to(logits.device)
+    chosen = torch.zeros(*ids.shape[:2], count + 1, dtype=torch.bool, device=logits.device).scatter_(2, slots, True)
+    logits = logits.masked_fill_(_per_head(~chosen[..., :count], queries.shape[1]), -torch.inf)
+    if store.aside_stop > int(positions[0]):
+        logits = _causal(logits, torch.arange(store.aside_start, store.aside_stop, device=logits.device), positions)
+    return logits, store.aside
 
 
 def _causal(logits: Tensor, ids: Tensor, positions: Tensor) -> Tensor:

@@ -202,6 +202,15 @@ class KVCachePolicy(Pluggable):
         """Give steps that attend to static sets in this policy's format, and add to them (`other+this`)."""
         return f"'{self.name}' has no step of fixed shapes for other policies' tokens"
 
+    def at_once(self, layer: Layer, most: int) -> int:
+        """How many of the `most` tokens that come next, 1 or more, may be one call of each hook (`Selection.ids`).
+
+        So many that all hooks answer what they would answer one by one, but for rounding: `insert` is given them
+        together, and each query sees the static set as it was at its own token. For policies without `blocks`; asked
+        again after each call, and never where a probe takes tokens one by one.
+        """
+        return 1
+
     def most_attended(self, layer: Layer) -> int | None:
         """The most tokens that `layer` may attend to at this step, on average over its heads; None for no limit.
 

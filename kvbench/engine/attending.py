@@ -160,11 +160,13 @@ class Attending(Governor):
         dense = self._dense_before(cached) if self.policy.uses_hidden else None
         output = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
         count = query.shape[2]
-        blocks = [slice(0, count)] if self.blocks else [slice(step, step + 1) for step in range(count)]
         for lane, layer in zip(self.cache.lanes, layers, strict=True):
             lane_queries, lane_keys, lane_values = lane.take(query), lane.take(key), lane.take(value)
             held_keys, held_values = (lane.take(part) for part in cached.new)
-            for now in blocks:
+            done = 0
+            while done < count:
+                now = slice(done, done + (self.at_once(layer, count - done) if first else 1))
+                done = now.stop
                 queries = lane_queries[:, :, now]
                 if hidden is not None:
                     layer.hidden = lane.take(hidden)[:, now]

@@ -32,6 +32,9 @@ from kvbench.engine.validation import (
 )
 from kvbench.plugins import registry
 
+MOST_TOGETHER = 64
+"""Tokens that a policy without `blocks` is called for at once, at most."""
+
 
 class DefaultPolicy:
     """Answers the hooks that the chosen policy leaves out."""
@@ -120,6 +123,16 @@ class Governor:
         """Whether several new tokens are one call of each hook."""
         takes = self.policy.blocks or not any(hasattr(self.policy, hook) for hook in ("insert", "select", "attend"))
         return takes and not self.every and all(probe.blocks for probe in self.probes)
+
+    def at_once(self, layer: Layer, most: int) -> int:
+        """How many of the next `most` tokens are one call of each hook in a layer."""
+        if self.blocks:
+            return most
+        if self.every or self.policy.uses_hidden or not all(probe.blocks for probe in self.probes):
+            return 1
+        most = min(most, MOST_TOGETHER)
+        with self.named_errors("at_once", layer):
+            return max(1, min(self.policy.at_once(layer, most), most))
 
     @property
     def own_prompt(self) -> bool:

@@ -153,7 +153,8 @@ def _plan_cell(
                         task_options=task.options, context_length=length, examples=sweep.examples, seed=seed,
                         question=sweep.question, prefill_chunk=sweep.prefill_chunk, recall_k=sweep.recall_k,
                         probe_examples=sweep.probe_examples, probes=tuple(sweep.probes), batch_size=sweep.batch_size,
-                        decoding=sweep.decoding, share_prefill=_shares(sweep, task, policy),
+                        decoding=sweep.decoding, share_prefill=_shares(sweep, task, policy), prefix=sweep.prefix,
+                        new_tokens=sweep.new_tokens,
                         dense_layers=sweep.dense_layers if policy.dense_layers is None else policy.dense_layers,
                     )  # fmt: skip
                     config = plan(request, loaded)

@@ -78,6 +78,8 @@ class Sweep(_Strict):
     batch_size: Size | Literal["auto"] = 1
     share_prefill: bool | None = None
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
+    prefix: Literal["none", "cached"] = "none"
+    new_tokens: int = Field(default=0, ge=0, le=LARGEST)
     dense_layers: int = Field(default=0, ge=0, le=LARGEST)
     probes: list[str] = Field(default_factory=list)
 

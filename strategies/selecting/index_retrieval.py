@@ -54,6 +54,7 @@ class IndexRetrieval(SelectingPolicy):
     attended stay at the budget.
     """
 
+    together = True
     offload = True
     head_budgets = True
     index: ClassVar[type[Index]]
@@ -107,10 +108,17 @@ class IndexRetrieval(SelectingPolicy):
         evaluations = torch.from_numpy(found.evaluations).view(layer.rows, layer.heads)
         return Selection(ids, padded=True, evaluations=evaluations)
 
-    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
-        """Move what has grown out of the window to the host and into the index."""
-        if self.options.insert_every:
-            super().insert(layer, keys, values)
+    def choose_each(self, layer: Layer, queries: Tensor, wanted: Sequence[int]) -> Selection:
+        """Search the index with all of a head's queries."""
+        effort = layer.state.get("effort")
+        found = layer.state["index"].search(queries.flatten(0, 1).cpu(), wanted[0], effort=effort)
+        ids = torch.from_numpy(found.ids).long().view(layer.rows, layer.heads, len(wanted), wanted[0])
+        beyond = torch.arange(wanted[0]) >= torch.tensor(wanted)[:, None]
+        return Selection(torch.where((ids < 0) | beyond, -1, ids + layer.store.aside_start), padded=True)
+
+    def leave(self, layer: Layer, beyond: int) -> bool:
+        """Move what has grown out of the window to the host and into the index, if new tokens go there at all."""
+        return bool(self.options.insert_every) and super().leave(layer, beyond)
 
     def moves(self, layer: Layer, beyond: int) -> bool:
         """Every `insert_every` tokens; the first time sooner, so that only some of the layers insert at a step."""

@@ -32,6 +32,7 @@ class PQCache(SelectingPolicy):
     reference = (
         "Zhang et al., PQCache: Product Quantization-based KVCache for Long Context LLM Inference, arXiv 2407.12820"
     )
+    together = True
     head_budgets = True
     offload = True
     query_window = 0
@@ -70,23 +71,41 @@ class PQCache(SelectingPolicy):
 
     def choose(self, layer: Layer, queries: Tensor, wanted: int) -> Selection:
         """Add up the centroids' scores by code (ADC), softmax per query head, sum over the group, take the top."""
+        weights = self._logits(layer, queries).softmax(2).sum(-1)
+        best = _best(weights, wanted)
+        return Selection(best + layer.store.aside_start, evaluations=float(weights.shape[2]))
+
+    def choose_each(self, layer: Layer, queries: Tensor, wanted: Sequence[int]) -> Selection:
+        """The same for several queries, whose scores are added up together."""
+        block, share = len(wanted), layer.heads // layer.kv_heads
+        logits = self._logits(layer, queries).reshape(layer.rows, layer.kv_heads, -1, share, block)
+        weights = logits.softmax(2).sum(3).transpose(2, 3)  # [B, G, block, n]
+        ids = torch.full((*weights.shape[:3], wanted[0]), -1, device=weights.device)
+        for place, count in enumerate(wanted):
+            ids[:, :, place, :count] = _best(weights[:, :, place], count) + layer.store.aside_start
+        return Selection(ids.repeat_interleave(share, dim=1), padded=True)
+
+    def _logits(self, layer: Layer, queries: Tensor) -> Tensor:
+        """Approximate scaled scores of `queries` [B, H, q, d], [B, G, n, H/G · q]."""
         rows, groups, m = layer.rows, layer.kv_heads, self.options.subspaces
-        share, centroids, codes = layer.heads // groups, layer.state["centroids"], layer.state["codes"]
-        parts = queries.reshape(rows, groups, share, m, -1).transpose(2, 3).flatten(0, 2).float()
-        table = (centroids @ parts.transpose(1, 2)) * layer.scaling  # [B·G·m, 2^b, H/G]
+        centroids, codes = layer.state["centroids"], layer.state["codes"]
+        parts = queries.reshape(rows, groups, -1, m, layer.head_dim // m).transpose(2, 3).flatten(0, 2).float()
+        table = (centroids @ parts.transpose(1, 2)) * layer.scaling  # [B·G·m, 2^b, H/G · q]
         first = torch.arange(len(table), dtype=torch.int32, device=table.device)[:, None] * table.shape[1]
         entries = (codes.int() + first).view(rows * groups, m, -1).transpose(1, 2)
         logits = functional.embedding_bag(entries.flatten(0, 1), table.flatten(0, 1), mode="sum")
-        weights = logits.view(rows, groups, -1, share).softmax(2).sum(-1)
-        if weights.is_cuda:  # of tokens with equal codes the first, as in a fixed step; a sort is no slower there
-            best = weights.sort(dim=-1, descending=True, stable=True).indices[..., :wanted]
-        else:
-            best = weights.topk(wanted, dim=-1).indices
-        return Selection(best + layer.store.aside_start, evaluations=float(weights.shape[2]))
+        return logits.view(rows, groups, -1, table.shape[2])
 
     def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:
         """Look-ups of codes on the device; the keys and values stay on the host."""
         return _PQStep(self, parts, clock)
+
+
+def _best(weights: Tensor, count: int) -> Tensor:
+    """Places of the largest `weights` [B, G, n], [B, G, count]."""
+    if weights.is_cuda:  # of tokens with equal codes the first, as in a fixed step; a sort is no slower there
+        return weights.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return weights.topk(count, dim=-1).indices
 
 
 class _PQStep(TopStep):

@@ -59,9 +59,20 @@ class Quest(KVCachePolicy):
         layer.store.index_bytes = low.nbytes + high.nbytes
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
-        """Close the current page once it is full and a further token has come."""
-        if "low" in layer.state and layer.store.static_tokens > self.options.page_size:
+        """Close the current page once it is full and a further token has come, the first of a block (`at_once`)."""
+        first = layer.store.static_tokens - (keys.shape[2] - 1)
+        if "low" in layer.state and first > self.options.page_size:
             self._note_pages(layer, layer.store.advance(self.options.page_size)[0])
+
+    def at_once(self, layer: Layer, most: int) -> int:
+        """What fills a page: the next one where the current one is full."""
+        kind, size = type(self), int(self.options.page_size)
+        if kind.select is not Quest.select or kind.insert is not Quest.insert or hasattr(self, "attend"):
+            return 1
+        if "low" not in layer.state:
+            return most
+        room = size - layer.store.static_tokens
+        return room if room > 0 else size
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
         """Pages in place; None where only some rows of the layer have any."""
@@ -91,11 +102,24 @@ class Quest(KVCachePolicy):
         size, low, high = self.options.page_size, layer.state["low"], layer.state["high"]
         grouped = queries.reshape(layer.rows, layer.kv_heads, -1, layer.head_dim)
         bounds = grouped.clamp_min(0) @ high.transpose(-1, -2) + grouped.clamp_max(0) @ low.transpose(-1, -2)
-        pages = low.shape[2]
+        pages, block = low.shape[2], queries.shape[2]
+        if block > 1:
+            return self._select_each(layer, bounds.view(layer.rows, layer.heads, block, pages), budget)
         best = budget.top(bounds.view(layer.rows, layer.heads, pages), layer.store.static_tokens, unit=size)
         ids = best[..., None] * size + torch.arange(size, device=best.device)
         ids = ids.masked_fill(best[..., None] < 0, -1).flatten(-2)
         return Selection(ids, padded=budget.heads is not None, evaluations=float(pages))
+
+    def _select_each(self, layer: Layer, bounds: Tensor, budget: LayerBudget) -> Selection:
+        """The best pages by `bounds` [B, H, m, p] of a block of queries, each beside the tokens of the page so far."""
+        size, (_, _, block, pages) = self.options.page_size, bounds.shape
+        static = [layer.store.static_tokens - later for later in reversed(range(block))]
+        each = [budget.top(bounds[:, :, place], count, unit=size) for place, count in enumerate(static)]
+        best = bounds.new_full((*bounds.shape[:3], max(part.shape[-1] for part in each)), -1, dtype=torch.long)
+        for place, part in enumerate(each):
+            best[:, :, place, : part.shape[-1]] = part
+        ids = best[..., None] * size + torch.arange(size, device=best.device)
+        return Selection(ids.masked_fill(best[..., None] < 0, -1).flatten(-2), padded=True, evaluations=float(pages))
 
 
 class QuestStep(FixedStep):

@@ -35,6 +35,7 @@ class RetroInfer(SelectingPolicy):
     reference = (
         "Chen et al., RetroInfer: A Vector-Storage Approach for Scalable Long-Context LLM Inference, arXiv 2505.02922"
     )
+    together = True
     head_budgets = True
     offload = True
     query_window = 0
@@ -128,6 +129,27 @@ class RetroInfer(SelectingPolicy):
         rows = logits.gather(-1, zone[:, :, None].expand(-1, -1, share, -1)) + sizes.log()[:, :, None]
         values = wave["values"].gather(2, zone[..., None].expand(*zone.shape, wave["values"].shape[-1]))
         return Selection(ids, padded=True, summary=(rows.flatten(1, 2), values), evaluations=float(clusters))
+
+    def choose_each(self, layer: Layer, queries: Tensor, wanted: Sequence[int]) -> Selection:
+        """The same for several queries: each has rows for all clusters, of weight 0 outside its estimation zone."""
+        wave, share, block = layer.state["wave"], layer.heads // layer.kv_heads, len(wanted)
+        clusters, device = wave["sizes"].shape[2], queries.device
+        grouped = queries.float().reshape(layer.rows, layer.kv_heads, share * block, layer.head_dim)
+        logits = (grouped @ wave["keys"].transpose(-1, -2) * layer.scaling).unflatten(2, (share, block))
+        logits = logits.masked_fill(wave["sizes"][:, :, None, None] == 0, -torch.inf)
+        order = logits.softmax(-1).sum(2).argsort(-1, descending=True)  # [B, G, block, clusters]
+        sizes = wave["sizes"][:, :, None].expand_as(order)
+        room = torch.tensor(wanted, device=device)[:, None]
+        fits = sizes.gather(-1, order).cumsum(-1) <= room
+        retrieved = torch.zeros_like(fits).scatter(-1, order, fits)
+        assigned = wave["assigned"].long()[:, :, None].expand(-1, -1, block, -1)
+        ids = padded_ids(retrieved.gather(-1, assigned), layer.store.aside_start).repeat_interleave(share, dim=1)
+        places = torch.arange(clusters, device=device)
+        count, zone = fits.sum(-1, keepdim=True), round(self.options.estimated * clusters)
+        estimated = torch.zeros_like(fits).scatter(-1, order, (places >= count) & (places < count + zone))
+        rows = logits + sizes.log()[:, :, None]
+        rows = rows.masked_fill(~estimated[:, :, None], -torch.inf).flatten(1, 2)
+        return Selection(ids, padded=True, summary=(rows, wave["values"]), evaluations=float(clusters))
 
     def aside_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep:
         """Ranking and estimation on the device; new clusters are made between the steps."""

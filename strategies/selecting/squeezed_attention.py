@@ -55,8 +55,9 @@ class SqueezedAttention(SelectingPolicy):
         """The prompt's last tokens."""
         return 0, self.options.window or min(100, max(context // 40, 1))
 
-    def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
+    def leave(self, layer: Layer, beyond: int) -> bool:
         """Generated tokens stay in the window."""
+        return False
 
     def period(self, layer: Layer, most: int) -> int:
         """No token leaves the window."""

@@ -15,7 +15,19 @@ from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part
 from kvbench.kernels.steps import GrowingStep
 
-_DECIDING = ("prefill", "build", "select", "choose", "room", "attend", "insert", "grow", "after_prompt", "offload")
+_DECIDING = (
+    "prefill",
+    "build",
+    "select",
+    "choose",
+    "room",
+    "attend",
+    "insert",
+    "leave",
+    "grow",
+    "after_prompt",
+    "offload",
+)
 
 
 class SelectingPolicy(KVCachePolicy):
@@ -26,6 +38,8 @@ class SelectingPolicy(KVCachePolicy):
     would be over the budget.
     """
 
+    together: ClassVar[bool] = False
+    """Whether `choose_each` answers what `choose` does one by one: it looks at no step's number, and draws nothing."""
     offload: ClassVar[bool] = False
     """Whether the set-aside tokens lie in the host's memory."""
     batch: ClassVar[int] = 16
@@ -42,6 +56,22 @@ class SelectingPolicy(KVCachePolicy):
 
         With `head_budgets = True` the ids come best first, and `select` cuts each head's down to its own budget.
         """
+
+    def choose_each(self, layer: Layer, queries: Tensor, wanted: Sequence[int]) -> Selection:
+        """Choose at most `wanted[i]` tokens per head for each of `queries` [B, H, m, d]: ids [B, H, m, k].
+
+        `wanted` falls, or stays, from query to query.
+        """
+        found = [
+            self.choose(layer, queries[:, :, place : place + 1], count).ids if count else None
+            for place, count in enumerate(wanted)
+        ]
+        longest = max(ids.shape[-1] for ids in found if ids is not None)
+        chosen = queries.new_full((layer.rows, layer.heads, len(wanted), longest), -1, dtype=torch.long)
+        for place, ids in enumerate(found):
+            if ids is not None:
+                chosen[:, :, place, : ids.shape[-1]] = ids.repeat_interleave(layer.heads // ids.shape[1], dim=1)
+        return Selection(chosen, padded=True)
 
     def room(self, layer: Layer, wanted: int, heads: int) -> int | Tensor:
         """Tokens that each of `heads` H or G heads may choose: `wanted`, or [B, H or G, 1] where heads differ."""
@@ -71,6 +101,8 @@ class SelectingPolicy(KVCachePolicy):
         """Choose what the budget leaves beside the static set; everything without asking where all of it fits."""
         store = layer.store
         available = store.aside_stop - store.aside_start
+        if queries.shape[2] > 1:
+            return self._select_each(layer, queries, budget)
         wanted = budget.beside(store.static_tokens, available)
         if not wanted:
             return Selection()
@@ -82,14 +114,53 @@ class SelectingPolicy(KVCachePolicy):
             return chosen
         return replace(chosen, ids=budget.cut(chosen.ids, store.static_tokens), padded=True)
 
+    def _select_each(self, layer: Layer, queries: Tensor, budget: LayerBudget) -> Selection:
+        """`select` for a block of queries, each beside the static set of its own token."""
+        store, block = layer.store, queries.shape[2]
+        available = store.aside_stop - store.aside_start
+        wanted = [budget.beside(store.static_tokens - later, available) for later in reversed(range(block))]
+        if not wanted[0]:
+            return Selection()
+        if wanted[-1] == available:  # all of them, then (`at_once`)
+            return Selection(everything=True, evaluations=0.0)
+        return self.choose_each(layer, queries, wanted)
+
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
-        """Set aside what has grown out of the window."""
+        """Set aside what has grown out of the window; of a block's tokens the first alone decides (`at_once`)."""
         store = layer.store
-        beyond = store.static_tokens - sum(layer.static)
+        beyond = store.static_tokens - (keys.shape[2] - 1) - sum(layer.static)
         if store.aside_stop == store.aside_start or beyond <= 0:
             return
-        if self._over_budget(layer, beyond) or self.moves(layer, beyond):
+        if self.leave(layer, beyond):
             self.grow(layer, *store.advance(beyond))
+
+    def leave(self, layer: Layer, beyond: int) -> bool:
+        """Whether the `beyond` oldest tokens leave the window now, since the policy wants it or the budget does."""
+        return self._over_budget(layer, beyond) or self.moves(layer, beyond)
+
+    def at_once(self, layer: Layer, most: int) -> int:
+        """A token with which others leave the window, and those after it until the next does."""
+        store, kind, budget = layer.store, type(self), layer.budget
+        alike = kind.select is SelectingPolicy.select and kind.insert is SelectingPolicy.insert
+        if not self.together or not alike or hasattr(self, "attend") or not (budget.covers_all or budget.heads is None):
+            return 1
+        if store.aside_stop == store.aside_start:
+            return most
+        beyond = store.static_tokens - sum(layer.static)
+        moved = beyond + 1 if beyond >= 0 and self.leave(layer, beyond + 1) else 0
+        beyond += 1 - moved
+        static, available = store.static_tokens + 1 - moved, store.aside_stop - store.aside_start + moved
+
+        def kind_of_choice(later: int) -> tuple[bool, bool]:
+            wanted = budget.beside(static + later, available)
+            return wanted == 0, wanted == available
+
+        others = range(1, most)
+        return next(
+            (n for n in others if (beyond + n > 0 and self.leave(layer, beyond + n))
+             or kind_of_choice(n) != kind_of_choice(0)),
+            most,
+        )  # fmt: skip
 
     def _over_budget(self, layer: Layer, beyond: int) -> bool:
         return sum(layer.static) + beyond > layer.budget.least and not layer.budget.covers_all

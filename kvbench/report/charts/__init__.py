@@ -12,6 +12,7 @@ from kvbench.report.charts.answers import answer_charts
 from kvbench.report.charts.chart import MIB, Chart, Row, model_text, percent, setting_text
 from kvbench.report.charts.latency import latency_charts
 from kvbench.report.charts.needles import needle_charts
+from kvbench.report.charts.prefixes import prefix_charts
 from kvbench.report.charts.recall import recall_charts, step_charts
 from kvbench.report.collect import Collection
 
@@ -22,8 +23,8 @@ def charts(found: Collection) -> list[Chart]:
     """Every figure of the report, in its order, not yet drawn."""
     return [
         *accuracy_charts(found), *accuracy_latency_charts(found), *recall_charts(found),
-        *needle_charts(found), *latency_charts(found), *step_charts(found), *answer_charts(found),
-        *ood_charts(found), *analysis_charts(found),
+        *needle_charts(found), *latency_charts(found), *prefix_charts(found), *step_charts(found),
+        *answer_charts(found), *ood_charts(found), *analysis_charts(found),
     ]  # fmt: skip
 
 
