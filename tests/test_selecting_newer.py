@@ -227,7 +227,7 @@ def test_kascade_maps_each_head_to_the_one_whose_tokens_hold_most_of_its_mass():
     samples = [torch.rand(1, 2, 2, 30).double().pow(4) for _ in range(3)]
     samples = [sample / sample.sum(-1, keepdim=True) for sample in samples]
     layers = [
-        SimpleNamespace(index=i, rows=1, kv_heads=2, budget=SimpleNamespace(most=6), state={"sample": sample},
+        SimpleNamespace(ordinal=i, rows=1, kv_heads=2, budget=SimpleNamespace(most=6), state={"sample": sample},
                         store=SimpleNamespace(device="cpu"))
         for i, sample in enumerate(samples)
     ]  # fmt: skip

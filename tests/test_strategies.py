@@ -109,7 +109,7 @@ def first_layer(policy, budget):
     ):
         out = MODEL(ids[:, :110])
         MODEL(ids[:, 110:], past_key_values=out.past_key_values)
-    return [step for step in probe.steps if step[0].index == 0], probe.keys[0].double()
+    return [step for step in probe.steps if step[0].ordinal == 0], probe.keys[0].double()
 
 
 @pytest.mark.parametrize("policy", [name for name in matrix_policies() if name != "oracle_topk"])
