@@ -332,11 +332,11 @@ def test_a_large_block_is_attended_in_parts_and_weights_sum_to_one(monkeypatch):
 
 def test_the_loop_stays_for_policies_that_do_not_take_blocks():
     ids, model = tokens(1, 75), tiny_model()
-    options = small_options(registry().find("policy", "quest"))
-    with kvbench.attach(model, policy="quest", budget=20, options=options) as session:
+    options = small_options(registry().find("policy", "h2o"))
+    with kvbench.attach(model, policy="h2o", budget=20, options=options) as session:
         assert not session.blocks
         together = turns(model, session, ids, None, [16])
-        torch.testing.assert_close(turns(model, session, ids, None, [1] * 16), together, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(turns(model, session, ids, None, [1] * 16), together, rtol=1e-4, atol=5e-5)
     with kvbench.attach(model, policy="snapkv", budget=20, options={"window": 4}) as session:
         assert session.blocks
 
@@ -479,7 +479,7 @@ def test_a_selection_meets_what_the_other_policy_holds():
     found = {}
     for name, made in (("rounded", Rounded(quest.Options(page_size=4))), ("both", both(both.Options(page_size=4)))):
         with kvbench.attach(model, policy=made, budget=24) as session:
-            found[name] = turns(model, session, ids, None, [15]), session.cache.bytes()
+            found[name] = turns(model, session, ids, None, [1] * 15), session.cache.bytes()
     torch.testing.assert_close(found["both"][0], found["rounded"][0], rtol=1e-5, atol=1e-5)
     assert found["both"][1]["resident"] < 0.62 * found["rounded"][1]["resident"]
 
