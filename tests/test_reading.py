@@ -221,6 +221,8 @@ def test_names_with_brackets_and_colons_are_shown_as_they_are(kvbench, tmp_path)
     store(tmp_path, [1] * 4, model="[/bold] :smile: [red]m", policy="full", budget=None)
     code, out, _ = kvbench("leaderboard", tmp_path, "--columns", "model")
     assert code == 0 and "[/bold] :smile: [red]m" in out
+    code, out, _ = kvbench("leaderboard", tmp_path, "--columns", "policy")
+    assert code == 0 and "[/bold] :smile: [red]m" in out
 
 
 quick = settings(

@@ -72,7 +72,8 @@ def leaderboard(
     view = [name for name in board.VIEW if name not in ("seed", "mode") or len({row[name] for row in rows}) > 1]
     if not given:
         rows = [{**row, "policy": names[row["policy"], row["policy_options"]]} for row in rows]
-    grouped = board.is_grouped(order, mixed=mixed)
+    # What a group has in common is its title: columns of nothing else are a list.
+    grouped = board.is_grouped(order, mixed=mixed) and not set(given or view) <= set(board.GROUP)
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in board.GROUP)
@@ -83,7 +84,8 @@ def leaderboard(
         for (model, task, length, question), part in groupby(rows, key=place):
             title = f"{model}, {task}, {length} tokens, question {question}"
             inside = [name for name in shown if name not in board.GROUP]
-            out.print(_table(title, list(part), inside, board.COLUMNS))
+            out.print(title, style="italic", markup=False, emoji=False, highlight=False, soft_wrap=True)
+            out.print(_table("", list(part), inside, board.COLUMNS))
         out.print(f"{len(rows)} runs, ranked within each of {settings} tasks and lengths." if settings > 1
                   else f"{len(rows)} runs.", style="dim", highlight=False)  # fmt: skip
     else:
@@ -98,7 +100,7 @@ def _table(
     title: str, rows: Sequence[dict[str, Any]], names: Sequence[str], kinds: dict[str, tuple[str, str]]
 ) -> Table:
     """A table of the columns that hold anything; an interval whose mean stands before it is one column."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title or None, title_justify="left")
     cells: list[Callable[[dict[str, Any]], str]] = []
     for name in names:
         if all(row[name] in (None, "", "{}") for row in rows) or (name == "accuracy_high" and "accuracy_low" in names):

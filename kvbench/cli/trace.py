@@ -29,6 +29,7 @@ from kvbench.cli.common import (
     share,
 )
 from kvbench.contract.errors import KVBenchError, check_output, sentence, unwritable
+from kvbench.contract.extras import check_extras
 
 if TYPE_CHECKING:
     from kvbench.runs.results import RunConfig
@@ -83,6 +84,7 @@ def trace(
         raise KVBenchError("Service times are measured: give one of --measure and --results DIR.")
     if not 0 < speed < float("inf"):
         raise KVBenchError(f"--speed {speed} is not a positive number.")
+    check_extras("kvbench trace", "simpy")
     limit = None if store == "infinite" else byte_size("--store", store)
     check_output(output)
     found = _requests(file)[:requests]

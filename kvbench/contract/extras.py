@@ -18,6 +18,7 @@ EXTRAS = {
     "ray": "ray",
     "rouge_score": "metrics",
     "sacrebleu": "metrics",
+    "simpy": "trace",
     "trackio": "trackio",
     "triton": "gpu",
     "wandb": "wandb",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import simpy
+from kvbench.contract.extras import need
+
+if TYPE_CHECKING:
+    import simpy
 
 
 def waiting_times(arrivals: Sequence[float], busy: Sequence[float], servers: int) -> list[float]:
@@ -13,8 +16,9 @@ def waiting_times(arrivals: Sequence[float], busy: Sequence[float], servers: int
 
     `arrivals` in order, seconds; `busy`, the seconds that its server is taken. A server has one request at a time.
     """
-    environment = simpy.Environment()
-    resource = simpy.Resource(environment, capacity=servers)
+    queueing = need("simpy", "kvbench trace")
+    environment = queueing.Environment()
+    resource = queueing.Resource(environment, capacity=servers)
     waited = [0.0] * len(arrivals)
 
     def request(place: int) -> Generator[simpy.Event, Any, None]:
