@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, Field
 
 from kvbench import figures
+from kvbench.compare.wording import budget_text
 from kvbench.contract.analysis import Analysis, Row, Tables
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.reading import parse_json, read_bytes, reading
@@ -145,8 +146,6 @@ def _of_benchmark(file: Path) -> list[Row]:
 
 
 def _of_run(folder: Path) -> Row:
-    from kvbench.report.collect import budget_text  # noqa: PLC0415 - report reads analyses
-
     found = read(folder)
     config, metrics, device = found["config"], found["metrics"], found["environment"].get("device_name") or "unknown"
     on_device = (metrics.get("device_tpot_s") or {}).get("p50")

@@ -20,7 +20,9 @@ from kvbench.cli.capture import (
 from kvbench.cli.common import (
     Device,
     Dtype,
+    Heads,
     Json,
+    Layers,
     Model,
     RopeScaling,
     Steps,
@@ -53,12 +55,8 @@ def analyze(
         list[Path] | None,
         typer.Option(help="File of tests/bench/gpu/decode.py, for `latency`; several by commas, or the option again."),
     ] = None,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all]")
-    ] = None,
-    heads: Annotated[
-        list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
-    ] = None,
+    layers: Layers = None,
+    heads: Heads = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Option of the analysis, name=value.")
     ] = None,

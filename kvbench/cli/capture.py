@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from kvbench.api.capture import captured
-from kvbench.cli.common import Device, Dtype, Json, Model, RopeScaling, Steps, app, interruptible, joined, mib, out
+from kvbench.cli.common import (
+    Device,
+    Dtype,
+    Json,
+    Layers,
+    Model,
+    RopeScaling,
+    Steps,
+    app,
+    interruptible,
+    joined,
+    mib,
+    out,
+)
 from kvbench.contract.errors import check_output
 
 SourceTextName = Annotated[str, typer.Option(help="Text file, or `default`: Python's documentation and library.")]
@@ -27,9 +40,7 @@ def capture_command(
     text: SourceTextName = "default",
     context_length: Annotated[int, typer.Option(help="Tokens of prompt and decoding together.")] = 4096,
     decode_tokens: DecodeTokens = 128,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all]")
-    ] = None,
+    layers: Layers = None,
     decoding: Decoding = "text",
     rope_scaling: RopeScaling = None,
     prefill_chunk: PrefillChunk = 1024,

@@ -63,6 +63,13 @@ DeviceMap = Annotated[
     str | None,
     typer.Option(help="auto: spread the model by layer over all GPUs, and over memory and disk where these are full."),
 ]
+Layers = Annotated[list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all]")]
+CapturedLayers = Annotated[
+    list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all captured]")
+]
+Heads = Annotated[
+    list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
+]
 
 
 def interruptible(command: Callable[P, None]) -> Callable[P, None]:

@@ -9,7 +9,18 @@ from typing import Annotated
 import typer
 
 from kvbench.api.given import whole
-from kvbench.cli.common import Json, Steps, app, interruptible, listed, mib, numbers, out
+from kvbench.cli.common import (
+    CapturedLayers,
+    Heads,
+    Json,
+    Steps,
+    app,
+    interruptible,
+    listed,
+    mib,
+    numbers,
+    out,
+)
 from kvbench.contract.errors import check_output
 
 
@@ -25,12 +36,8 @@ def export_vectors(
         ),
     ] = None,
     k: Annotated[int, typer.Option("-k", help="Nearest keys of each query in the ground truth.")] = 100,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all captured]")
-    ] = None,
-    heads: Annotated[
-        list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
-    ] = None,
+    layers: CapturedLayers = None,
+    heads: Heads = None,
     sinks: Annotated[int, typer.Option(help="First tokens left out of the keys.")] = 4,
     window: Annotated[int, typer.Option(help="Last tokens of the prompt left out of the keys.")] = 64,
     output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("kvbench-vectors"),

@@ -11,8 +11,10 @@ import typer
 from kvbench.api.index import execute
 from kvbench.cli.capture import DecodeTokens, Decoding, PrefillChunk, SourceTextName, StoreDtype
 from kvbench.cli.common import (
+    CapturedLayers,
     Device,
     Dtype,
+    Heads,
     Json,
     Model,
     RopeScaling,
@@ -43,12 +45,8 @@ def index(
         int, typer.Option(help="With --dataset: so many of its first test queries are learnt from, not searched.")
     ] = 0,
     k: Annotated[int, typer.Option("-k", help="k of recall@k.")] = 100,
-    layers: Annotated[
-        list[str] | None, typer.Option(help="Layer; several by commas, or the option again. [default: all captured]")
-    ] = None,
-    heads: Annotated[
-        list[str] | None, typer.Option(help="Query head; several by commas, or the option again. [default: all]")
-    ] = None,
+    layers: CapturedLayers = None,
+    heads: Heads = None,
     efforts: Annotated[
         list[str] | None,
         typer.Option(help="Values of the search parameter: 32,64,128 for all indexes, or index=1,2,4 for one."),

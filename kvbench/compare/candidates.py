@@ -164,7 +164,7 @@ def candidate(pairs: Sequence[tuple[Side, Side]], limits: Limits) -> Candidate:
     tokens = [one for one in (_mean(side, "budget_tokens") for side in mine) if one is not None]
     worst = min(answered, key=lambda pair: _drop(*pair))[1].config["task"] if len(answered) > 1 else None
     return Candidate(
-        policy_text(config), budget_text(config["budget"]) if config["budget"] else "",
+        policy_text(config), budget_text(config["budget"], options=True) if config["budget"] else "",
         fmean(tokens) if tokens else None, difference, worst, kl, kl_ci95, sizes,
         metric(mine, "ttft_s", "total"), metric(mine, "tpot_s", "p50"), verdict,
         difference.n if difference else len(divergences),

@@ -169,7 +169,10 @@ def select(root: Path, where: Sequence[str]) -> list[Path]:
 def _document(folder: Path) -> dict[str, Any]:
     run = read(folder)
     tiers = (run["metrics"].get("bytes") or {}).values()
-    derived = {"budget": budget_text(run["config"]["budget"]), "total_bytes": sum(tiers) if tiers else None}
+    derived = {
+        "budget": budget_text(run["config"]["budget"], options=True),
+        "total_bytes": sum(tiers) if tiers else None,
+    }
     return {**run, "derived": derived, "folder": shown(folder)}
 
 

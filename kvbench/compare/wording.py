@@ -31,8 +31,8 @@ def seconds_text(value: float | None) -> str:
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
 
 
-def budget_text(budget: dict[str, Any] | None) -> str:
-    """A budget in words; `none` without one."""
+def budget_text(budget: dict[str, Any] | None, *, options: bool = False) -> str:
+    """A budget in words, with its allocator's options where asked; `none` without one."""
     if budget is None:
         return "none"
     if budget.get("ratio") is not None:
@@ -41,5 +41,6 @@ def budget_text(budget: dict[str, Any] | None) -> str:
         size = f"{budget['tokens']} tokens"
     else:
         size = f"{budget['bytes'] / 2**20:g} MiB"
-    options = "".join(f" {key}={value}" for key, value in sorted((budget.get("options") or {}).items()))
-    return size if budget["allocator"] == "uniform" else f"{size} {budget['allocator']}{options}"
+    given = sorted((budget.get("options") or {}).items()) if options else ()
+    told = "".join(f" {key}={value}" for key, value in given)
+    return size if budget["allocator"] == "uniform" else f"{size} {budget['allocator']}{told}"

@@ -41,6 +41,11 @@ def check_output(path: Path, option: str = "--output") -> None:
         raise KVBenchError(f"{there} may not be written to: choose another {option}.")
 
 
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What an error says, on one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
+
+
 def sentence(error: BaseException) -> str:
     """An error as one line; one that kvbench did not foresee with its type and place."""
     if isinstance(error, KVBenchError):
@@ -50,7 +55,7 @@ def sentence(error: BaseException) -> str:
         return f"Out of memory{why}: use a shorter --context-length, a smaller --model, or --prefill-chunk 1024."
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}{where}"
+    return f"{type(error).__name__}: {one_line(error, 500)}{where}"
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvbench.compare.wording import budget_text
 from kvbench.report.charts import MIB, Row, model_text, percent, setting_text
-from kvbench.report.collect import BASELINE, Collection, ReportRun, budget_text, labels
+from kvbench.report.collect import BASELINE, Collection, ReportRun, labels
 from kvbench.report.words import ALPHA, anchor_of, mark_texts, points, unmarked
 from kvbench.runs.timing import mode_text
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from kvbench.compare.comparison import SAME, same_task
+from kvbench.compare.wording import budget_text
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.reading import parse_json, plain, read_bytes, reading
 from kvbench.runs.results import finished_rows, over_budget_text, read, summarise
@@ -326,16 +327,3 @@ def _facts(run: ReportRun, apart: Sequence[str]) -> dict[str, str]:
         ):  # fmt: skip
             found[key.replace("_", " ")] = str(value)
     return found
-
-
-def budget_text(budget: dict[str, Any] | None) -> str:
-    """A budget in words."""
-    if budget is None:
-        return "none"
-    if budget.get("ratio") is not None:
-        size = f"{100 * budget['ratio']:g}%"
-    elif budget.get("tokens") is not None:
-        size = f"{budget['tokens']} tokens"
-    else:
-        size = f"{budget['bytes'] / 2**20:g} MiB"
-    return size if budget["allocator"] == "uniform" else f"{size} {budget['allocator']}"

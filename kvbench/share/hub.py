@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kvbench.contract.errors import KVBenchError, unwritable
+from kvbench.contract.errors import KVBenchError, one_line, unwritable
 from kvbench.runs.contents import UNHASHED, contents
 from kvbench.share.finished import Finished
 
@@ -115,7 +115,7 @@ def _hub(repository: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the library raises whatever it meets on its way
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise KVBenchError(
             f"The Hub did not take {repository} ({reason}): check the token's rights and the connection; what was "
             "written here is kept."

@@ -13,7 +13,7 @@ from statistics import median
 from sys import stderr
 from typing import Any, Protocol
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, one_line
 from kvbench.contract.extras import need
 from kvbench.runs.results import finished_rows
 
@@ -95,7 +95,7 @@ def _told(name: str, folder: Path) -> Iterator[None]:
     except (KVBenchError, MemoryError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise KVBenchError(
             f"{name} did not take {folder} ({type(error).__name__}: {reason}); the run is kept, and the same command "
             "tells it again."

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, one_line
 from kvbench.contract.extras import need
 from kvbench.contract.reading import parse_json, plain, read_bytes, reading
 from kvbench.contract.task import Example, Task, TaskOptions
@@ -127,7 +127,7 @@ def _fetch(hub: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=wanted))
     except Exception as error:  # the hub client raises whatever its network layer does
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise KVBenchError(
             f"The hub dataset {hub} could not be fetched ({type(error).__name__}: {reason}): check its name and the "
             "network, or give a folder of its files with --task-option path=FOLDER."
@@ -167,12 +167,8 @@ def _parse(name: str, data: bytes) -> Any:
     return rows
 
 
-class FileTask(Task):
-    """Examples from the rows of a published file, in an order drawn by the seed; each row gives one example or more.
-
-    An example that is longer than the context length loses the middle of its context, as in the published harnesses;
-    its `info` then says how many tokens (`truncated_tokens`).
-    """
+class PublishedTask(Task):
+    """A task made of a published file."""
 
     Options: ClassVar[type[FileOptions]] = FileOptions
     patterns: ClassVar[tuple[str, ...]]
@@ -184,6 +180,17 @@ class FileTask(Task):
         """Name the published file and its hash."""
         found = self._load()
         return {"haystack": found.name, "haystack_sha256": found.sha256}
+
+    def _load(self) -> Published:
+        return load(cast("FileOptions", self.options), self.patterns, self.published)
+
+
+class FileTask(PublishedTask):
+    """Examples from the rows of a published file, in an order drawn by the seed; each row gives one example or more.
+
+    An example that is longer than the context length loses the middle of its context, as in the published harnesses;
+    its `info` then says how many tokens (`truncated_tokens`).
+    """
 
     def examples(self, tokenizer: Any, *, context_length: int, count: int, seed: int) -> Iterator[Example]:
         """Yield as many examples as asked for, or all there are."""
@@ -213,9 +220,6 @@ class FileTask(Task):
     @abstractmethod
     def build(self, row: Any, name: str) -> list[Example]:
         """Make the examples of a row, whose ids begin with `name`; several share one context."""
-
-    def _load(self) -> Published:
-        return load(cast("FileOptions", self.options), self.patterns, self.published)
 
 
 def _check(example: Example) -> None:

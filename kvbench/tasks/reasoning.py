@@ -14,7 +14,7 @@ from pydantic import Field
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.reading import parse_json
 from kvbench.contract.task import Example
-from kvbench.tasks.files import FileOptions, FileTask, Published, load
+from kvbench.tasks.files import FileOptions, FileTask, Published, PublishedTask, load
 from kvbench.tasks.long_answers import repetition
 from kvbench.tasks.prompts import prompt_length
 
@@ -186,7 +186,7 @@ class LongGenBenchOptions(ReasoningOptions):
     questions: int = Field(30, ge=2, le=1000, description="Questions of GSM8K in one prompt.")
 
 
-class LongGenBench(FileTask):
+class LongGenBench(PublishedTask):
     """Many questions of GSM8K in one prompt, all to be answered in one long answer, in their order.
 
     The recipe is LongGenBench's; its wording, and the solved examples that it gives, are not.
@@ -242,10 +242,6 @@ class LongGenBench(FileTask):
                     "with --task-option questions=N or max_new_tokens=N."
                 )
             yield example
-
-    def build(self, row: Any, name: str) -> list[Example]:
-        """Not used: an example takes many rows."""
-        raise NotImplementedError
 
     def score(self, prediction: str, example: Example) -> float:
         """Share of the questions whose answer's last number is the right one."""
@@ -330,4 +326,4 @@ class Mrcr(FileTask):
         return difflib.SequenceMatcher(None, prediction.removeprefix(begins), answer).ratio()
 
 
-REASONING: list[type[FileTask]] = [GSM8K, Math500, Aime, LongGenBench, Mrcr]
+REASONING: list[type[PublishedTask]] = [GSM8K, Math500, Aime, LongGenBench, Mrcr]

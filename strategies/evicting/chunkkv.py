@@ -1,18 +1,17 @@
 """ChunkKV (arXiv 2502.00299): keep whole chunks of neighbouring tokens, by what the prompt's last queries attend to."""
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from kvbench.contract import extension
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
-from kvbench.strategies.evicting.snapkv import held_votes, window_votes
+from kvbench.strategies.evicting.snapkv import WindowPolicy, held_votes, window_votes
 
 
-class ChunkKV(KVCachePolicy):
+class ChunkKV(WindowPolicy):
     """Keeps the chunks that the observation window attends to most, the same for all heads of a layer, and the window.
 
     A chunk's score is the mean, over its tokens and all query heads, of the window's weights; with `reuse` above 1
@@ -36,14 +35,6 @@ class ChunkKV(KVCachePolicy):
         chunk_size: int = Field(10, ge=1, description="tokens in a chunk")
         window: int = Field(32, ge=1, description="observation window: last queries of the prompt, always kept")
         reuse: int = Field(1, ge=1, description="layers in a row that share the first one's chunk scores")
-
-    def __init__(self, options: BaseModel | None = None) -> None:
-        super().__init__(options)
-        self.query_window = self.options.window
-
-    def static_tokens(self, context: int) -> tuple[int, int]:
-        """The observation window."""
-        return 0, self.options.window
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Score the chunks before the window and keep the best ones that fit."""

@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from kvbench.contract import extension
@@ -11,8 +11,7 @@ from kvbench.contract.compression import head_budgets
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
-from kvbench.strategies.evicting.snapkv import held_votes, pooled, window_votes
+from kvbench.strategies.evicting.snapkv import WindowPolicy, held_votes, pooled, window_votes
 
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "attn_out", "proj")
 """What models call an attention module's output projection."""
@@ -44,7 +43,7 @@ def projected_norms(layer: Layer, values: Tensor) -> Tensor:
     return torch.stack(norms, dim=1).view(len(values), layer.kv_heads, share, -1).mean(2)
 
 
-class CriticalKV(KVCachePolicy):
+class CriticalKV(WindowPolicy):
     """Keeps, per key/value head, the pairs that bound the error of the layer's output, and the observation window.
 
     Of what the budget leaves beside the window a share `first` goes to the best scores of SnapKV's (the window's mean
@@ -69,14 +68,6 @@ class CriticalKV(KVCachePolicy):
         pooling: Literal["avg", "max"] = Field("max", description="how neighbouring scores are pooled")
         first: float = Field(0.5, ge=0, le=1, description="share of the budget beside the window that goes by score")
         epsilon: float = Field(1e-4, ge=0, description="added to the scores before they meet the norms")
-
-    def __init__(self, options: BaseModel | None = None) -> None:
-        super().__init__(options)
-        self.query_window = self.options.window
-
-    def static_tokens(self, context: int) -> tuple[int, int]:
-        """The observation window."""
-        return 0, self.options.window
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Score the prompt's tokens before the window in two stages."""

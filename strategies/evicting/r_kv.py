@@ -1,14 +1,14 @@
 """R-KV (arXiv 2505.24133): keep what the latest queries attend to, less what is redundant, for reasoning models."""
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
 from kvbench.contract import extension
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
+from kvbench.strategies.evicting.snapkv import WindowPolicy
 
 
 def redundancy(keys: Tensor, real: Tensor, threshold: float) -> Tensor:
@@ -30,7 +30,7 @@ def redundancy(keys: Tensor, real: Tensor, threshold: float) -> Tensor:
     return mean.masked_fill(~real, -torch.inf).softmax(-1)
 
 
-class RKV(KVCachePolicy):
+class RKV(WindowPolicy):
     """Keeps, per key/value head, the best of λ · importance − (1 − λ) · redundancy, and the latest tokens.
 
     Importance is the softmax, over all tokens before the window, of the window's queries, of which a group counts the
@@ -52,14 +52,6 @@ class RKV(KVCachePolicy):
         kernel: int = Field(7, ge=1, description="width of the max-pooling over neighbouring tokens; odd")
         mix: float = Field(0.07, ge=0, le=1, description="λ: weight of importance; 1 − λ is that of redundancy")
         threshold: float = Field(0.5, ge=-1, le=1, description="cosine beyond which keys count as similar")
-
-    def __init__(self, options: BaseModel | None = None) -> None:
-        super().__init__(options)
-        self.query_window = self.options.window
-
-    def static_tokens(self, context: int) -> tuple[int, int]:
-        """The window."""
-        return 0, self.options.window
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Score the prompt's tokens before the window."""

@@ -47,7 +47,19 @@ def pooled(votes: Tensor, kv_heads: int, kernel: int, pooling: Literal["avg", "m
     return wide.view(votes.shape[0], kv_heads, -1, votes.shape[2]).mean(2)
 
 
-class SnapKV(KVCachePolicy):
+class WindowPolicy(KVCachePolicy):
+    """A policy that looks at the prompt's last queries, `window` of its options, and always keeps their tokens."""
+
+    def __init__(self, options: BaseModel | None = None) -> None:
+        super().__init__(options)
+        self.query_window = self.options.window
+
+    def static_tokens(self, context: int) -> tuple[int, int]:
+        """The observation window."""
+        return 0, self.options.window
+
+
+class SnapKV(WindowPolicy):
     """Keeps, per key/value head, the tokens that the observation window attends to most, and that window."""
 
     name = "snapkv"
@@ -63,14 +75,6 @@ class SnapKV(KVCachePolicy):
         window: int = Field(64, ge=1, description="observation window: last queries of the prompt, always kept")
         kernel: int = Field(5, ge=1, description="width of the pooling over neighbouring tokens; odd")
         pooling: Literal["avg", "max"] = Field("avg", description="how neighbouring scores are pooled")
-
-    def __init__(self, options: BaseModel | None = None) -> None:
-        super().__init__(options)
-        self.query_window = self.options.window
-
-    def static_tokens(self, context: int) -> tuple[int, int]:
-        """The observation window."""
-        return 0, self.options.window
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Vote with the observation window's attention, pool, and keep the top of the budget."""

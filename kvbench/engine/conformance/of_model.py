@@ -11,7 +11,7 @@ from torch import Tensor
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.conformance.covering import Covering
 from kvbench.engine.conformance.report import Check
-from kvbench.engine.conformance.trial import STEPS, Ends, Trial, centred, full, one_line
+from kvbench.engine.conformance.trial import STEPS, Ends, Trial, centred, clause, full
 from kvbench.engine.conformance.watch import ConformanceError, Watch, distance, first_difference
 from kvbench.engine.survey import survey
 
@@ -34,7 +34,7 @@ def model_checks(trial: Trial) -> Iterator[Check]:
     try:
         plain[WHOLE] = trial.logits(ids, mask, WHOLE)
     except Exception as error:
-        one_line(error)
+        clause(error)
         trial.padding = False
     kept = mask if trial.padding else None
     try:
@@ -43,9 +43,9 @@ def model_checks(trial: Trial) -> Iterator[Check]:
         plain[CHUNKS] = trial.logits(ids, kept, CHUNKS, chunked=True)
     except Exception as error:
         if not plain:
-            yield Check("transformers", "failed", f"plain transformers cannot run it ({one_line(error)})")
+            yield Check("transformers", "failed", f"plain transformers cannot run it ({clause(error)})")
             return
-        yield Check("transformers in chunks", "skipped", f"it takes no prompt in chunks ({one_line(error)})")
+        yield Check("transformers in chunks", "skipped", f"it takes no prompt in chunks ({clause(error)})")
     if not all(bool(torch.isfinite(logits).all()) for logits in plain.values()):
         short = str(trial.dtype).removeprefix("torch.")
         yield Check("transformers", "failed", f"plain transformers gives logits that are NaN or infinite in {short}; "
@@ -81,7 +81,7 @@ def _full(trial: Trial, ids: Tensor, mask: Tensor | None, ends: Ends, plain: Ten
         with trial.session(full()):
             logits = trial.logits(ids, mask, ends, chunked=chunked)
     except Exception as error:
-        return Check(name, "failed", one_line(error))
+        return Check(name, "failed", clause(error))
     exact = trial.device.type == "cpu" and trial.dtype == torch.float32
     check = trial.compare(name, logits, plain, ends, 0.0 if exact else None)
     if check.status == "passed":
@@ -115,9 +115,9 @@ def _covering(trial: Trial, ids: Tensor, mask: Tensor | None, ends: Ends, plain:
     except ConformanceError as fault:
         return Check(name, "failed", str(fault))
     except KVBenchError as error:
-        return Check(name, "skipped", f"only policy 'full' runs on it: {one_line(error)}")
+        return Check(name, "skipped", f"only policy 'full' runs on it: {clause(error)}")
     except Exception as error:
-        return Check(name, "failed", one_line(error))
+        return Check(name, "failed", clause(error))
     check = trial.compare(name, logits, plain, ends)
     if check.status == "passed":
         return check

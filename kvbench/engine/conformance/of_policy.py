@@ -12,7 +12,7 @@ from kvbench.contract.budget import Budget
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.engine.conformance.of_model import PROMPT
 from kvbench.engine.conformance.report import Check
-from kvbench.engine.conformance.trial import PADDING, STEPS, Trial, centred, full, one_line
+from kvbench.engine.conformance.trial import PADDING, STEPS, Trial, centred, clause, full
 from kvbench.engine.conformance.watch import ConformanceError, Watch, distance, first_difference
 from kvbench.engine.prefill import forward, prefill
 from kvbench.engine.prompt import Prefill
@@ -80,7 +80,7 @@ class PolicyChecks:
         except ConformanceError as fault:
             yield Check(fault.check, "failed", str(fault))
         except Exception as error:
-            yield Check("runs", "failed", one_line(error))
+            yield Check("runs", "failed", clause(error))
 
     def _uncached(self, policy: KVCachePolicy) -> Check:
         ids, mask = self.trial.tokens(PROMPT)
@@ -90,7 +90,7 @@ class PolicyChecks:
             with self.trial.session(policy):
                 logits = self.trial.logits(ids, kept, ends, cached=False)
         except Exception as error:
-            return Check("runs", "failed", one_line(error))
+            return Check("runs", "failed", clause(error))
         return self.trial.compare("exact", logits, self.trial.logits(ids, kept, ends), ends)
 
     def _equal(self, first: Watch, again: Watch, logits: Tensor, logits_again: Tensor) -> Check:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kvbench.contract.errors import KVBenchError
+from kvbench.contract.errors import KVBenchError, one_line
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
 from kvbench.engine.conformance.report import Check
@@ -159,9 +159,9 @@ def centred(logits: Tensor) -> Tensor:
     return logits.double() - logits.double().mean(-1, keepdim=True)
 
 
-def one_line(error: Exception) -> str:
+def clause(error: Exception) -> str:
     """An error as a clause; a lack of memory says nothing of the model and is raised."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         raise error
-    text = " ".join(str(error).split())[:500].rstrip(".")
+    text = one_line(error, 500).rstrip(".")
     return text if isinstance(error, KVBenchError) else f"{type(error).__name__}: {text}"

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from kvbench import figures
+from kvbench.compare.wording import budget_text
 from kvbench.report.charts.chart import (
     MIB,
     WIDTH,
@@ -23,7 +24,7 @@ from kvbench.report.charts.chart import (
     portions,
     setting_text,
 )
-from kvbench.report.collect import Collection, ReportRun, Setting, budget_text, labels
+from kvbench.report.collect import Collection, ReportRun, Setting, labels
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench import figures
-from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting, budget_text
+from kvbench.compare.wording import budget_text
+from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting
 from kvbench.report.commands import run_command
 
 if TYPE_CHECKING:
