@@ -12,6 +12,7 @@ import pytest
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_results import Short
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 from kvbench.runs import examples as measuring
 from kvbench.runs import sweep
@@ -79,6 +80,15 @@ def test_a_sweep_runs_every_combination_once_and_continues(kvbench, write, tmp_p
     assert (code, loads.count(True)) == (0, 0)  # all is there, and no model is loaded
     for text in ("3 runs", "streaming_llm", "tokens 60", "pyramid", "accuracy"):
         assert text in out
+
+
+def test_a_policy_may_have_an_interval_of_its_own(write):
+    own = "{name: snapkv, options: {window: 8}, compress_every: %d}"
+    file = write(policies=f"[quest, {own % 8}]", budgets="[{tokens: 100}]", tasks="[short]", seeds="[1]")
+    found = {planned.config.policy: planned.config.budget for planned in sweep.plan_sweep(file)}
+    assert {name: budget.compress_every for name, budget in found.items()} == {"quest": None, "snapkv": 8}
+    with pytest.raises(KVBenchError, match=r"policies\[0\]: --compress-every 7 is smaller than the window of 8"):
+        sweep.plan_sweep(write(policies=f"[{own % 7}]", tasks="[short]"))
 
 
 def test_a_failing_run_leaves_the_others_alone_and_is_listed(kvbench, write, tmp_path, monkeypatch):
