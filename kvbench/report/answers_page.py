@@ -12,10 +12,10 @@ from kvbench.report.reference import WEAK, PackedRun, markdown_table, packed_run
 from kvbench.statistics import paired_difference
 
 MADE = "<!-- made by kvbench results answers -->"
-OPENING = """What a small cache does to answers of thousands of tokens whose every line is checked ([tasks](tasks.md)). With
-`every N` an evicting policy scores prompt and answer again after N generated tokens and keeps the budget's best
-([budgets](budgets.md#compression-while-decoding)); evicting policies without it keep the whole answer beside what they kept of
-the prompt, and selecting ones choose from everything."""
+OPENING = """What a small cache does to answers of thousands of tokens whose every line is checked
+([tasks](tasks.md)). With `every N` an evicting policy scores prompt and answer again after N generated tokens and
+keeps the budget's best ([budgets](budgets.md#compression-while-decoding)); evicting policies without it keep the
+whole answer beside what they kept of the prompt, and selecting ones choose from everything."""
 COMMANDS = """```
 kvbench sweep results/long-generation.yaml --output runs
 kvbench results pack runs --output results/long-generation
@@ -24,11 +24,11 @@ kvbench report runs
 ```
 
 The last line draws tokens held and times over the answers."""
-EXPLAINED = """Right lines in percent with their 95% interval, the difference from exact attention on the same examples with its
-interval, and by the task's measures: whole answers right, the share of right lines before the first wrong one, the answer's length by
-the right one's, the share of runs of eight words that were there before, and answers that end as their prompt's first line asks.
-Bytes are the most that a step held and the mean over each answer; a step's time is the median in an answer's first and last
-eighth."""
+EXPLAINED = """Right lines in percent with their 95% interval, the difference from exact attention on the same
+examples with its interval, and by the task's measures: whole answers right, the share of right lines before the
+first wrong one, the answer's length by the right one's, the share of runs of eight words that were there before, and
+answers that end as their prompt's first line asks. Bytes are the most that a step held and the mean over each
+answer; a step's time is the median in an answer's first and last eighth."""
 FINDINGS = (
     ("small budgets lengthen answers (arXiv 2512.12008)", "answer_length", True),
     ("instructions in what is evicted are ignored (arXiv 2510.00231)", "rule_kept", False),
