@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from kvbench.report.reference import WEAK, PackedRun, markdown_table, packed_runs, percent, provenance
-from kvbench.statistics import paired_difference
+from kvbench.statistics import mean_interval, paired_difference
 
 MADE = "<!-- made by kvbench results answers -->"
 OPENING = """What a small cache does to answers of thousands of tokens whose every line is checked
@@ -104,7 +104,7 @@ def _findings(setting: tuple[Any, ...], runs: Sequence[PackedRun]) -> list[list[
             theirs, ours = _values(exact, name), _values(run, name)
             if run is exact or not theirs.keys() & ours.keys():
                 continue
-            told, low, high = _difference(theirs, ours, scale=1 if name == "answer_length" else 100)
+            told, low, high = _longer(theirs, ours) if name == "answer_length" else _difference(theirs, ours)
             there, not_there = (low > 0, high <= 0) if rises else (high < 0, low >= 0)
             verdict = "holds" if there else "does not hold" if not_there else "undecided"
             label = f"{run.policy} {budget_text(run.config['budget'])}".removesuffix(" –")
@@ -134,12 +134,15 @@ def _values(run: PackedRun, name: str) -> dict[str, float]:
     return {row["id"]: float(row["scores"][name]) for row in run.rows if name in row.get("scores", {})}
 
 
-def _difference(exact: Mapping[str, float], ours: Mapping[str, float], scale: int = 100) -> tuple[str, float, float]:
-    """The mean difference with its interval in words, and the interval."""
+def _difference(exact: Mapping[str, float], ours: Mapping[str, float]) -> tuple[str, float, float]:
+    """The mean difference of shares with its interval in words, in points, and the interval."""
     found = paired_difference({0: dict(exact)}, {0: dict(ours)})
     low, high = found.ci95
-    digits = 1 if scale > 1 else 2
-    told = (
-        f"{scale * found.difference:+.{digits}f} ({scale * low:+.{digits}f} to {scale * high:+.{digits}f}), n {found.n}"
-    )
-    return told, low, high
+    return f"{100 * found.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), n {found.n}", low, high
+
+
+def _longer(exact: Mapping[str, float], ours: Mapping[str, float]) -> tuple[str, float, float]:
+    """The same of lengths, which have no upper end."""
+    differences = [ours[name] - exact[name] for name in sorted(exact.keys() & ours.keys())]
+    low, high = mean_interval(differences)
+    return f"{fmean(differences):+.2f} ({low:+.2f} to {high:+.2f}), n {len(differences)}", low, high
