@@ -44,14 +44,14 @@ def allocation(text: str) -> tuple[str, dict[str, Any]]:
     )
 
 
-def whole_or_auto(name: str, given: str | int | None) -> Any:
-    """A positive whole number, `auto`, or None for an option that was not given; `name` is the option's."""
+def whole_or(word: str, name: str, given: str | int | None) -> Any:
+    """A positive whole number, `word`, or None for an option that was not given; `name` is the option's."""
     text = str(given).strip()
-    if given is None or text == "auto":
-        return given and "auto"
+    if given is None or text == word:
+        return given and word
     if not isinstance(given, bool) and re.fullmatch(r"[0-9]+", text) and 0 < int(text) < 2**31:
         return int(text)
-    raise KVBenchError(f"{name} {given} is neither a positive whole number nor auto.")
+    raise KVBenchError(f"{name} {given} is neither a positive whole number nor {word}.")
 
 
 def joined(values: Sequence[str] | None) -> str | None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kvbench.api.given import allocation, byte_size, listed, one_of, whole, whole_or_auto
+from kvbench.api.given import allocation, byte_size, listed, one_of, whole, whole_or
 from kvbench.api.progress import Reporter, RunReporter, Told
 from kvbench.api.results import RunResult, RunResults
 from kvbench.contract.errors import KVBenchError, check_output, sentence
 from kvbench.contract.extension import option_names
+from kvbench.runs.defaults import PROBE_TOKENS
 
 if TYPE_CHECKING:
     from kvbench.models import LoadedModel
@@ -49,6 +50,7 @@ def run(
     compress_every: int | None = None,
     recall_k: int = 100,
     probe_examples: int = 1,
+    probe_tokens: int | str = PROBE_TOKENS,
     probes: str | Sequence[str] = (),
     baseline: bool = True,
     device: str | None = None,
@@ -74,8 +76,8 @@ def run(
         task_options=task_options, question=question, prefix=prefix, new_tokens=new_tokens,
         prefill_chunk=prefill_chunk, batch_size=batch_size, share_prefill=share_prefill, decoding=decoding,
         dense_layers=dense_layers, compress_every=compress_every, recall_k=recall_k, probe_examples=probe_examples,
-        probes=probes, baseline=baseline, device=device, dtype=dtype, rope_scaling=rope_scaling, device_map=device_map,
-        output=output, fresh=fresh,
+        probe_tokens=probe_tokens, probes=probes, baseline=baseline, device=device, dtype=dtype,
+        rope_scaling=rope_scaling, device_map=device_map, output=output, fresh=fresh,
     )  # fmt: skip
     if not found.runs:
         found.require()
@@ -105,7 +107,8 @@ def execute(
     task_options: Mapping[str, Any] | None, question: str, prefix: str, new_tokens: int,
     prefill_chunk: int | str | None, batch_size: int | str, share_prefill: bool | None, decoding: str,
     dense_layers: int, compress_every: int | None,
-    recall_k: int, probe_examples: int, probes: str | Sequence[str] | None, baseline: bool, device: str | None,
+    recall_k: int, probe_examples: int, probe_tokens: int | str,
+    probes: str | Sequence[str] | None, baseline: bool, device: str | None,
     dtype: str | None, rope_scaling: str | None, device_map: str | None, output: str | Path, fresh: bool,
     dry_run: Estimates | None = None,
 ) -> RunResults:  # fmt: skip
@@ -128,7 +131,8 @@ def execute(
               "probe_examples": probe_examples, "new_tokens": new_tokens, "dense_layers": dense_layers}  # fmt: skip
     for name, value in values.items():
         whole("--" + name.replace("_", "-"), value, least[name])
-    chunk, batch = whole_or_auto("--prefill-chunk", prefill_chunk), whole_or_auto("--batch-size", batch_size)
+    chunk, batch = whole_or("auto", "--prefill-chunk", prefill_chunk), whole_or("auto", "--batch-size", batch_size)
+    seen = whole_or("all", "--probe-tokens", probe_tokens)
     one_of("--question", question, ("aware", "agnostic"))
     one_of("--prefix", prefix, ("none", "cached"))
     one_of("--decoding", decoding, DECODINGS)
@@ -169,6 +173,7 @@ def execute(
             policy=name, policy_options=own[name], budget=shared, task=task, task_options=dict(task_options or {}),
             context_length=context_length, examples=examples, seed=seed, question=question,  # type: ignore[arg-type]
             prefill_chunk=chunk, recall_k=recall_k, probe_examples=probe_examples, probes=tuple(extra_probes),
+            probe_tokens=seen,
             batch_size=batch, share_prefill=share_prefill, dense_layers=dense_layers,
             decoding=decoding, prefix=prefix, new_tokens=new_tokens,  # type: ignore[arg-type]
         )

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from kvbench.api.formats import mib, seconds, share
-from kvbench.api.given import allocation, byte_size, joined, listed, numbers, whole_or_auto
+from kvbench.api.given import allocation, byte_size, joined, listed, numbers, whole_or
 from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ __all__ = [
     "numbers",
     "seconds",
     "share",
-    "whole_or_auto",
+    "whole_or",
 ]  # what the commands take from here
 
 app = typer.Typer(

@@ -13,6 +13,7 @@ import typer
 from kvbench.api.run import execute
 from kvbench.cli.common import DeviceMap, Json, RopeScaling, app, err, interruptible, out, pairs
 from kvbench.cli.tracking import Tracking, Trackio, WandB
+from kvbench.runs.defaults import PROBE_TOKENS
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -96,6 +97,9 @@ def run(
     probe_examples: Annotated[
         int, typer.Option(help="Examples that are run once more with probes, for recall, mass and density.")
     ] = 1,
+    probe_tokens: Annotated[
+        str, typer.Option(help="First tokens of their answers that are generated with probes; all: the whole answer.")
+    ] = str(PROBE_TOKENS),
     probe: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,8 +135,9 @@ def run(
         context_length=context_length, examples=examples, seed=seed, task_options=pairs(task_option), **given,
         question=question, prefix=prefix, new_tokens=new_tokens, prefill_chunk=prefill_chunk, batch_size=batch_size,
         share_prefill=share_prefill, decoding=decoding, dense_layers=dense_layers, compress_every=compress_every,
-        recall_k=recall_k, probe_examples=probe_examples, probes=probe, baseline=baseline, device=device, dtype=dtype,
-        rope_scaling=rope_scaling, device_map=device_map, output=output, fresh=fresh, dry_run=estimates,
+        recall_k=recall_k, probe_examples=probe_examples, probe_tokens=probe_tokens, probes=probe, baseline=baseline,
+        device=device, dtype=dtype, rope_scaling=rope_scaling, device_map=device_map, output=output,
+        fresh=fresh, dry_run=estimates,
     )  # fmt: skip
     if dry_run:
         return

@@ -20,7 +20,7 @@ from kvbench.statistics import PairedDifference, averaged_difference, holm, pair
 
 SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "context_length", "question")
 """Fields of a configuration that must agree for scores to be comparable."""
-POOLED = ("seed", "examples", "recall_k", "probe_examples", "probes")
+POOLED = ("seed", "examples", "recall_k", "probe_examples", "probe_tokens", "probes")
 """Fields in which runs of one side may differ; every other field makes another side."""
 TOLD = ("dense_layers",)
 """Fields beside the policy's options that make it another policy, named where they are set."""

@@ -323,6 +323,7 @@ def _facts(run: ReportRun, apart: Sequence[str]) -> dict[str, str]:
         if key not in (
             "plugins",
             "budget", "policy_options", "task_options", "task_data", "model_fingerprint", "probes", "probe_examples",
+            "probe_tokens",
             "policy", *apart,
         ):  # fmt: skip
             found[key.replace("_", " ")] = str(value)

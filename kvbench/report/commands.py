@@ -9,12 +9,14 @@ from typing import Any
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
+from kvbench.runs.defaults import PROBE_TOKENS
 from kvbench.runs.results import RunConfig
 
 FLAGS = {
     "model": "--model", "task": "--task", "context_length": "--context-length", "examples": "--examples",
     "seed": "--seed", "question": "--question", "prefill_chunk": "--prefill-chunk", "recall_k": "--recall-k",
-    "probe_examples": "--probe-examples", "batch_size": "--batch-size", "dense_layers": "--dense-layers",
+    "probe_examples": "--probe-examples", "probe_tokens": "--probe-tokens",
+    "batch_size": "--batch-size", "dense_layers": "--dense-layers",
     "decoding": "--decoding", "prefix": "--prefix", "new_tokens": "--new-tokens",
     "device": "--device", "dtype": "--dtype", "rope_scaling": "--rope-scaling", "device_map": "--device-map",
 }  # fmt: skip
@@ -36,8 +38,9 @@ def run_command(config: Mapping[str, Any], output: Path | None = None, *, probes
         words += ["--compress-every", str(budget["compress_every"])] if budget.get("compress_every") else []
         words += _pairs("--budget-option", "budget", budget["allocator"], budget["options"])
     for key, flag in FLAGS.items():
-        value, field = config[key], RunConfig.model_fields[key]
-        if value is not None and value != field.default:
+        value = config[key]
+        default = PROBE_TOKENS if key == "probe_tokens" else RunConfig.model_fields[key].default
+        if value is not None and value != default:
             words += [flag] if value is True else [flag, _text(value)]
     if config["share_prefill"] != (config["batch_size"] == 1):
         words.append("--share-prefill" if config["share_prefill"] else "--no-share-prefill")

@@ -18,6 +18,7 @@ LARGEST = 2**31 - 1
 """Of the numbers that a run is asked for."""
 LATER = (
     "dense_layers", "prompt_attention", "decoding", "prefix", "new_tokens", "rope_scaling", "weights", "device_map",
+    "probe_tokens",
 )  # fmt: skip
 """Fields of a configuration that earlier versions did not have, and whose defaults are what these did."""
 
@@ -45,6 +46,8 @@ class RunConfig(BaseModel):
     """Tokens of the prompt computed at a time; `auto`: as many as memory has room for, stated by each example."""
     recall_k: int = Field(ge=1, le=LARGEST)
     probe_examples: int = Field(ge=0, le=LARGEST)
+    probe_tokens: Annotated[int, Field(ge=1, le=LARGEST)] | Literal["all"] = "all"
+    """Tokens of the answer that an example is given again with probes."""
     probes: tuple[str, ...] = ()
     """Probes beyond the standard ones."""
     batch_size: Annotated[int, Field(ge=1, le=LARGEST)] | Literal["auto"] = 1

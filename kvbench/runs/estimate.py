@@ -121,9 +121,10 @@ class _Estimator:
         passes = len(probe_passes(config)) * min(config.probe_examples, count)
         read = count / shared + (0 if config.share_prefill else passes)
         own = count + passes
+        probed = tokens if config.probe_tokens == "all" else min(tokens, config.probe_tokens)
         warm_up = prefill(256) + policy.index_s(256) + WARM_UP_TOKENS * policy.step_s(256)
         seconds = (
-            read * prefill(len(prompt)) + own * policy.index_s(len(prompt)) + steps + PROBED * passes * tokens * step
+            read * prefill(len(prompt)) + own * policy.index_s(len(prompt)) + steps + PROBED * passes * probed * step
             + warm_up
         )  # fmt: skip
         weights = self._base

@@ -194,16 +194,19 @@ def _probe(
     """Generate an example once more with probes, and once more for each that needs a generation of its own."""
     # Probes wrap hooks, and what a captured step answers may differ from them by rounding.
     config, prompt = run.working.model_copy(update={"decoding": "eager"}), prompt_of(loaded, example)
+    most = None if config.probe_tokens == "all" else config.probe_tokens
     passes = probe_passes(config)
     probes = [probe for group in passes for probe in group]
     step_s: list[float] = []
+    if isinstance(example, Example):
+        answer = answer[:most]
     for group in passes:
         prefilled = None if shared is None else shared.probed(config)
-        (again,) = _generate(config, loaded, [example], group, shared, prefilled)
+        (again,) = _generate(config, loaded, [example], group, shared, prefilled, most=most)
         followed = config.question == "agnostic" or config.prefix == "cached"
         if again.tokens != answer and (followed or can_be_fixed(loaded.device, run.config.decoding)):
             # A block of new tokens differs from its tokens one by one by rounding, as a captured step does.
-            (undisturbed,) = _generate(config, loaded, [example], [OneByOne()], shared, prefilled)
+            (undisturbed,) = _generate(config, loaded, [example], [OneByOne()], shared, prefilled, most=most)
             answer = undisturbed.tokens
         if again.tokens != answer:
             raise KVBenchError(
@@ -228,8 +231,10 @@ def _probe(
 
 def _generate(
     config: RunConfig, loaded: LoadedModel, batch: list[AnyExample], probes: list[Probe], shared: SharedPrompt | None,
-    prefilled: Prefill | None = None, recorder: PromptRecorder | None = None,
+    prefilled: Prefill | None = None, recorder: PromptRecorder | None = None, *,
+    most: int | None = None,
 ) -> list[Generation]:  # fmt: skip
+    """A batch's answers, the first `most` tokens of them, or predictions of given tokens, which are always all."""
     prompts = [prompt_of(loaded, example) for example in batch]
     session = session_of(config, loaded, probes if recorder is None else [*probes, recorder])
     torch.manual_seed(config.seed)  # a policy that samples gives an example the same answer in whatever order they run
@@ -245,7 +250,11 @@ def _generate(
                 if config.question == "agnostic" or config.prefix == "cached"
                 else None
             ),
-            max_new_tokens=[example.max_new_tokens for example in batch if isinstance(example, Example)],
+            max_new_tokens=[
+                example.max_new_tokens if most is None else min(example.max_new_tokens, most)
+                for example in batch
+                if isinstance(example, Example)
+            ],
             stop=stop_tokens(loaded), prefill_chunk=config.chunk, prefilled=prefilled,
             border=None if shared is None else shared.border, recorder=recorder,
             decoding=config.decoding,

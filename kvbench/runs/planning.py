@@ -17,6 +17,7 @@ from kvbench.engine.validation import check_hooks, static_tokens
 from kvbench.identity import Identity
 from kvbench.models import LoadedModel, check_context, load_model
 from kvbench.plugins import registry
+from kvbench.runs.defaults import PROBE_TOKENS
 from kvbench.runs.results import RunConfig
 from kvbench.runs.sharing import STANDARD_PROBES
 from kvbench.runs.timing import check_decoding
@@ -55,6 +56,7 @@ class Request:
     prefill_chunk: int | Literal["auto"] | None = None
     recall_k: int = 100
     probe_examples: int = 1
+    probe_tokens: int | Literal["all"] = PROBE_TOKENS
     probes: tuple[str, ...] = ()
     batch_size: int | Literal["auto"] = 1
     dense_layers: int = 0
@@ -115,7 +117,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
         task_options=task_options.model_dump(mode="json"), task_data=task.data(),
         context_length=request.context_length, examples=request.examples, seed=request.seed, question=request.question,
         prefill_chunk=request.prefill_chunk, recall_k=request.recall_k,
-        probe_examples=min(request.probe_examples, request.examples), probes=_extra_probes(request),
+        probe_examples=min(request.probe_examples, request.examples), probe_tokens=request.probe_tokens,
+        probes=_extra_probes(request),
         batch_size=batch_size, share_prefill=share_prefill, dense_layers=dense_layers,
         prompt_attention="policy" if own_prompt else "exact", decoding=request.decoding,
         prefix=request.prefix, new_tokens=request.new_tokens, rope_scaling=loaded.rope_scaling, weights=loaded.weights,

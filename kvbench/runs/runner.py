@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 
 from kvbench.contract.errors import out_of_memory
+from kvbench.contract.policy import KVCachePolicy
 from kvbench.engine.attach import attach
 from kvbench.engine.conformance.report import Report
 from kvbench.engine.generation import generate
@@ -111,9 +113,12 @@ def _execute(
                 progress(run.config, len(run.rows), run.config.examples, "")
         if any(len(run.rows) < run.config.examples for run in group.runs):
             prompts: dict[int, Prefill] = {}
+            warm = _WARM.setdefault(loaded.model, set())
             for run in group.runs:
-                with group.alone(run):
-                    _warm_up(run.config, loaded, prompts)
+                if (key := _warm_key(run.config)) not in warm:
+                    with group.alone(run):
+                        _warm_up(run.config, loaded, prompts)
+                        warm.add(key)
             prompts.clear()
         with group.together():
             task: AnyTask = registry().make("task", shared.task, shared.task_options)
@@ -182,13 +187,31 @@ def environment_of(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
+_WARM: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
+"""By model, what `_warm_key` gave for the runs that were warmed up."""
+
+
+def _warm_key(config: RunConfig) -> str:
+    """The same for configurations whose warm-ups do the same."""
+    sizes = {"tokens": None, "bytes": None, "ratio": 1.0}
+    budget = None if config.budget is None else config.budget.model_copy(update=sizes)
+    same = {"task": "", "task_options": {}, "task_data": {}, "plugins": {}, "examples": 1, "seed": 0, "budget": budget,
+            "context_length": _policy_and_length(config)[1]}  # fmt: skip
+    return config.model_copy(update=same).hash
+
+
+def _policy_and_length(config: RunConfig) -> tuple[KVCachePolicy, int]:
+    """A run's policy, and the tokens of the prompt that it is warmed up with."""
+    policy: KVCachePolicy = registry().make("policy", config.policy, config.policy_options)
+    return policy, min(config.context_length, max(256, 2 * sum(policy.static_tokens(config.context_length))))
+
+
 def _warm_up(config: RunConfig, loaded: LoadedModel, prompts: dict[int, Prefill]) -> None:
     """Compile and load what a first use compiles and loads, so that no example's time includes it.
 
     `prompts`, by length, are those of earlier calls, which runs that share prompts take over.
     """
-    policy = registry().make("policy", config.policy, config.policy_options)
-    length = min(config.context_length, max(256, 2 * sum(policy.static_tokens(config.context_length))))
+    policy, length = _policy_and_length(config)
     # Not the whole prompt: a policy that is given all of it selects nothing, and would load half of its code later.
     least = sum(policy.static_tokens(length))
     part = {"tokens": None, "bytes": None, "ratio": (least + length) / 2 / length}

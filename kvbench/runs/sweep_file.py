@@ -17,6 +17,7 @@ from kvbench.contract.errors import KVBenchError, sentence
 from kvbench.contract.reading import DEPTH, check_regular, plain, reading
 from kvbench.models import DEFAULT_MODEL
 from kvbench.runs.config import LARGEST
+from kvbench.runs.defaults import PROBE_TOKENS
 
 MOST_NODES = 100_000
 """Values in a sweep's file, each counted as often as an alias names it."""
@@ -80,6 +81,7 @@ class Sweep(_Strict):
     prefill_chunk: Size | Literal["auto"] | None = None
     recall_k: int = Field(default=100, ge=1, le=LARGEST)
     probe_examples: int = Field(default=1, ge=0, le=LARGEST)
+    probe_tokens: Size | Literal["all"] = PROBE_TOKENS
     batch_size: Size | Literal["auto"] = 1
     share_prefill: bool | None = None
     decoding: Literal["auto", "graph", "fixed", "eager"] = "auto"
