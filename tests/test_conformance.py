@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from test_tasks import make_tokenizer
+from language import save_model
 from tiny import ARCHITECTURES, tiny_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -543,10 +543,7 @@ def test_attach_checks_first_where_it_is_asked_to():
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("tiny-llama"), make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
 def test_the_command_prints_a_table_or_json(kvbench, model_folder):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_tasks import make_tokenizer
+from language import make_tokenizer
 from tiny import tiny_model
 
 from kvbench import KVBenchError

@@ -5,8 +5,7 @@ import statistics
 
 import pytest
 import torch
-from test_tasks import make_tokenizer
-from tiny import tiny_model
+from language import save_model
 
 from kvbench.compare.leaderboard import query
 from kvbench.engine.bandwidth import Bandwidth, bandwidth
@@ -21,10 +20,7 @@ from kvbench.runs.timing import step_row
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    tokenizer, place = make_tokenizer(), tmp_path_factory.mktemp("model")
-    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
 def test_a_run_states_mode_floor_and_ratio(kvbench, model, tmp_path):

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from language import THINKS, make_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from kvbench.contract.errors import KVBenchError
@@ -47,46 +48,10 @@ NEEDLE_TASKS = [
     NiahMultiquery,
 ]
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "<|turn|>{{ message['role'] }}\n{{ message['content'] | trim }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that puts BOS before every text, as Llama's does."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=["<bos>", "<eos>", "<|turn|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words = essays().words
-    texts = [" ".join(words[i : i + 50]) for i in range(0, 20000, 50)]
-    backend.train_from_iterator([NOISE, "What is the special magic number\nOne of the special magic", *texts], trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
-
 
 @pytest.fixture(scope="module")
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(chat_template=None)
-
-
-@pytest.fixture(autouse=True)
-def no_data_folder(monkeypatch):
-    monkeypatch.delenv("KVBENCH_DATA", raising=False)
 
 
 def one(task, tokenizer, length=1024, index=0, seed=42):
@@ -118,9 +83,6 @@ def test_without_a_template_a_tokenizer_without_bos_gets_none():
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     prompt = encode(tokenizer, Example("x/1", "Some context.\n", "What is it?", "", ("7",), 8))
     assert tokenizer.decode(prompt.input_ids) == "Some context.\nWhat is it?"
-
-
-THINKS = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
 @pytest.mark.parametrize(
