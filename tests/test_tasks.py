@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
@@ -395,20 +396,17 @@ def test_examples_do_not_depend_on_the_hash_seed():
         "for task in kvbench_tasks():\n"
         "    if task.name.startswith('niah'):\n"
         "        for e in task().examples(t, context_length=4096, count=2, seed=5): h.update(repr(e).encode())\n"
-        "print(h.hexdigest())"
+        "digest = h.hexdigest()\n"
     )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert outputs[0] == outputs[1]
-    assert len(outputs[0].strip()) == 64
+    here: dict[str, Any] = {}
+    exec(code, here)
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    there = subprocess.run(
+        [sys.executable, "-c", code + "print(digest)"], env=os.environ | {"PYTHONHASHSEED": seed}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert there.stdout.strip() == here["digest"]
+    assert len(here["digest"]) == 64
 
 
 def test_ten_examples_of_2k_tokens_take_less_than_two_seconds_of_processor_time(tokenizer):
@@ -547,19 +545,18 @@ def test_exact_attention_finds_the_needle():
 
     loaded = load_model("smollm2-135m", device="cpu")
     task = NiahSingle1()
-    for length in (1024, 2048):
-        for example in task.examples(loaded.tokenizer, context_length=length, count=1, seed=42):
-            prompt = encode(loaded.tokenizer, example)
-            ids = torch.tensor([prompt.input_ids])
-            text = loaded.tokenizer.decode(prompt.input_ids)
-            assert text.startswith("<|im_start|>system\n")
-            assert text.count("<|im_start|>") == 3
-            assert text.endswith(f"?<|im_end|>\n<|im_start|>assistant\n{example.answer_prefix}")
-            with torch.no_grad():
-                output = loaded.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=example.max_new_tokens, do_sample=False
-                )
-            answer = output[0, ids.shape[1] :]
-            assert task.score(loaded.tokenizer.decode(answer, skip_special_tokens=True), example) == 1.0
-            assert answer[-1] == loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
-            assert len(answer) < 20
+    (example,) = task.examples(loaded.tokenizer, context_length=1024, count=1, seed=42)
+    prompt = encode(loaded.tokenizer, example)
+    ids = torch.tensor([prompt.input_ids])
+    text = loaded.tokenizer.decode(prompt.input_ids)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.count("<|im_start|>") == 3
+    assert text.endswith(f"?<|im_end|>\n<|im_start|>assistant\n{example.answer_prefix}")
+    with torch.no_grad():
+        output = loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=example.max_new_tokens, do_sample=False
+        )
+    answer = output[0, ids.shape[1] :]
+    assert task.score(loaded.tokenizer.decode(answer, skip_special_tokens=True), example) == 1.0
+    assert answer[-1] == loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert len(answer) < 20
