@@ -160,7 +160,9 @@ class CodedStep(FixedStep):
             insert(key_scales, value_scales, key_scale, value_scale, self._positions)
         turn, back = self._turns
         asked = queries if turn is None else (queries.float() @ turn).to(queries.dtype)
-        store = CodedStore(*self._held, self._positions + 1, self._codes.layout, self._codes.sizes)
+        store = CodedStore(
+            key_codes, key_scales, value_codes, value_scales, self._positions + 1, self._codes.layout, self._codes.sizes
+        )
         dtype = queries.dtype if back is None else torch.float32
         output = attend_codes(asked, store, scaling=self._scaling, dtype=dtype)[0]
         return output if back is None else (output @ back.T).to(queries.dtype)
