@@ -101,7 +101,7 @@ def test_layers_insert_at_different_steps():
 
 def test_the_device_is_waited_for_once_a_layer_before_the_search(monkeypatch):
     events = []
-    for name in ("before", "beside", "search", "after"):
+    for name in ("before", "beside", "search", "ahead", "after"):
         original = getattr(IndexStep, name)
         monkeypatch.setattr(
             IndexStep, name, lambda self, *given, o=original, n=name: events.append(n) or o(self, *given)
@@ -215,7 +215,7 @@ def test_a_step_is_cut_into_graphs_around_each_search(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 1)
-    for name in ("before", "beside", "search", "after"):
+    for name in ("before", "beside", "search", "ahead", "after"):
         original = getattr(IndexStep, name)
         monkeypatch.setattr(IndexStep, name, lambda self, *given, o=original, n=name: log.append(n) or o(self, *given))
     with retrieving(tiny_model(pad_token_id=None)) as session, torch.inference_mode():
@@ -231,5 +231,6 @@ def test_a_step_is_cut_into_graphs_around_each_search(monkeypatch):
         assert log == ["begin", *layer * 3, "end"]
         log.clear()
         decoder.step()
-    assert log == ["replay", "record", "replay", "synchronize", "search"] * 3 + ["replay"]
+    launched, searched = ["replay", "record", "replay"], ["synchronize", "search"]
+    assert log == [*launched, *searched, *[*launched, "ahead", *searched] * 2, "replay", "ahead"]
     assert defaultdict(float, decoder.parts[0])["wait"] >= 0
