@@ -92,7 +92,9 @@ def test_layers_insert_at_different_steps():
         at = [[taken for taken in range(1, 33) if one.at(taken)[1] > one.at(taken - 1)[1]] for one in sizes]
         assert at == [[8, 16, 24, 32], [6, 14, 22, 30], [4, 12, 20, 28], [2, 10, 18, 26]]
         inserting = [number for number, parts in enumerate(decoder.parts, 1) if parts.get("insertion")]
-        assert inserting == sorted(taken - 1 for layer in at for taken in layer), "while the device ends the step before"
+        assert inserting == sorted(taken - 1 for layer in at for taken in layer), (
+            "while the device ends the step before"
+        )
         assert all(
             step._parts[0].index.keys.n == one.at(33)[1]
             for step, one in zip(decoder._steps.values(), sizes, strict=True)
