@@ -103,7 +103,7 @@ def test_layers_insert_at_different_steps():
 
 def test_the_device_is_waited_for_once_a_layer_before_the_search(monkeypatch):
     events = []
-    for name in ("before", "beside", "search", "ahead", "after"):
+    for name in ("before", "beside", "search", "after"):
         original = getattr(IndexStep, name)
         monkeypatch.setattr(
             IndexStep, name, lambda self, *given, o=original, n=name: events.append(n) or o(self, *given)
