@@ -96,6 +96,7 @@ def graph_parts(tokens: int, groups: int, dim: int, queries: int = 4096) -> dict
     from kvbench.indexes import device_graph as graphs
     from kvbench.indexes.roargraph import RoarGraph
     from kvbench.kernels.cooccur import candidates, lists_of
+    from kvbench.kernels.detours import by_detours
     from kvbench.kernels.occlude import occlude
     from kvbench.kernels.top_keys import top_keys
 
@@ -121,11 +122,13 @@ def graph_parts(tokens: int, groups: int, dim: int, queries: int = 4096) -> dict
         ),
     }  # fmt: skip
     found = {f"graph, {name}": show(f"retrieval: {name}", work, rounds=1) for name, work in names.items()}
-    near = torch.randint(tokens, (tokens, 64), device="cuda", dtype=torch.int32)
-    chosen = cagra._by_detours(near, 32)
-    found["cagra, detours of a group"] = show("cagra: detours of one group", lambda: cagra._by_detours(near, 32), 1)
-    found["cagra, links back"] = show("cagra: links back of one group", lambda: cagra._with_links_back(chosen, 32), 1)
-    found["cagra, neighbours"] = show("cagra: nearest others", lambda: cagra.nearest_others(keys, 64), 1)
+    near = torch.randint(tokens, (groups, tokens, 64), device="cuda", dtype=torch.int32)
+    chosen = by_detours(near, 32)
+    found["cagra, detours"] = show("cagra: detours", lambda: by_detours(near, 32), rounds=1)
+    found["cagra, links back"] = show(
+        "cagra: links back", lambda: [cagra._with_links_back(graph, 32) for graph in chosen], rounds=1
+    )
+    found["cagra, neighbours"] = show("cagra: nearest others", lambda: cagra.nearest_others(keys, 64), rounds=1)
     return found
 
 
