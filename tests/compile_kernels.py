@@ -75,7 +75,7 @@ def twice(entry: Any) -> None:
 
 
 def main() -> int:
-    from tiny import small_options, tiny_model, tokens
+    from tiny import every_policy, small_options, tiny_model, tokens
 
     import kvbench
     from kvbench import kernels
@@ -92,7 +92,7 @@ def main() -> int:
     compile_only()
     model = tiny_model(pad_token_id=None, head_dim=64).to(torch.bfloat16)
     prompts = [tokens(1, length, seed=length)[0].tolist() for length in (61, 50)]
-    names = sys.argv[1:] or [*sorted(registry().classes["policy"]), "pqcache hot=30"]
+    names = sys.argv[1:] or [*every_policy(), "pqcache hot=30"]
     for name, *given in map(str.split, names):
         found = registry().find("policy", name)
         budget = Budget(tokens=24) if found.takes_budget else None
