@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from language import make_tokenizer
 from safetensors.torch import load_file
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_fixed import PROMPTS, logits
-from test_tasks import make_tokenizer
 from tiny import fitted_options, shared_model, tiny_model, tokens
 
 import kvbench

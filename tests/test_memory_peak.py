@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import INDEX_KINDS, every_policy, small_options, tiny_model, tokens
+from tiny import every_policy, of_each_kind, small_options, tiny_model, tokens
 from torch.profiler import ProfilerActivity, profile
 
 import kvbench
@@ -15,10 +15,7 @@ from kvbench.indexes import knn
 LENGTHS = (1024, 3072)
 TOKEN = 2 * 2 * 8 * 4  # bytes of a layer's keys and values
 CLASSES = every_policy()
-POLICIES = sorted(
-    name for name, policy in CLASSES.items()
-    if policy.cached and (not hasattr(policy, "index") or name in INDEX_KINDS)
-)  # fmt: skip
+POLICIES = of_each_kind(sorted(name for name, policy in CLASSES.items() if policy.cached))
 
 
 @cache
