@@ -14,7 +14,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.reading import reading
 from kvbench.runs.commit import standing
 from kvbench.runs.packed import read_scores
-from kvbench.runs.results import find_runs, read
+from kvbench.runs.results import read, run_folders
 from kvbench.statistics import PairedDifference, paired_difference
 
 FAMILIES = {
@@ -75,7 +75,7 @@ def page(results: Path, published: Path, root: Path) -> str:
         figures = yaml.safe_load(published.read_text("utf-8"))
         if not isinstance(figures, dict) or not isinstance(figures.get("claims"), list):
             raise ValueError("it has no list of claims")
-    runs = [_Run(folder, root) for folder in (find_runs(results) if any(results.rglob("run.json")) else ())]
+    runs = [_Run(folder, root) for folder in run_folders(results)]
     lines = ["# Reference results", "", MADE, ""]
     lines += _provenance(runs)
     settings: dict[tuple[Any, ...], list[_Run]] = defaultdict(list)
