@@ -129,6 +129,7 @@ THINKS = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{%
         (THINKS, "<think>\n"),
         (THINKS.replace("<think>\n", "<think>"), "<think>"),
         (THINKS.replace("<think>", "<seed:think>"), "<seed:think>\n"),
+        (THINKS.replace("<think>", "<|channel>thought"), "<|channel>thought\n"),
     ],
 )
 def test_a_turn_that_begins_inside_a_thinking_block_gets_no_answer_prefix(template, opened):
