@@ -126,7 +126,10 @@ def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy
 
 
 @pytest.mark.skipif(support.triton is None or not support.interpreting(), reason="needs Triton's interpreter")
-@pytest.mark.parametrize(("policy", "options"), [("keydiff", {}), ("retroinfer", {"hot": 30}), ("infinigen", {})])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("keydiff", {}), ("retroinfer", {"hot": 30}), ("infinigen", {}), ("turboquant", {"full_layers": 0})],
+)
 @torch.inference_mode()
 def test_steps_with_interpreted_kernels_give_the_logits_of_the_hooks(policy, options):
     """Tensors as steps hand them over: views, strides, types."""
