@@ -42,7 +42,7 @@ def kernel_cache(function: Callable[..., Any]) -> FunctionCache | NullCache:
         return NullCache()
 
 
-class _KernelCache(FunctionCache):  # type: ignore[misc]
+class _KernelCache(FunctionCache):
     """The compiled versions of one function, for as long as no file in its folder changes.
 
     numba watches the file of the compiled function alone; the key here covers those that it calls too.
