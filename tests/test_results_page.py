@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from language import make_tokenizer
 from test_results import Short
-from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 from kvbench.compare.comparison import compare
