@@ -87,7 +87,7 @@ def twice(entry: Any) -> None:
 
 
 def main() -> int:
-    from tiny import small_options, tiny_model, tokens
+    from tiny import every_policy, small_options, tiny_model, tokens
 
     import kvbench
     from kvbench import kernels
@@ -107,7 +107,7 @@ def main() -> int:
     # what searches an index steps alike with any, and oracle_future as all that keep some of the prompt
     alike = {name for name, policy in registry().classes["policy"].items() if hasattr(policy, "index")} - {"flat"}
     names = sys.argv[1:] or [
-        *sorted(registry().classes["policy"].keys() - alike - {"oracle_future", "full_no_cache"}), "pqcache hot=30",
+        *sorted(every_policy().keys() - alike - {"oracle_future", "full_no_cache"}), "pqcache hot=30",
     ]  # fmt: skip
     for name, *given in map(str.split, names):
         found = registry().find("policy", name)

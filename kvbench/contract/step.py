@@ -36,6 +36,9 @@ def rows_of(part: Part) -> Sequence[int]:
 class Inputs(Protocol):
     """The inputs of a step's attention layers, for policies with `uses_hidden`."""
 
+    def at(self, number: int) -> Tensor:
+        """The input [B, 1, D] of layer `number`."""
+
     def before(self, number: int) -> Tensor | None:
         """The input [B, 1, D] of the full-attention layer before layer `number`; None for the first."""
 
