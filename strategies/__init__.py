@@ -43,9 +43,11 @@ from kvbench.strategies.selecting.infllm import InfLLM
 from kvbench.strategies.selecting.kascade import Kascade
 from kvbench.strategies.selecting.magicpig import MagicPIG
 from kvbench.strategies.selecting.minference import MInference
+from kvbench.strategies.selecting.pariskv import ParisKV
 from kvbench.strategies.selecting.pqcache import PQCache
 from kvbench.strategies.selecting.quest import Quest
 from kvbench.strategies.selecting.retroinfer import RetroInfer
+from kvbench.strategies.selecting.rocketkv import RocketKV
 from kvbench.strategies.selecting.shadowkv import ShadowKV
 from kvbench.strategies.selecting.squeezed_attention import SqueezedAttention
 from kvbench.strategies.selecting.twilight import Twilight
@@ -60,7 +62,7 @@ def kvbench_policies(indexes: list[type[Index]]) -> list[type[KVCachePolicy]]:
         StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm, ExpectedAttention, KVzip, DuoAttention,
         LagKV, ChunkKV, CriticalKV, Compactor, RKV, TriAttention,
         Quest, InfLLM, InfiniGen, ShadowKV, SqueezedAttention, PQCache, MagicPIG, RetroInfer,
-        DoubleSparsity, VAttention, Twilight, Kascade, MInference,
+        DoubleSparsity, VAttention, Twilight, Kascade, RocketKV, ParisKV, MInference,
         RETRIEVAL,
         KIVI, ThinK, Int8, FP8, TurboQuant,
         Random, OracleTopK, OracleTopP, OracleFuture,

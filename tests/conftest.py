@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
     # Triton reads this when it is imported; kernels still run as torch code unless a test asks for Triton.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import language
+
 from kvbench import cli
 from kvbench.plugins import registry
 
@@ -64,6 +66,18 @@ def pytest_collection_finish():
 def _one_torch_thread():
     """Tiny models run faster on one thread, and tests beside each other do not fight for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_data_folder(monkeypatch):
+    """What the user who runs the tests set for tasks from files is not theirs."""
+    monkeypatch.delenv("KVBENCH_DATA", raising=False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer trained here, that tests leave as it is."""
+    return language.make_tokenizer()
 
 
 @pytest.fixture

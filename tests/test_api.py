@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from test_tasks import make_tokenizer
+from language import save_model
 from tiny import tiny_model, tokens
 
 import kvbench as kv
@@ -17,11 +17,7 @@ SMALL = {"context_length": 400, "examples": 2, "ratio": 0.4}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

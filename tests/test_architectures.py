@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_tasks import make_tokenizer
 from tiny import tiny_model, tokens
 from transformers import BartConfig, BartForConditionalGeneration
 from zoo import PROMPT, SETTINGS, logits, options, tiny, tried
@@ -113,7 +112,7 @@ def test_heads_that_keep_different_tokens_share_the_memory_of_latents(policy):
         given = {"policy": policy, "options": options(policy), "budget": 14}
         with kvbench.attach(model, **given) as session, pytest.MonkeyPatch.context() as patch:
             if name == "expanded":
-                patch.setattr("kvbench.engine.cache.LatentStore", _expanded_store(layers))
+                patch.setattr("kvbench.engine.cached_layer.LatentStore", _expanded_store(layers))
             found[name] = logits(model, padded=False, chunks=1)
         found[name, "bytes"] = session.cache.bytes()["resident"]
     torch.testing.assert_close(found["latents"], found["expanded"], rtol=1e-4, atol=1e-4)
@@ -367,11 +366,6 @@ def test_covering_policies_in_bfloat16_differ_by_less_than_two_of_torchs_own_att
 CHECKED = [
     "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "gemma3n_text", "jetmoe", "gemma2", "gpt_oss", "falcon_h1", "phi3",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 @pytest.mark.parametrize("kind", [*CHECKED, "deepseek_v32", "mamba", "minimax", "bart"])

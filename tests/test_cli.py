@@ -5,8 +5,7 @@ import re
 from importlib.metadata import version
 
 import pytest
-from test_tasks import THINKS, make_tokenizer
-from tiny import tiny_model
+from language import THINKS, save_model
 
 from kvbench.cli.common import allocation, listed
 from kvbench.contract.errors import KVBenchError
@@ -16,11 +15,7 @@ from kvbench.runs import examples
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture
@@ -71,9 +66,7 @@ def test_run_prints_a_table_and_names_its_folders(run, tmp_path):
 
 
 def test_run_says_that_a_thinking_template_gets_no_answer_prefix(kvbench, tmp_path):
-    folder, tokenizer = tmp_path / "thinker", make_tokenizer(THINKS)
-    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    folder = save_model(tmp_path / "thinker", THINKS)
     small = ("--model", folder, "--context-length", 512, "--examples", 2, "--output", tmp_path / "out")
     code, out, _ = kvbench("run", *small, "--policy", "full")
     assert code == 0

@@ -16,6 +16,8 @@ from kvbench.plugins import registry
 
 POLICIES = ("snapkv", "h2o", "tova", "knorm", "keydiff", "expected_attention", "streaming_llm")
 SCORERS = ("lagkv", "chunkkv", "criticalkv", "r_kv")
+KEEPERS = ("triattention",)
+"""Those that keep the prompt and compress the answer alone."""
 """Further ones, whose prompts are scored as `score_held` scores what is held."""
 EVERY, BUDGET = 12, 30
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61)]
@@ -43,6 +45,7 @@ def decode(session, prompts, steps, decoding):
     [
         *itertools.product(([SHORT], PROMPTS), (*POLICIES, plugins.LongestValues), ("uniform", "pyramid", "ada")),
         *((PROMPTS, policy, "ada") for policy in SCORERS),
+        *(([SHORT], policy, "uniform") for policy in KEEPERS),
     ],
 )
 @torch.inference_mode()
@@ -138,10 +141,34 @@ def scores_of(policy, queries, keys, prompt, budget):
         pooled = [sum(float(votes[i]) for i in range(max(at - 2, 0), min(at + 3, old))) / 5 for at in range(old)]
         return pooled + [float("inf")] * 8
 
-    return {"h2o": h2o, "tova": tova, "knorm": knorm, "keydiff": keydiff, "snapkv": snapkv}[policy]
+    def triattention(kept, now, group):
+        """Of the answer alone, standardised over it; the prompt stays."""
+        own, half = [token for token in kept if token >= prompt], keys.shape[2] // 2
+        omega = 10000.0 ** (-torch.arange(half).double() / half)
+
+        def unrotated(x, places):
+            angles = -torch.tensor(list(places)).double()[:, None] * omega
+            return torch.complex(x[:, :half], x[:, half:]) * torch.polar(torch.ones_like(angles), angles)
+
+        plain, best = unrotated(keys[group][own], own), []
+        for head in range(group * 3, group * 3 + 3):
+            asked = unrotated(queries[head][:prompt], range(prompt))
+            mean, score = asked.mean(0), torch.zeros(len(own), dtype=torch.float64)
+            for power in range(17):
+                distance = now - 1 - torch.tensor(own).double()[:, None] + 2**power
+                phase = omega * distance + mean.angle() - plain.angle()
+                score += (mean.abs() * plain.abs() * phase.cos()).sum(1) / 17
+            score += ((asked.abs().mean(0) - mean.abs()) * plain.abs()).sum(1)
+            best.append((score - score.mean()) / score.std(correction=0))
+        found = dict(zip(own, torch.stack(best).max(0).values.tolist(), strict=True))
+        return [float("inf") if token < prompt or token >= now - 8 else found[token] for token in kept]
+
+    return {
+        "h2o": h2o, "tova": tova, "knorm": knorm, "keydiff": keydiff, "snapkv": snapkv, "triattention": triattention,
+    }[policy]  # fmt: skip
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "h2o", "tova", "knorm", "keydiff"])
+@pytest.mark.parametrize("policy", ["snapkv", "h2o", "tova", "knorm", "keydiff", "triattention"])
 def test_the_tokens_kept_are_those_of_the_formulas(policy):
     """In the first layer, from a prompt that the budget covers: all is decided while decoding."""
     model, answer = tiny_model(pad_token_id=None), tokens(1, 50, seed=5)[0].tolist()
@@ -166,6 +193,18 @@ def test_the_tokens_kept_are_those_of_the_formulas(policy):
             for group, mine in kept.items():
                 assert sorted(ids[0, group].tolist()) == mine, step
     assert rounds == 2 * 3
+
+
+def test_triattention_compresses_the_prompt_too_where_it_is_told_to():
+    model, found = tiny_model(pad_token_id=None), registry().find("policy", "triattention")
+    told = r"keeps the prompt, .* has no room for its 40 tokens and 8 .* at least 48"
+    with attach(model, "triattention") as session, pytest.raises(KVBenchError, match=told):
+        generate(session, PROMPTS[0], max_new_tokens=2)
+    policy = found(found.Options(recent=8, keep_prompt=False))
+    with kvbench.attach(model, policy=policy, budget=Budget(tokens=BUDGET, compress_every=EVERY)) as session:
+        generate(session, PROMPTS[0], max_new_tokens=30, decoding="eager")
+        ids = session.cache.stores()[0].static_ids
+    assert bool((ids < 40).any()) and int((ids >= 40).sum(-1).min()) > 8
 
 
 # -- memory and copies ----------------------------------------------------------------------------------------------

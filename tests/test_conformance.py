@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from test_tasks import make_tokenizer
-from tiny import ARCHITECTURES, tiny_model
+from language import save_model
+from tiny import ARCHITECTURES, of_each_kind, tiny_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -219,7 +219,7 @@ def test_a_policy_without_a_fault_passes_and_says_what_it_attended_to():
     assert report.checks[1].detail == "at most 57 tokens attended at a step, 57 allowed by a budget of 57"
 
 
-@pytest.mark.parametrize("policy", sorted(registry().classes["policy"]))
+@pytest.mark.parametrize("policy", of_each_kind(sorted(registry().classes["policy"])))
 def test_every_policy_conforms_and_says_why_where_it_is_never_exact(policy):
     made = registry().make("policy", policy, OPTIONS.get(policy, {}))
     report = Conformance(TINY).check_policy(made)
@@ -543,10 +543,7 @@ def test_attach_checks_first_where_it_is_asked_to():
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("tiny-llama"), make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
 def test_the_command_prints_a_table_or_json(kvbench, model_folder):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from language import save_model
 from prepared import Prepared
 from test_plugins import installed
 from test_session import generate, padded_batch
-from test_tasks import make_tokenizer
 from tiny import small_options, tiny_model, tokens
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -40,10 +40,7 @@ def python(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    tokenizer, place = make_tokenizer(), tmp_path_factory.mktemp("model")
-    tiny_model(vocab_size=len(tokenizer), eos_token_id=1, num_hidden_layers=4).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    return save_model(tmp_path_factory.mktemp("model"), num_hidden_layers=4)
 
 
 def run(python, model, output, *arguments):

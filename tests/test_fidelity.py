@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from language import make_tokenizer
 from test_cli import model_folder  # noqa: F401
-from test_tasks import make_tokenizer
 from tiny import tiny_model, tokens
 
 import kvbench as package

@@ -50,6 +50,8 @@ OPTIONS = {
     "magicpig": {"bits": 3, "tables": 6},
     "squeezed_attention": {"clusters": 0.3},
 }
+STEPS = 14
+"""More than the window of 8 and a page, a block or a cluster of 4 after it."""
 PROMPTS = [tokens(1, length, seed=length)[0].tolist() for length in (40, 61, 61, 50)]
 
 
@@ -93,11 +95,11 @@ def test_fixed_steps_give_the_logits_of_the_hooks(policy, allocator, batch):
     model = tiny_model(pad_token_id=None)  # a token of zeros would make all scores equal
     batch = PROMPTS[:1] if batch == "one" else PROMPTS
     with attach(model, policy, allocator=allocator) as session:
-        hooks, expected = logits(session, None, 20, "eager", batch)
-        fixed, found = logits(session, None, 20, "fixed", batch)
+        hooks, expected = logits(session, None, STEPS, "eager", batch)
+        fixed, found = logits(session, None, STEPS, "fixed", batch)
     assert [one.tokens for one in fixed] == [one.tokens for one in hooks]
     assert {one.mode for one in fixed} == {"fixed"} and {one.mode for one in hooks} == {"eager"}
-    assert len(found) == len(expected) == 20
+    assert len(found) == len(expected) == STEPS
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-4, msg=lambda text, step=step: f"{step}: {text}")
 
@@ -126,7 +128,10 @@ def test_numbers_of_tokens_that_depend_on_the_data_are_those_of_the_hooks(policy
 
 
 @pytest.mark.skipif(support.triton is None or not support.interpreting(), reason="needs Triton's interpreter")
-@pytest.mark.parametrize(("policy", "options"), [("keydiff", {}), ("retroinfer", {"hot": 30}), ("infinigen", {})])
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [("keydiff", {}), ("retroinfer", {"hot": 30}), ("infinigen", {}), ("turboquant", {"full_layers": 0})],
+)
 @torch.inference_mode()
 def test_steps_with_interpreted_kernels_give_the_logits_of_the_hooks(policy, options):
     """Tensors as steps hand them over: views, strides, types."""

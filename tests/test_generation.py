@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
+from language import loaded_model
 from test_results import Short
-from test_tasks import make_tokenizer
 from tiny import ARCHITECTURES, tiny_model, tokens
 
 import kvbench
@@ -15,7 +15,6 @@ from kvbench.engine.generation import generate, generate_batch
 from kvbench.engine.prefill import prefill
 from kvbench.engine.prompt import PrefilledLayers
 from kvbench.engine.survey import survey
-from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs import examples, runner
 
@@ -120,9 +119,7 @@ def test_a_question_goes_through_the_policy_after_a_shared_prompt():
 @pytest.fixture
 def loaded(monkeypatch):
     monkeypatch.setitem(registry().classes["task"], "short", Short)
-    tokenizer = make_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
-    return LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
+    return loaded_model()
 
 
 def run(loaded, path, policies=("snapkv", "full"), **changes):

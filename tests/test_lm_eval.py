@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from test_tasks import make_tokenizer
-from tiny import tiny_model
+from language import save_model
 
 from kvbench import cli
 from kvbench.contract.errors import KVBenchError
@@ -56,12 +55,7 @@ metric_list: [{metric: word_perplexity}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = make_tokenizer()
-    made = tiny_model(vocab_size=len(tokenizer), eos_token_id=1, bos_token_id=0, max_position_embeddings=512)
-    made.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(save_model(tmp_path_factory.mktemp("model"), bos_token_id=0, max_position_embeddings=512))
 
 
 @pytest.fixture(scope="module")

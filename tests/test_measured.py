@@ -6,9 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from language import loaded_model
 from test_results import ENVIRONMENT, EXAMPLES, Short, config, row, write
-from test_tasks import make_tokenizer
-from tiny import tiny_model
 
 import kvbench
 from kvbench.api.runs_table import results_table
@@ -16,7 +15,6 @@ from kvbench.compare import leaderboard
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
-from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.report.build import build
 from kvbench.runs import runner, sharing
@@ -206,9 +204,7 @@ CHECKED = (109, 112)
 
 @pytest.fixture(scope="module")
 def loaded():
-    tokenizer = make_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
-    return LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
+    return loaded_model()
 
 
 @pytest.fixture

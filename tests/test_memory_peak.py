@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import INDEX_KINDS, small_options, tiny_model, tokens
+from tiny import of_each_kind, small_options, tiny_model, tokens
 from torch.profiler import ProfilerActivity, profile
 
 import kvbench
@@ -16,10 +16,7 @@ from kvbench.plugins import registry
 LENGTHS = (1024, 3072)
 TOKEN = 2 * 2 * 8 * 4  # bytes of a layer's keys and values
 CLASSES = registry().classes["policy"]
-POLICIES = sorted(
-    name for name, policy in CLASSES.items()
-    if policy.cached and (not hasattr(policy, "index") or name in INDEX_KINDS)
-)  # fmt: skip
+POLICIES = of_each_kind(sorted(name for name, policy in CLASSES.items() if policy.cached))
 
 
 @cache

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from language import make_tokenizer
 from model_fuzz import EVIL, mutate, write_gguf
-from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 from kvbench.contract.errors import KVBenchError, check_output

@@ -8,9 +8,8 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from language import save_model
 from prepared import Prepared
-from test_tasks import make_tokenizer
-from tiny import tiny_model
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
@@ -51,9 +50,7 @@ def test_the_policy_of_another_package_is_listed_and_runs(environment, tmp_path)
     )  # fmt: skip
     assert json.loads(listed.stdout)[0]["options"][0]["name"] == "window"
 
-    tokenizer = make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model")
     done = python.kvbench(
         "run", "--policy", "keynorm", "--ratio", "0.2", "-o", "window=24", "--model", tmp_path / "model",
         "--task", "infinitebench_passkey", "--context-length", 512, "--examples", 1,
@@ -67,9 +64,7 @@ def test_the_policy_of_another_package_is_listed_and_runs(environment, tmp_path)
 
 def test_an_edited_plugin_runs_anew_and_says_so(environment, tmp_path):
     python, packages = environment
-    tokenizer = make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model")
 
     def run():
         done = python.kvbench(

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from test_tasks import make_tokenizer
-from tiny import tiny_model
+from language import save_model
 from typer.testing import CliRunner
 
 from kvbench.cli import app
@@ -23,10 +22,7 @@ ASKED = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    tokenizer, place = make_tokenizer(), tmp_path_factory.mktemp("model")
-    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    return save_model(tmp_path_factory.mktemp("model"), max_position_embeddings=4096)
 
 
 @pytest.fixture(scope="module")

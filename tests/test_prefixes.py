@@ -127,7 +127,7 @@ def test_what_a_policy_chose_without_the_question_is_said(store):
         said[name] = policy.query_aware
     assert {name for name, text in said.items() if text} == {
         "chunkkv", "criticalkv", "double_sparsity", "duo_attention", "expected_attention", "h2o", "kascade",
-        "oracle_future", "r_kv", "snapkv", "squeezed_attention", "tova", "triattention",
+        "oracle_future", "r_kv", "rocketkv", "snapkv", "squeezed_attention", "tova", "triattention",
     }  # fmt: skip
     assert kept(store, tokens(1, 40)).query_aware == ""
     found = kept(store, tokens(1, 40), budget=kvbench.Budget(tokens=24, allocator="ada"))

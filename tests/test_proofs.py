@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from language import save_model
 from test_conformance import Keeping, OverBudget
-from test_tasks import make_tokenizer
-from tiny import tiny_model
 
 from kvbench.engine.conformance import checks
 from kvbench.models import load_model
@@ -26,10 +25,7 @@ class Mine(StreamingLLM):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("tiny-llama"), make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def test_full_gives_the_tokens_of_plain_transformers(loaded):
     from kvbench.plugins import registry
 
     task = registry().make("task", "niah_multikey_1")
-    example = next(iter(task.examples(loaded.tokenizer, context_length=1024, count=1, seed=1)))
+    example = next(iter(task.examples(loaded.tokenizer, context_length=512, count=1, seed=1)))
     ids = torch.tensor([encode(loaded.tokenizer, example).input_ids])
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "do_sample": False}
     plain = loaded.model.generate(ids, **arguments)
@@ -39,7 +39,7 @@ def test_run_finds_needles_and_measures_what_the_policies_promise(tmp_path, monk
     monkeypatch.setattr(
         sys, "argv",
         ["kvbench", "run", "--policy", "flat,retrieval,streaming_llm", "--budget", "pyramid",
-         "--context-length", "1024", "--examples", "2", "--probe-examples", "1", "--output", str(tmp_path), "--json"],
+         "--context-length", "1024", "--examples", "1", "--probe-examples", "1", "--output", str(tmp_path), "--json"],
     )  # fmt: skip
     with pytest.raises(SystemExit, match=r"^0$"):
         cli.main()

@@ -13,10 +13,9 @@ from statistics import fmean, median
 import numpy as np
 import pytest
 import typer
+from language import save_model
 from safetensors.numpy import load_file
 from scipy import stats
-from test_tasks import make_tokenizer
-from tiny import tiny_model
 from typer.testing import CliRunner
 
 from kvbench.cli import app
@@ -68,9 +67,7 @@ def table(file):
 def runs(tmp_path_factory):
     """Runs of three policies at two lengths, with per-step traces, and the Mahalanobis distances of the model."""
     root = tmp_path_factory.mktemp("report")
-    model, tokenizer = root / "tiny-llama", make_tokenizer()
-    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1).save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    model = save_model(root / "tiny-llama")
     for length in LENGTHS:
         kvbench(
             "run", "--policy", "quest,streaming_llm", "--model", model, "--task", "infinitebench_passkey",

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from language import make_tokenizer
 from test_results import Short
-from test_tasks import make_tokenizer
 from tiny import tiny_model
 
 from kvbench.compare.comparison import compare
@@ -20,6 +20,7 @@ from kvbench.plugins import registry
 from kvbench.report.reference import page
 from kvbench.runs import runner
 from kvbench.runs.commit import standing
+from kvbench.runs.packed import _short as packed_row
 from kvbench.runs.packed import pack, read_scores
 from kvbench.runs.results import read
 
@@ -184,3 +185,45 @@ def test_the_page_states_settings_intervals_verdicts_and_what_is_not_of_the_comm
     assert other.endswith("| not measured |")
     assert "RTable 4" in text and "36.5" in text
     assert "No results are committed yet" in page(tmp_path / "none", PUBLISHED, repository)
+
+
+def test_the_page_of_long_answers_is_made_of_their_measures(packed, tmp_path, kvbench):
+    names = ("whole_answer", "before_error", "answer_length", "repetition", "rule_kept")
+
+    def measured(policy, mean, length, rule):
+        def change(rows, document):
+            values = dict(zip(names, (0.0, 0.5, length, 0.25, rule), strict=True))
+            document["config"]["task"] = "long_copy"
+            document["metrics"]["accuracy"] = {"mean": mean, "ci95": [mean - 0.1, mean + 0.1], "n": 6}
+            document["metrics"] |= {name: {"mean": value, "ci95": [0, 1], "n": 6} for name, value in values.items()}
+            document["metrics"]["answer_bytes"] = {"peak": 3 * 2**20, "mean": 2**20}
+            for place, row in enumerate(rows):
+                row |= {"score": mean, "scores": values | {"answer_length": length + 0.001 * place}}
+                row["step_s_parts"] = [0.002] * 7 + [0.004]
+            if document["config"]["budget"]:
+                document["config"]["budget"]["compress_every"] = 16
+
+        return change
+
+    first = changed(packed, tmp_path / "first", "full", measured("full", 0.8, 1.0, 1.0))
+    both = changed(first, tmp_path / "both", "streaming_llm", measured("streaming_llm", 0.3, 1.5, 0.0))
+    output = tmp_path / "page.md"
+    assert kvbench("results", "answers", both, "--output", output)[0] == 0
+    text = output.read_text()
+    assert "## long_copy: tiny, 128 tokens of prompt and answer" in text
+    exact, ours = (line for line in text.splitlines() if line.startswith(("| full", "| streaming")))
+    assert exact.split(" | ")[1:5] == ["–", "80.0 (70–90)", "–", "0.0"]
+    assert ours.split(" | ")[1:4] == ["80 tokens, every 16", "30.0 (20–40)", "-50.0 (-73.0 to +18.9), n 6"]
+    assert ours.split(" | ")[5:] == ["50.0", "1.50", "25.0", "0.0", "3.0", "1.0", "2.0 to 4.0", "eager |"]
+    found = [line for line in text.splitlines() if "2512.12008" in line or "2510.00231" in line]
+    assert len(found) == 2 and all(line.endswith("| holds |") for line in found)
+    assert kvbench("results", "answers", packed, "--output", output)[0] == 0
+    assert "No results are committed yet" in output.read_text()
+    assert kvbench("results", "answers", tmp_path / "none", "--output", output)[0] == 2
+
+
+def test_packed_long_answers_keep_their_times_and_tokens_held_by_eighths():
+    row = {"id": "a", "score": 1.0, "reused_tokens": 0, "prefill_s": 1, "index_s": 0, "bytes": {}}
+    found = packed_row(row | {"step_s": [n / 8 for n in range(64)], "held_tokens": list(range(63))})
+    assert found["step_s_parts"] == [pytest.approx(n + 7 / 16, rel=1e-4) for n in range(8)]
+    assert "held_parts" not in found

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from language import loaded_model
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_results import Short
-from test_tasks import make_tokenizer
 from tiny import tiny_model, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -16,7 +16,7 @@ import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.contract.errors import KVBenchError
 from kvbench.engine.generation import generate
-from kvbench.models import LoadedModel, load_model
+from kvbench.models import load_model
 from kvbench.models.places import placed
 from kvbench.models.quantised import check_quantised, weights_format
 from kvbench.plugins import registry
@@ -83,9 +83,7 @@ def test_a_run_states_its_scaling_and_a_sweep_stretches_each_length_by_itself(
 
 @pytest.fixture(scope="module")
 def loaded():
-    tokenizer = make_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
-    return LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
+    return loaded_model()
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def options_of(policy):
 def plain_tokens(architecture):
     """What plain transformers generates after a prompt and after a padded batch, computed once for all policies."""
     model = shared_model(architecture)
-    return [generate(model, ids, mask, steps=40) for ids, mask in [(tokens(1, 60), None), padded_batch()]]
+    return [generate(model, ids, mask, steps=20) for ids, mask in [(tokens(1, 60), None), padded_batch()]]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_a_budget_that_covers_everything_gives_the_tokens_of_plain_transformers(
     model = shared_model(architecture)
     for (ids, mask), plain in zip([(tokens(1, 60), None), padded_batch()], plain_tokens(architecture), strict=True):
         with kvbench.attach(model, policy=policy, budget=1.0, options=options_of(policy)):
-            ours = generate(model, ids, mask, steps=40)
+            ours = generate(model, ids, mask, steps=20)
         assert torch.equal(plain, ours)
 
 
@@ -82,8 +82,8 @@ def test_a_padded_batch_gives_the_tokens_of_its_rows_alone(policy):
     model = shared_model()
     ids, mask = padded_batch()
     with kvbench.attach(model, policy=policy, budget=24, options=options_of(policy)):
-        together = generate(model, ids, mask, steps=30)
-        alone = [generate(model, ids[row : row + 1, mask[row] == 1], steps=30) for row in range(3)]
+        together = generate(model, ids, mask, steps=16)
+        alone = [generate(model, ids[row : row + 1, mask[row] == 1], steps=16) for row in range(3)]
     assert torch.equal(together, torch.cat(alone))
 
 

@@ -7,12 +7,10 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+from language import loaded_model
 from test_results import Short
-from test_tasks import make_tokenizer
-from tiny import tiny_model
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs import redraw, runner
 from kvbench.runs.verify import verify
@@ -28,9 +26,7 @@ def made(tmp_path_factory):
     """Runs of the baseline and of a policy, their task installed; gives their folder and the model."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry().classes["task"], "short", Short)
-        tokenizer = make_tokenizer()
-        model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
-        loaded = LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
+        loaded = loaded_model()
         output = tmp_path_factory.mktemp("runs")
         requests = [
             runner.Request(policy, {}, None, "short", {}, 128, 3, 1, probe_examples=0)

@@ -1,6 +1,7 @@
 """The structure of the code: what may import what, read from the imports themselves, type-only ones included."""
 
 import ast
+import functools
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -24,7 +25,9 @@ def _modules() -> dict[str, Path]:
     return found
 
 
-def _imports(modules: dict[str, Path]) -> dict[str, set[str]]:
+@functools.cache
+def _imports() -> dict[str, set[str]]:
+    modules = _modules()
     edges: dict[str, set[str]] = {}
     for module, file in modules.items():
         named: set[str] = set()
@@ -50,12 +53,12 @@ def _acyclic(edges: dict[str, set[str]]) -> None:
 
 
 def test_no_module_is_part_of_an_import_circle():
-    _acyclic(_imports(_modules()))
+    _acyclic(_imports())
 
 
 def test_no_folder_is_part_of_an_import_circle():
     rooms: dict[str, set[str]] = {}
-    for module, imported in _imports(_modules()).items():
+    for module, imported in _imports().items():
         rooms.setdefault(_room(module), set()).update(_room(name) for name in imported)
     _acyclic({room: imported - {room, "kvbench"} for room, imported in rooms.items() if room != "kvbench"})
 
@@ -76,6 +79,6 @@ def test_no_folder_is_part_of_an_import_circle():
     ],
 )
 def test_a_room_imports_only_what_it_may(room, allowed):
-    edges = _imports(_modules())
+    edges = _imports()
     outside = {_room(name) for module, names in edges.items() if _room(module) == f"kvbench.{room}" for name in names}
     assert outside - {f"kvbench.{room}"} <= {f"kvbench.{name}" for name in allowed}

@@ -9,12 +9,16 @@ from importlib.util import find_spec
 
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_results import Short
 
+from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 from kvbench.runs import examples as measuring
 from kvbench.runs import sweep
+from kvbench.runs.shard import Shard, shard_named
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +83,15 @@ def test_a_sweep_runs_every_combination_once_and_continues(kvbench, write, tmp_p
     assert (code, loads.count(True)) == (0, 0)  # all is there, and no model is loaded
     for text in ("3 runs", "streaming_llm", "tokens 60", "pyramid", "accuracy"):
         assert text in out
+
+
+def test_a_policy_may_have_an_interval_of_its_own(write):
+    own = "{name: snapkv, options: {window: 8}, compress_every: %d}"
+    file = write(policies=f"[quest, {own % 8}]", budgets="[{tokens: 100}]", tasks="[short]", seeds="[1]")
+    found = {planned.config.policy: planned.config.budget for planned in sweep.plan_sweep(file)}
+    assert {name: budget.compress_every for name, budget in found.items()} == {"quest": None, "snapkv": 8}
+    with pytest.raises(KVBenchError, match=r"policies\[0\]: --compress-every 7 is smaller than the window of 8"):
+        sweep.plan_sweep(write(policies=f"[{own % 7}]", tasks="[short]"))
 
 
 def test_a_failing_run_leaves_the_others_alone_and_is_listed(kvbench, write, tmp_path, monkeypatch):
@@ -247,3 +260,29 @@ def test_ray_places_each_run_on_a_gpu_of_its_own_and_a_spread_model_on_all_of_a_
         assert joined.workers("cpu")[1]["num_gpus"] == 0
     finally:
         ray.shutdown()
+
+
+@given(runs=st.lists(st.integers(), max_size=40), of=st.integers(1, 40))
+def test_shards_are_a_sweep_in_equal_parts(runs, of):
+    if of > max(len(runs), 1):
+        with pytest.raises(KVBenchError, match=f"the sweep has {len(runs)} runs"):
+            Shard(1, of).of_runs(runs)
+        return
+    parts = [Shard(number, of).of_runs(runs) for number in range(1, of + 1)]
+    assert [run for part in parts for run in part] == runs
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "1/0", "a/b", "1/2/3", "-1/2", "1 /2", "1/2\n", "٣/٤"])
+def test_what_is_no_shard_is_told(text):
+    with pytest.raises(KVBenchError, match="is no part of a sweep"):
+        shard_named(text)
+
+
+def test_shards_in_one_folder_make_the_whole_sweep(kvbench, write, tmp_path):
+    file = write(seeds="[1]")
+    kvbench("sweep", file, "--output", tmp_path / "whole")
+    for part in ("1/2", "2/2"):
+        kvbench("sweep", file, "--shard", part, "--output", tmp_path / "parts")
+    assert len(examples(tmp_path / "parts")) == 2
+    assert examples(tmp_path / "parts") == examples(tmp_path / "whole")

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from language import THINKS, make_tokenizer
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from kvbench.contract.errors import KVBenchError
@@ -47,46 +49,10 @@ NEEDLE_TASKS = [
     NiahMultiquery,
 ]
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "<|turn|>{{ message['role'] }}\n{{ message['content'] | trim }}<|end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
-)
-
-
-def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer that puts BOS before every text, as Llama's does."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1500,
-        special_tokens=["<bos>", "<eos>", "<|turn|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words = essays().words
-    texts = [" ".join(words[i : i + 50]) for i in range(0, 20000, 50)]
-    backend.train_from_iterator([NOISE, "What is the special magic number\nOne of the special magic", *texts], trainer)
-    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    return make_tokenizer()
-
 
 @pytest.fixture(scope="module")
 def plain_tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer(chat_template=None)
-
-
-@pytest.fixture(autouse=True)
-def no_data_folder(monkeypatch):
-    monkeypatch.delenv("KVBENCH_DATA", raising=False)
 
 
 def one(task, tokenizer, length=1024, index=0, seed=42):
@@ -118,9 +84,6 @@ def test_without_a_template_a_tokenizer_without_bos_gets_none():
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
     prompt = encode(tokenizer, Example("x/1", "Some context.\n", "What is it?", "", ("7",), 8))
     assert tokenizer.decode(prompt.input_ids) == "Some context.\nWhat is it?"
-
-
-THINKS = CHAT_TEMPLATE.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
 @pytest.mark.parametrize(
@@ -433,20 +396,17 @@ def test_examples_do_not_depend_on_the_hash_seed():
         "for task in kvbench_tasks():\n"
         "    if task.name.startswith('niah'):\n"
         "        for e in task().examples(t, context_length=4096, count=2, seed=5): h.update(repr(e).encode())\n"
-        "print(h.hexdigest())"
+        "digest = h.hexdigest()\n"
     )
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert outputs[0] == outputs[1]
-    assert len(outputs[0].strip()) == 64
+    here: dict[str, Any] = {}
+    exec(code, here)
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    there = subprocess.run(
+        [sys.executable, "-c", code + "print(digest)"], env=os.environ | {"PYTHONHASHSEED": seed}, check=True,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert there.stdout.strip() == here["digest"]
+    assert len(here["digest"]) == 64
 
 
 def test_ten_examples_of_2k_tokens_take_less_than_two_seconds_of_processor_time(tokenizer):
@@ -585,19 +545,18 @@ def test_exact_attention_finds_the_needle():
 
     loaded = load_model("smollm2-135m", device="cpu")
     task = NiahSingle1()
-    for length in (1024, 2048):
-        for example in task.examples(loaded.tokenizer, context_length=length, count=1, seed=42):
-            prompt = encode(loaded.tokenizer, example)
-            ids = torch.tensor([prompt.input_ids])
-            text = loaded.tokenizer.decode(prompt.input_ids)
-            assert text.startswith("<|im_start|>system\n")
-            assert text.count("<|im_start|>") == 3
-            assert text.endswith(f"?<|im_end|>\n<|im_start|>assistant\n{example.answer_prefix}")
-            with torch.no_grad():
-                output = loaded.model.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=example.max_new_tokens, do_sample=False
-                )
-            answer = output[0, ids.shape[1] :]
-            assert task.score(loaded.tokenizer.decode(answer, skip_special_tokens=True), example) == 1.0
-            assert answer[-1] == loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
-            assert len(answer) < 20
+    (example,) = task.examples(loaded.tokenizer, context_length=1024, count=1, seed=42)
+    prompt = encode(loaded.tokenizer, example)
+    ids = torch.tensor([prompt.input_ids])
+    text = loaded.tokenizer.decode(prompt.input_ids)
+    assert text.startswith("<|im_start|>system\n")
+    assert text.count("<|im_start|>") == 3
+    assert text.endswith(f"?<|im_end|>\n<|im_start|>assistant\n{example.answer_prefix}")
+    with torch.no_grad():
+        output = loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=example.max_new_tokens, do_sample=False
+        )
+    answer = output[0, ids.shape[1] :]
+    assert task.score(loaded.tokenizer.decode(answer, skip_special_tokens=True), example) == 1.0
+    assert answer[-1] == loaded.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert len(answer) < 20

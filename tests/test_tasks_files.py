@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from test_tasks import make_tokenizer, one
+from test_tasks import one
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.task import Example
@@ -36,16 +36,6 @@ from kvbench.tasks.texts import essays
 TASKS = {task.name: task for task in kvbench_tasks()}
 FUNCTION = "def f(x):\n    return x + 1\n"
 STORY = "Ann met Bob in Rome. Nothing else happened that day. " * 8
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def no_data_folder(monkeypatch):
-    monkeypatch.delenv("KVBENCH_DATA", raising=False)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_tasks import make_tokenizer, one
+from test_tasks import one
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.task import Task
@@ -24,16 +24,6 @@ from kvbench.tasks.long_answers import (
     repetition,
 )
 from kvbench.tasks.reasoning import GSM8K, Aime, LongGenBench, Math500, Mrcr, boxed, normal_form
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def no_data_folder(monkeypatch):
-    monkeypatch.delenv("KVBENCH_DATA", raising=False)
 
 
 def whole(example):

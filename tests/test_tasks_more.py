@@ -5,7 +5,7 @@ import re
 from typing import get_args
 
 import pytest
-from test_tasks import make_tokenizer, one
+from test_tasks import one
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.tasks import encode, prompt_length
@@ -18,16 +18,6 @@ from kvbench.tasks.texts import NOISE
 
 RULER = [VariableTracking, CommonWords, FrequentWords]
 INFINITE = [Passkey, NumberString, KVRetrieval, MathFind, CodeRun]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def no_data_folder(monkeypatch):
-    monkeypatch.delenv("KVBENCH_DATA", raising=False)
 
 
 @pytest.mark.parametrize("task", [*RULER, *INFINITE, NeedleGrid])

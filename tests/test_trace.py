@@ -5,8 +5,7 @@ import math
 import random
 
 import pytest
-from test_tasks import make_tokenizer
-from tiny import tiny_model
+from language import save_model
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.report.charts import write
@@ -219,9 +218,7 @@ def test_a_replay_says_what_an_index_is_worth():
 
 @pytest.mark.transformers
 def test_the_command_measures_replays_and_draws(kvbench, tmp_path):
-    tokenizer, place, output = make_tokenizer(), tmp_path / "model", tmp_path / "out"
-    tiny_model(vocab_size=len(tokenizer), eos_token_id=1).save_pretrained(place)
-    tokenizer.save_pretrained(place)
+    place, output = save_model(tmp_path / "model", max_position_embeddings=4096), tmp_path / "out"
     write_requests(tmp_path / "trace.jsonl", some(30))
     arguments = ("trace", tmp_path / "trace.jsonl", "--store", "1MiB", "--output", output)
     code, _, err = kvbench(*arguments)

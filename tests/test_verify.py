@@ -4,12 +4,10 @@ import json
 import shutil
 
 import pytest
+from language import loaded_model
 from test_results import Short
-from test_tasks import make_tokenizer
-from tiny import tiny_model
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.models import LoadedModel
 from kvbench.plugins import registry
 from kvbench.runs import runner
 from kvbench.runs.verify import verify
@@ -22,9 +20,7 @@ def made(tmp_path_factory):
     """A run of the baseline, its task installed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(registry().classes["task"], "short", Short)
-        tokenizer = make_tokenizer()
-        model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=1024, eos_token_id=1)
-        loaded = LoadedModel(model, tokenizer, "tiny", "f", model.device, model.dtype, 1024)
+        loaded = loaded_model()
         request = runner.Request("full", {}, None, "short", {}, 128, 4, 1, probe_examples=1)
         output = tmp_path_factory.mktemp("runs")
         (run,) = runner.execute([runner.plan(request, loaded)], loaded, output, lambda *_: None)

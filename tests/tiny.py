@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -92,8 +93,13 @@ def matrix_policies() -> list[str]:
     All index policies are one class with another index, and every index has tests of its own: an exact one, one of
     clusters and one of a graph that the prompt's queries train go through every way that the class has.
     """
+    return of_each_kind(budgeted_policies())
+
+
+def of_each_kind(policies: Iterable[str]) -> list[str]:
+    """Policies without the index policies that are of a kind with another."""
     classes = registry().classes["policy"]
-    return [name for name in budgeted_policies() if not hasattr(classes[name], "index") or name in INDEX_KINDS]
+    return [name for name in policies if not hasattr(classes[name], "index") or name in INDEX_KINDS]
 
 
 INDEX_KINDS = ("flat", "ivf", "retrieval")

@@ -12,6 +12,7 @@ from kvbench.api.progress import Reporter, Told
 from kvbench.api.results import RunResult, SweepResults, label_of
 from kvbench.api.run import plugins
 from kvbench.contract.errors import KVBenchError, check_output
+from kvbench.runs.shard import shard_named
 
 if TYPE_CHECKING:
     from kvbench.runs.sweep import Outcome, Planned
@@ -67,6 +68,7 @@ def sweep(
     address: str | None = None,
     workers: int | None = None,
     output: str | Path = "kvbench-runs",
+    shard: str | None = None,
     fresh: bool = False,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -74,13 +76,14 @@ def sweep(
     """Run every combination of a sweep, as the command `kvbench sweep` does with the same options.
 
     `file` is the YAML file, or what it would hold as a mapping: policies, budgets, tasks, context_lengths, seeds,
-    models. Runs that fail are in the result's `failures`, with a warning; KVBenchError where none could run, and for a
-    sweep that cannot be, with everything that is wrong with it.
+    models. `shard="3/16"` runs the third of sixteen parts; the others are for other processes or machines, and all may
+    write to one folder. Runs that fail are in the result's `failures`, with a warning; KVBenchError where none could
+    run, and for a sweep that cannot be, with everything that is wrong with it.
     """
     told = Told(progress)
     found = execute(
-        file, _Shown(told), engine=engine, address=address, workers=workers, output=output, fresh=fresh,
-        dry_run=(lambda _: None) if dry_run else None,
+        file, _Shown(told), engine=engine, address=address, workers=workers, output=output, shard=shard,
+        fresh=fresh, dry_run=(lambda _: None) if dry_run else None,
     )  # fmt: skip
     for label, reason in found.failures.items():
         told.warn(f"Failed: {label}: {reason}")
@@ -91,7 +94,7 @@ def sweep(
 
 def execute(
     file: str | Path | Mapping[str, Any], reporter: SweepReporter, *, engine: str, address: str | None,
-    workers: int | None, output: str | Path, fresh: bool,
+    workers: int | None, output: str | Path, shard: str | None, fresh: bool,
     dry_run: Callable[[Sequence[Planned]], None] | None,
 ) -> SweepResults:  # fmt: skip
     """What `sweep` and the command share; runs that fail are in the result, whatever became of the others.
@@ -101,6 +104,7 @@ def execute(
     one_of("--engine", engine, ("local", "ray"))
     if engine == "local" and (address is not None or workers is not None):
         raise KVBenchError("--address and --workers need --engine ray.")
+    part = shard_named(shard)
     folder = Path(output)
     check_output(folder)
     plugins(reporter)
@@ -122,6 +126,7 @@ def execute(
         else:
             here = 0 if address else joined.workers(joined.device)[0]
             plans = plan_sweep(source, here=here, device=joined.device)
+        plans = part.of_runs(plans)
         outcomes: list[Outcome] = []
         if dry_run is None:
             reporter.begin(plans)

@@ -1,4 +1,4 @@
-"""`kvbench results`: compact results for a repository, and the page that is made of them."""
+"""`kvbench results`: compact results for a repository, and the pages that are made of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from kvbench.cli.common import Json, app, load_registry, out
 from kvbench.contract.errors import KVBenchError, check_output, unwritable
 
-results = typer.Typer(help="Compact results for a repository, and the page made of them.", no_args_is_help=True)
+results = typer.Typer(help="Compact results for a repository, and the pages made of them.", no_args_is_help=True)
 app.add_typer(results, name="results")
 
 
@@ -46,7 +46,25 @@ def page_command(
         raise KVBenchError(f"There is no folder {folder}: give one with runs.")
     from kvbench.report.reference import page  # noqa: PLC0415  scipy takes seconds to import
 
-    text = page(folder, published, repository)
+    _write(page(folder, published, repository), output)
+
+
+@results.command("answers")
+def answers_command(
+    folder: Annotated[Path, typer.Argument(help="Folder with runs, whole or packed.")],
+    output: Annotated[Path, typer.Option(help="The Markdown file to write.")],
+    repository: Annotated[Path, typer.Option(help="Repository that the runs' commits are held to.")] = Path(),
+) -> None:
+    """Make the page of long answers: right lines, lengths, bytes and times of each policy, and published findings."""
+    load_registry()
+    if not folder.is_dir():
+        raise KVBenchError(f"There is no folder {folder}: give one with runs.")
+    from kvbench.report.answers_page import answers_page  # noqa: PLC0415  scipy takes seconds to import
+
+    _write(answers_page(folder, repository), output)
+
+
+def _write(text: str, output: Path) -> None:
     try:
         output.write_text(text, "utf-8")
     except OSError as error:

@@ -34,6 +34,12 @@ def sweep(
         typer.Option(help="With --engine ray: runs at once. [default: one for each GPU, else for each node]"),
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the run folders.")] = Path("kvbench-runs"),
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Run the I-th of N parts; the others are for other processes or machines (job arrays)."
+        ),
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Compute every run anew; earlier results are moved to OUTPUT/.replaced.")
     ] = False,
@@ -51,8 +57,8 @@ def sweep(
     tracking = Tracking(wandb, trackio)
     listing = functools.partial(_list, as_json=as_json, elsewhere=address is not None) if dry_run else None
     found = execute(
-        file, _Progress(tracking), engine=engine, address=address, workers=workers, output=output, fresh=fresh,
-        dry_run=listing,
+        file, _Progress(tracking), engine=engine, address=address, workers=workers, output=output, shard=shard,
+        fresh=fresh, dry_run=listing,
     )  # fmt: skip
     if dry_run:
         return

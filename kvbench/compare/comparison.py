@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ from typing import Any
 from kvbench.compare.families import family_of, family_text
 from kvbench.contract.errors import KVBenchError
 from kvbench.identity import Identity
-from kvbench.runs.packed import read_scores
-from kvbench.runs.results import find_runs, read
+from kvbench.runs.complete import complete_runs
 from kvbench.statistics import PairedDifference, averaged_difference, holm, paired_difference
 
 SAME = ("model", "model_fingerprint", "task", "task_options", "task_data", "context_length", "question")
@@ -199,25 +197,9 @@ def _names(configs: Sequence[dict[str, Any]]) -> dict[str, str]:
 def sides(paths: Sequence[Path], skipped: list[str], skip_unfinished: bool) -> dict[str, Side]:
     """The finished runs by cell and side; `skipped` tells of those that cannot be read, and of unfinished ones."""
     found: dict[str, Side] = {}
-    for folder in sorted({os.path.realpath(folder): folder for path in paths for folder in find_runs(path)}.values()):
-        try:
-            run, rows = read(folder), read_scores(folder)
-        except KVBenchError as error:
-            skipped.append(f"Left out: {error}")
-            continue
-        if run["status"] != "complete":
-            unfinished = (
-                f"{folder} is not finished (status {run['status']}, {len(rows)} of "
-                f"{run['config']['examples']} examples)"
-            )
-            if not skip_unfinished:
-                raise KVBenchError(
-                    f"{unfinished}: run the same command again to complete it, or leave it out (--skip-unfinished)."
-                )
-            skipped.append(f"{unfinished} and was left out.")
-            continue
-        key = cell_key(run["config"]) + side_key(run["config"])
-        found.setdefault(key, Side(run["config"])).add(folder, run, rows)
+    for run in complete_runs(paths, skipped, skip_unfinished=skip_unfinished):
+        config = run.document["config"]
+        found.setdefault(cell_key(config) + side_key(config), Side(config)).add(run.folder, run.document, run.rows)
     return found
 
 

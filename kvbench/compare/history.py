@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvbench.compare.comparison import describe
 from kvbench.contract.errors import KVBenchError
-from kvbench.runs.packed import read_scores
-from kvbench.runs.results import find_runs, read
+from kvbench.runs.complete import CompleteRun, complete_runs
 from kvbench.statistics import holm, mean_interval, paired_difference
 
 LEVEL = 0.05
@@ -64,7 +63,7 @@ def history(before: Path, after: Path) -> History:
     sides = [_cells(root, skipped) for root in (before, after)]
     shared = [key for key in sides[0] if key in sides[1]]
     for mine, theirs, root in ((0, 1, before), (1, 0, after)):
-        alone = sorted(sides[mine][key][0].name for key in sides[mine] if key not in sides[theirs])
+        alone = sorted(sides[mine][key].folder.name for key in sides[mine] if key not in sides[theirs])
         if alone:
             skipped.append(f"{len(alone)} runs are in {root} alone, such as {alone[0]}.")
     if not shared:
@@ -75,16 +74,16 @@ def history(before: Path, after: Path) -> History:
     changes: list[Change] = []
     scored: list[float] = []
     for key in shared:
-        (old, run), (new, again) = sides[0][key], sides[1][key]
-        cell = _name(run["config"])
-        before_rows, after_rows = ({row["id"]: row for row in read_scores(folder)} for folder in (old, new))
+        runs = sides[0][key], sides[1][key]
+        cell = _name(runs[0].document["config"])
+        before_rows, after_rows = ({row["id"]: row for row in run.rows} for run in runs)
         scores = [{0: {name: row["score"] for name, row in side.items()}} for side in (before_rows, after_rows)]
         found = paired_difference(scores[0], scores[1])
         scored.append(found.p_value)
         changes.append(
             Change(cell, "accuracy", found.mean_a, found.mean_b, found.difference, found.ci95, found.n, False)
         )
-        devices = [one["environment"].get("device_name") for one in (run, again)]
+        devices = [run.document["environment"].get("device_name") for run in runs]
         other = "" if devices[0] == devices[1] else f"measured on {devices[0]} and {devices[1]}"
         for figure in TIMED:
             change = _ratio(cell, figure, before_rows, after_rows, other)
@@ -94,27 +93,20 @@ def history(before: Path, after: Path) -> History:
         dataclasses.replace(change, beyond_noise=next(corrected) < LEVEL) if change.figure == "accuracy" else change
         for change in changes
     ]
-    return History(_commits(list(sides[0].values())), _commits(list(sides[1].values())), changes, skipped)
+    return History(_commits(sides[0].values()), _commits(sides[1].values()), changes, skipped)
 
 
-def _cells(root: Path, skipped: list[str]) -> dict[str, tuple[Path, dict[str, Any]]]:
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for folder in find_runs(root):
-        try:
-            run = read(folder)
-        except KVBenchError as error:
-            skipped.append(f"Left out: {error}")
-            continue
-        if run["status"] != "complete":
-            skipped.append(f"{folder} is not finished and was left out.")
-            continue
-        key = json.dumps({name: value for name, value in run["config"].items() if name != "plugins"}, sort_keys=True)
+def _cells(root: Path, skipped: list[str]) -> dict[str, CompleteRun]:
+    found: dict[str, CompleteRun] = {}
+    for run in complete_runs([root], skipped):
+        config = run.document["config"]
+        key = json.dumps({name: value for name, value in config.items() if name != "plugins"}, sort_keys=True)
         if key in found:
             raise KVBenchError(
-                f"{root} holds two runs of one cell, {found[key][0].name} and {folder.name}, of two versions of the "
-                "code: give a folder of one commit's runs."
+                f"{root} holds two runs of one cell, {found[key].folder.name} and {run.folder.name}, of two versions "
+                "of the code: give a folder of one commit's runs."
             )
-        found[key] = folder, run
+        found[key] = run
     return found
 
 
@@ -143,9 +135,9 @@ def _name(config: dict[str, Any]) -> str:
     )
 
 
-def _commits(cells: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:
+def _commits(runs: Iterable[CompleteRun]) -> list[str]:
     names = set()
-    for _, run in cells:
-        known = run["environment"].get("commit") or {}
+    for run in runs:
+        known = run.document["environment"].get("commit") or {}
         names.add(str(known.get("id", "unknown"))[:10] + ("+" if known.get("modified") else ""))
     return sorted(names)

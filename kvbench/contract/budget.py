@@ -122,7 +122,7 @@ class Budget(BaseModel):
     def size(self, context: int, token_bytes: int) -> int:
         """Tokens per layer and head, on average, for a context of `context` tokens; raises where it does not fit.
 
-        `token_bytes`: keys and values of one token over all governed layers (`kvbench.engine.cache.token_bytes`).
+        `token_bytes`: keys and values of one token over all governed layers (`kvbench.engine.survey.token_bytes`).
         """
         if self.ratio is not None:
             return max(1, round(self.ratio * context))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
-from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
+from kvbench.engine.cache import PolicyCache
+from kvbench.engine.cached_layer import PolicyCacheLayer
 from kvbench.engine.compression import compress, note
 from kvbench.engine.fixed import FixedDecoder
 from kvbench.engine.governor import Governor

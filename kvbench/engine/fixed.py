@@ -24,7 +24,8 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.step import Clock, FixedStep, Inputs, Part, SplitStep
 from kvbench.contract.storage import KVStore
 from kvbench.engine.bandwidth import elapsed_s, timer
-from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
+from kvbench.engine.cache import PolicyCache
+from kvbench.engine.cached_layer import HybridCacheLayer, PolicyCacheLayer
 from kvbench.engine.calls import left_padding
 from kvbench.engine.governor import Governor
 from kvbench.engine.inherited import unfollowed

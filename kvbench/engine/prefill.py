@@ -16,7 +16,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
-from kvbench.engine.cache import PolicyCacheLayer
+from kvbench.engine.cached_layer import PolicyCacheLayer
 from kvbench.engine.prompt import Prefill, PrefilledLayers
 from kvbench.engine.session import Session
 

@@ -12,7 +12,7 @@ from kvbench.contract.layer import PromptView
 from kvbench.engine.validation import named, told
 
 if TYPE_CHECKING:
-    from kvbench.engine.cache import PolicyCacheLayer
+    from kvbench.engine.cached_layer import PolicyCacheLayer
 
 
 def prompt_attention(

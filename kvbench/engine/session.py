@@ -20,7 +20,8 @@ from kvbench.contract.layer import Layer
 from kvbench.contract.policy import KVCachePolicy, ModelView, Observe
 from kvbench.contract.probe import Probe
 from kvbench.engine.attending import Attending
-from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
+from kvbench.engine.cache import PolicyCache
+from kvbench.engine.cached_layer import PolicyCacheLayer
 from kvbench.engine.calls import check_continued, check_replaceable, left_padding, named, plain_mask, prompt_end
 from kvbench.engine.fixed import FixedCache, FixedDecoder, fixed_decoder
 from kvbench.engine.interface import answering, attached

@@ -7,6 +7,7 @@ each can be captured in a CUDA graph. B is the batch, H query heads, G key/value
 from kvbench.kernels.assign import cluster_sums, nearest
 from kvbench.kernels.attention import Segment, attend, decode, gather, ragged
 from kvbench.kernels.bounds import page_bounds, update_bounds
+from kvbench.kernels.codes import CodedStore, Layout, attend_codes
 from kvbench.kernels.columns import column_sums
 from kvbench.kernels.directions import key_differences
 from kvbench.kernels.evict import attention_weights, replace_worst
@@ -30,11 +31,14 @@ from kvbench.kernels.weigh import weigh
 from kvbench.kernels.weights import group_weights
 
 __all__ = [
+    "CodedStore",
     "HotSlots",
     "KIVICodes",
+    "Layout",
     "LowRankKeys",
     "Segment",
     "attend",
+    "attend_codes",
     "attend_kivi",
     "attend_kivi_blocks",
     "attention_weights",

@@ -27,7 +27,7 @@ WEAK = 0.1
 MADE = "<!-- made by kvbench results page -->"
 
 
-class _Run:
+class PackedRun:
     """A run with its scores."""
 
     def __init__(self, folder: Path, root: Path) -> None:
@@ -75,10 +75,10 @@ def page(results: Path, published: Path, root: Path) -> str:
         figures = yaml.safe_load(published.read_text("utf-8"))
         if not isinstance(figures, dict) or not isinstance(figures.get("claims"), list):
             raise ValueError("it has no list of claims")
-    runs = [_Run(folder, root) for folder in (find_runs(results) if any(results.rglob("run.json")) else ())]
+    runs = packed_runs(results, root)
     lines = ["# Reference results", "", MADE, ""]
-    lines += _provenance(runs)
-    settings: dict[tuple[Any, ...], list[_Run]] = defaultdict(list)
+    lines += provenance(runs)
+    settings: dict[tuple[Any, ...], list[PackedRun]] = defaultdict(list)
     for run in runs:
         settings[run.setting].append(run)
     for setting in sorted(settings, key=str):
@@ -88,7 +88,13 @@ def page(results: Path, published: Path, root: Path) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _provenance(runs: Sequence[_Run]) -> list[str]:
+def packed_runs(results: Path, root: Path) -> list[PackedRun]:
+    """All runs below `results`, none where there are none; KVBenchError for one that cannot be read."""
+    return [PackedRun(folder, root) for folder in (find_runs(results) if any(results.rglob("run.json")) else ())]
+
+
+def provenance(runs: Sequence[PackedRun]) -> list[str]:
+    """How many runs, examples and devices, and which runs are not of the committed code."""
     if not runs:
         return ["No results are committed yet: `kvbench sweep` with the files in `results/` makes them.", ""]
     marks = sorted({run.standing for run in runs if run.standing})
@@ -106,55 +112,55 @@ def _provenance(runs: Sequence[_Run]) -> list[str]:
     return lines
 
 
-def _setting(setting: tuple[Any, ...], runs: Sequence[_Run]) -> list[str]:
+def _setting(setting: tuple[Any, ...], runs: Sequence[PackedRun]) -> list[str]:
     model, scaling, length, question, device = setting
     stretched = f", {scaling}" if scaling else ""
     lines = [f"## {model}{stretched}, {length} tokens, question {question} ({device})", ""]
     exact = {run.task: run for run in runs if run.policy == "full"}
     tasks = sorted({run.task for run in runs})
     weak = {task for task in tasks if task in exact and _accuracy(exact[task]) < WEAK}
-    rows: dict[tuple[str, str, str], dict[str, _Run]] = defaultdict(dict)
+    rows: dict[tuple[str, str, str], dict[str, PackedRun]] = defaultdict(dict)
     for run in runs:
         rows[run.policy, run.size, run.allocator][run.task] = run
     head = ["policy", "budget", *(f"[{task}]" if task in weak else task for task in tasks), "mean"]
     judged = [task for task in tasks if task not in weak]
 
-    def mean(found: Mapping[str, _Run], names: Sequence[str]) -> float | None:
+    def mean(found: Mapping[str, PackedRun], names: Sequence[str]) -> float | None:
         known = [_accuracy(found[task]) for task in names if task in found]
         return sum(known) / len(known) if len(known) == len(names) and known else None
 
     order = sorted(rows, key=lambda key: (-(mean(rows[key], judged) or -1.0), key))
-    lines += _table(head, [
+    lines += markdown_table(head, [
         [_named(key, rows[key]), _budget(key), *(_cell(rows[key].get(task)) for task in tasks),
-         _percent(mean(rows[key], judged))]
+         percent(mean(rows[key], judged))]
         for key in order
     ])  # fmt: skip
     lines += ["### Accuracy against bytes and latency", ""]
-    lines += _table(
+    lines += markdown_table(
         ["policy", "budget", "mean", "bytes held, MiB", "TTFT, s", "TPOT p50, ms", "steps"],
-        [[_named(key, rows[key]), _budget(key), _percent(mean(rows[key], judged)),
+        [[_named(key, rows[key]), _budget(key), percent(mean(rows[key], judged)),
           *_costs(list(rows[key].values()))] for key in order],
     )  # fmt: skip
     families = {name: [task for task in judged if task.startswith(starts)] for name, starts in FAMILIES.items()}
     lines += ["### Ranking by family of tasks", ""]
-    lines += _table(
+    lines += markdown_table(
         ["family", "tasks", "exact", "best first"],
-        [[name, ", ".join(names), _percent(mean(exact, names)), _ranking(rows, names, mean)]
+        [[name, ", ".join(names), percent(mean(exact, names)), _ranking(rows, names, mean)]
          for name, names in families.items() if names],
     )  # fmt: skip
     return lines
 
 
 def _ranking(
-    rows: Mapping[tuple[str, str, str], Mapping[str, _Run]], tasks: Sequence[str],
-    mean: Callable[[Mapping[str, _Run], Sequence[str]], float | None],
+    rows: Mapping[tuple[str, str, str], Mapping[str, PackedRun]], tasks: Sequence[str],
+    mean: Callable[[Mapping[str, PackedRun], Sequence[str]], float | None],
 ) -> str:  # fmt: skip
     found = [(value, key) for key in rows if key[0] != "full" and (value := mean(rows[key], tasks)) is not None]
     found.sort(key=lambda pair: (-pair[0], pair[1]))
-    return ", ".join(f"{' '.join(filter(None, key))} {_percent(value)}" for value, key in found[:8])
+    return ", ".join(f"{' '.join(filter(None, key))} {percent(value)}" for value, key in found[:8])
 
 
-def _claims(runs: Sequence[_Run], figures: Mapping[str, Any]) -> list[str]:
+def _claims(runs: Sequence[PackedRun], figures: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Published claims",
         "",
@@ -166,11 +172,11 @@ def _claims(runs: Sequence[_Run], figures: Mapping[str, Any]) -> list[str]:
     for claim in figures["claims"]:
         for setting, verdict, ours in _verdicts(runs, claim) or [("", "not measured", "")]:
             rows.append([str(claim["text"]), str(figures["sources"][claim["source"]]), setting, ours, verdict])
-    lines += _table(["claim", "source", "our setting", "ours, difference", "verdict"], rows)
+    lines += markdown_table(["claim", "source", "our setting", "ours, difference", "verdict"], rows)
     return lines
 
 
-def _verdicts(runs: Sequence[_Run], claim: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _verdicts(runs: Sequence[PackedRun], claim: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     question, found = claim.get("question", "aware"), []
     for run in runs:
         if (run.policy, run.task, run.config["question"]) != (claim["policy"], claim["task"], question):
@@ -191,7 +197,7 @@ def _verdicts(runs: Sequence[_Run], claim: Mapping[str, Any]) -> list[tuple[str,
     return found
 
 
-def _verdict(claim: Mapping[str, Any], result: PairedDifference, other: _Run) -> str:
+def _verdict(claim: Mapping[str, Any], result: PairedDifference, other: PackedRun) -> str:
     low, high = result.ci95
     if other.policy == "full" and result.mean_a < WEAK:
         return "cannot be judged: exact attention fails, too"
@@ -208,7 +214,7 @@ def _verdict(claim: Mapping[str, Any], result: PairedDifference, other: _Run) ->
     raise KVBenchError(f"The claim '{claim['text']}' holds '{claim['holds']}': expected higher, lower or near.")
 
 
-def _tables(runs: Sequence[_Run], figures: Mapping[str, Any]) -> list[str]:
+def _tables(runs: Sequence[PackedRun], figures: Mapping[str, Any]) -> list[str]:
     lines = ["## Published tables beside ours", ""]
     for table in figures.get("tables", ()):
         lines += [f"### {table['title']}", "", f"Source: {figures['sources'][table['source']]}.", ""]
@@ -216,7 +222,7 @@ def _tables(runs: Sequence[_Run], figures: Mapping[str, Any]) -> list[str]:
         rows = [[str(name), *("–" if value is None else f"{value:g}" for value in values)]
                 for name, values in table["rows"].items()]  # fmt: skip
         tasks = list(table["rows"]) if ours.get("rows") == "task" else [ours["task"]] if "task" in ours else []
-        groups: dict[tuple[Any, ...], dict[str, _Run]] = defaultdict(dict)
+        groups: dict[tuple[Any, ...], dict[str, PackedRun]] = defaultdict(dict)
         for run in runs:
             if run.task in tasks and run.policy in columns and run.allocator in ("", "uniform"):
                 sizes = {other.size for other in runs if other.cell == run.cell and other.size}
@@ -226,15 +232,15 @@ def _tables(runs: Sequence[_Run], figures: Mapping[str, Any]) -> list[str]:
             model, _, length, question, _, task, size = key
             name = f"ours: {task}, {model}, {length} tokens, {question}, {size}"
             rows.append([name, *(_cell(groups[key].get(column)) for column in columns)])
-        lines += _table(["", *columns], rows)
+        lines += markdown_table(["", *columns], rows)
     return lines
 
 
-def _accuracy(run: _Run) -> float:
+def _accuracy(run: PackedRun) -> float:
     return float(run.metrics["accuracy"]["mean"])
 
 
-def _named(key: tuple[str, str, str], found: Mapping[str, _Run]) -> str:
+def _named(key: tuple[str, str, str], found: Mapping[str, PackedRun]) -> str:
     return key[0] + (" †" if any(run.standing for run in found.values()) else "")
 
 
@@ -242,15 +248,15 @@ def _budget(key: tuple[str, str, str]) -> str:
     return " ".join(filter(None, key[1:])) or "–"
 
 
-def _cell(run: _Run | None) -> str:
+def _cell(run: PackedRun | None) -> str:
     if run is None:
         return "–"
     low, high = run.metrics["accuracy"]["ci95"]
     interval = "" if low is None else f" ({100 * low:.0f}–{100 * high:.0f})"
-    return f"{_percent(_accuracy(run))}{interval}" + (f" n {len(run.rows)}" if len(run.rows) < 10 else "")
+    return f"{percent(_accuracy(run))}{interval}" + (f" n {len(run.rows)}" if len(run.rows) < 10 else "")
 
 
-def _costs(runs: Sequence[_Run]) -> list[str]:
+def _costs(runs: Sequence[PackedRun]) -> list[str]:
     steps = [step for run in runs if (step := run.step_s) is not None]
     firsts = [float(total) for run in runs if (total := run.metrics["ttft_s"].get("total")) is not None]
     held = sum(run.held for run in runs) / len(runs) / 2**20
@@ -261,7 +267,8 @@ def _costs(runs: Sequence[_Run]) -> list[str]:
     ]  # fmt: skip
 
 
-def _percent(value: float | None) -> str:
+def percent(value: float | None) -> str:
+    """A share in percent."""
     return "–" if value is None else f"{100 * value:.1f}"
 
 
@@ -269,7 +276,8 @@ def _span(values: Sequence[int]) -> str:
     return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, and an empty one."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]

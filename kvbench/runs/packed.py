@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from kvbench.runs.results import find_runs, finished_rows, read
 SCORES = "scores.jsonl"
 DIGITS = 5
 """Significant digits of what is timed."""
+PARTS = 8
+"""Parts of a long answer of which the times, and the tokens held, are kept."""
+LONG = 64
+"""Steps of an answer from which on they are."""
 
 
 def pack(sources: Sequence[Path], output: Path) -> list[Path]:
@@ -56,6 +61,8 @@ def is_packed(folder: Path) -> bool:
 def read_scores(folder: Path) -> list[dict[str, Any]]:
     """Each example's `id` and `score`, and where known its `ttft_s`, its median `step_s` and its `bytes` in all.
 
+    Of a long answer also `step_s_parts` and `held_parts`, the medians of its eighths.
+
     Of a whole run's folder or of a packed one. Raises KVBenchError for a file that cannot be read.
     """
     if not is_packed(folder):
@@ -82,8 +89,18 @@ def _short(row: dict[str, Any]) -> dict[str, Any]:
     steps = row.get("device_step_s") or row["step_s"]
     if steps:
         found["step_s"] = _rounded(statistics.median(steps))
+    if len(steps) >= LONG:
+        found["step_s_parts"] = _parts(steps)
+    if len(held := row.get("held_tokens") or []) >= LONG:
+        found["held_parts"] = _parts(held)
     found["bytes"] = round(sum(row["bytes"].get(tier, 0) for tier in ("resident", "offloaded", "index")))
     return found
+
+
+def _parts(values: Sequence[float]) -> list[float]:
+    """The medians of eighths of an answer."""
+    edges = [len(values) * part // PARTS for part in range(PARTS + 1)]
+    return [_rounded(statistics.median(values[a:b])) for a, b in pairwise(edges)]
 
 
 def _rounded(value: float) -> float:

@@ -146,10 +146,12 @@ def _plan_cell(
         for policy_index, policy in enumerate(sweep.policies):
             for budget_index, budget in enumerate(sweep.budgets):
                 takes_budget = registry().find("policy", policy.name).takes_budget
-                place = ("budgets", budget_index) if takes_budget else ("policies", policy_index)
+                own = {} if policy.compress_every is None else {"compress_every": policy.compress_every}
+                place = ("budgets", budget_index) if takes_budget and not own else ("policies", policy_index)
                 with problems.at(*place):
                     request = Request(
-                        policy=policy.name, policy_options=policy.options, budget=budget, task=task.name,
+                        policy=policy.name, policy_options=policy.options, task=task.name,
+                        budget=budget.model_copy(update=own),
                         task_options=task.options, context_length=length, examples=sweep.examples, seed=seed,
                         question=sweep.question, prefill_chunk=sweep.prefill_chunk, recall_k=sweep.recall_k,
                         probe_examples=sweep.probe_examples, probes=tuple(sweep.probes), batch_size=sweep.batch_size,

@@ -48,9 +48,14 @@ class Choice(_Strict):
 
 
 class PolicyChoice(Choice):
-    """A policy of a sweep, with its options and, where it has its own, its number of dense first layers."""
+    """A policy of a sweep, with its options.
+
+    It may have its own number of dense first layers, and an interval of compression (`Budget.compress_every`) that its
+    runs have with every budget.
+    """
 
     dense_layers: int | None = Field(default=None, ge=0, le=LARGEST)
+    compress_every: int | None = Field(default=None, ge=1, le=LARGEST)
 
 
 Policies = Annotated[list[Annotated[PolicyChoice, BeforeValidator(_named)]], Field(min_length=1)]

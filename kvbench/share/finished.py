@@ -12,8 +12,9 @@ from kvbench.compare.comparison import describe
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.task import ForcedTask
 from kvbench.plugins import registry
+from kvbench.runs.complete import complete_runs
 from kvbench.runs.config import RunConfig
-from kvbench.runs.results import find_runs, finished_rows, read
+from kvbench.runs.results import finished_rows
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,11 @@ def finished_runs(folders: Sequence[Path]) -> tuple[list[Finished], list[str]]:
 
     Raises KVBenchError where none is complete.
     """
-    found, left_out = [], []
-    for path in dict.fromkeys(path for folder in folders for path in find_runs(folder)):
-        try:
-            document, rows = read(path), finished_rows(path)
-        except KVBenchError as error:
-            left_out.append(f"Left out: {error}")
-            continue
-        if document["status"] != "complete":
-            left_out.append(f"Left out: {path} is {document['status']}; the same command continues it.")
-            continue
-        found.append(Finished(path, RunConfig.model_validate(document["config"]), document, rows))
+    left_out: list[str] = []
+    found = [
+        Finished(run.folder, RunConfig.model_validate(run.document["config"]), run.document, run.rows)
+        for run in complete_runs(folders, left_out, read_rows=finished_rows)
+    ]
     if not found:
         raise KVBenchError(f"No run in {', '.join(map(str, folders))} is complete. {left_out[0]}")
     return found, left_out

@@ -16,7 +16,7 @@ from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part, lengths_at, rows_of
 from kvbench.contract.storage import Storage, StorageFactory, TokenBuffer
-from kvbench.kernels.attention import decode
+from kvbench.kernels.codes import CodedStore, Layout, attend_codes, decoded
 from kvbench.kernels.insert import insert
 
 _PIECES = 8
@@ -38,9 +38,19 @@ class CodedTokens(Storage):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The codes, uint8 [..., w], of vectors `x` [..., d], and what scales them, [..., s]."""
 
+    @property
     @abstractmethod
+    def layout(self) -> Layout:
+        """What the bytes of the codes stand for."""
+
+    def turn(self, size: int) -> Tensor | None:
+        """The orthogonal matrix [d, d] that vectors of `size` numbers were multiplied with before, float32; or None."""
+        return None
+
     def decode(self, codes: Tensor, scales: Tensor, size: int) -> Tensor:
         """The vectors [..., size] that the codes stand for."""
+        found, turn = decoded(codes, scales, self.layout), self.turn(size)
+        return found if turn is None else found @ turn.T
 
     def _encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
         pieces = [self.encode(part) for part in x.chunk(_PIECES, dim=2)]
@@ -116,14 +126,14 @@ class CodingPolicy(KVCachePolicy):
         return Selection(everything=True)
 
     def fixed_step(self, parts: Sequence[Part], clock: Clock) -> FixedStep | str | None:
-        """Codes in place, decoded for the step to memory that all layers share."""
+        """Codes in place, which a kernel attends to."""
         return CodedStep(parts, clock)
 
 
 class CodedStep(FixedStep):
-    """Encodes the step's token, decodes all tokens to shared memory and attends to them there.
+    """Encodes the step's token and attends to the codes, which a kernel decodes as it reads them.
 
-    A kernel that decoded inside attention would read the codes alone; this one writes and reads them decoded as well.
+    Where vectors were turned before they were coded, so is the query, and the output is turned back.
     """
 
     def __init__(self, parts: Sequence[Part], clock: Clock) -> None:
@@ -139,23 +149,30 @@ class CodedStep(FixedStep):
             for target, given in zip(self._held, aside.coded(), strict=True):
                 target[list(rows_of(part)), :, : given.shape[2]] = given
             part.layer.store.release_aside()
-        key = "coded", *shape, *first.sizes, first.dtype
-        if key not in clock.shared:
-            device = clock.positions.device
-            clock.shared[key] = [torch.zeros(*shape, size, dtype=first.dtype, device=device) for size in first.sizes]
-        self._keys, self._values = clock.shared[key]
+        self._turns = [self._codes.turn(size) for size in first.sizes]
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Encode the token, decode everything and attend."""
+        """Encode the token and attend to all codes."""
         key_codes, key_scales, value_codes, value_scales = self._held
-        (new_key, key_scale), (new_value, value_scale) = self._codes.encode(keys), self._codes.encode(values)
+        (new_key, key_scale), (new_value, value_scale) = self._encoded(keys, values)
         insert(key_codes, value_codes, new_key, new_value, self._positions)
         if key_scales.shape[3]:
             insert(key_scales, value_scales, key_scale, value_scale, self._positions)
-        self._keys.copy_(self._codes.decode(key_codes, key_scales, self._codes.sizes[0]))
-        self._values.copy_(self._codes.decode(value_codes, value_scales, self._codes.sizes[1]))
-        lengths = self._positions + 1
-        return decode(queries, self._keys, self._values, lengths, scaling=self._scaling, dtype=queries.dtype)[0]
+        turn, back = self._turns
+        asked = queries if turn is None else (queries.float() @ turn).to(queries.dtype)
+        store = CodedStore(
+            key_codes, key_scales, value_codes, value_scales, self._positions + 1, self._codes.layout, self._codes.sizes
+        )
+        dtype = queries.dtype if back is None else torch.float32
+        output = attend_codes(asked, store, scaling=self._scaling, dtype=dtype)[0]
+        return output if back is None else (output @ back.T).to(queries.dtype)
+
+    def _encoded(self, keys: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Codes and scales of both, at once where they are alike."""
+        if keys.shape != values.shape:
+            return [self._codes.encode(keys), self._codes.encode(values)]
+        codes, scales = self._codes.encode(torch.stack([keys, values]))
+        return list(zip(codes, scales, strict=True))
 
     def bytes(self) -> dict[str, int]:
         """Codes and scales, on the device."""

@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvbench.contract import extension
+from kvbench.kernels.codes import Layout
 from kvbench.strategies.compressing.coded_tokens import CodedTokens, CodingPolicy
 
 _KINDS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -25,10 +26,10 @@ class FP8Tokens(CodedTokens):
             wide = wide / scale
         return wide.clamp(-largest, largest).to(kind).view(torch.uint8), scale
 
-    def decode(self, codes: Tensor, scales: Tensor, size: int) -> Tensor:
-        """The floats, times scales where there are any."""
-        wide = codes.view(_KINDS[self.options.format]).float()
-        return wide * scales if scales.shape[-1] else wide
+    @property
+    def layout(self) -> Layout:
+        """Floats of the format."""
+        return Layout(self.options.format)
 
 
 class FP8(CodingPolicy):

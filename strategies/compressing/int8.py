@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvbench.kernels.codes import Layout
 from kvbench.strategies.compressing.coded_tokens import CodedTokens, CodingPolicy
 
 
@@ -15,9 +16,10 @@ class Int8Tokens(CodedTokens):
         scale = (wide.abs().amax(-1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
         return (wide / scale).round_().to(torch.int8).view(torch.uint8), scale
 
-    def decode(self, codes: Tensor, scales: Tensor, size: int) -> Tensor:
-        """Codes times scales."""
-        return codes.view(torch.int8) * scales
+    @property
+    def layout(self) -> Layout:
+        """Integers."""
+        return Layout("int8")
 
 
 class Int8(CodingPolicy):

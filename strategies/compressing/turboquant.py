@@ -10,8 +10,9 @@ from torch import Tensor
 from kvbench.contract import extension
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.policy import Place
+from kvbench.kernels.codes import Layout
 from kvbench.strategies.compressing.coded_tokens import CodedTokens, CodingPolicy
-from kvbench.strategies.compressing.kivi_storage import pack, unpack
+from kvbench.strategies.compressing.kivi_storage import pack
 
 
 @lru_cache
@@ -57,28 +58,25 @@ class TurboTokens(CodedTokens):
         self.levels = levels(self.options.bits).to(device)
         self.edges = (self.levels[1:] + self.levels[:-1]) / 2
 
-    def _turn(self, size: int) -> Tensor:
+    def turn(self, size: int) -> Tensor:
+        """The rotation."""
         return self.turns[self.sizes.index(size)]
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Rotate, scale to a standard normal's range, and take the nearest levels."""
         size, bits, wide = x.shape[-1], self.options.bits, x.float()
         norm = wide.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-        turned = wide @ self._turn(size)
+        turned = wide @ self.turn(size)
         codes = torch.bucketize(turned * (size**0.5 / norm), self.edges, out_int32=True).to(torch.uint8)
         scale = norm / self.levels[codes.int()].norm(dim=-1, keepdim=True)
         if bits == 3:
             return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], dim=-1), scale.half()
         return pack(codes, bits), scale.half()
 
-    def decode(self, codes: Tensor, scales: Tensor, size: int) -> Tensor:
-        """Levels, times the norm, rotated back."""
-        bits = self.options.bits
-        if bits == 3:
-            found = unpack(codes[..., : size // 4], 2) | (unpack(codes[..., size // 4 :], 1) << 2)
-        else:
-            found = unpack(codes, bits)
-        return (self.levels[found.int()] * scales.float()) @ self._turn(size).T
+    @property
+    def layout(self) -> Layout:
+        """Levels of a standard normal number."""
+        return Layout("levels", self.options.bits, self.levels)
 
 
 class TurboQuant(CodingPolicy):

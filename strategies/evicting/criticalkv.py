@@ -11,7 +11,7 @@ from kvbench.contract.compression import head_budgets
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
-from kvbench.strategies.evicting.snapkv import WindowPolicy, held_votes, pooled, window_votes
+from kvbench.strategies.evicting.snapkv import WindowPolicy, held_scores, prompt_scores
 
 _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "attn_out", "proj")
 """What models call an attention module's output projection."""
@@ -74,19 +74,13 @@ class CriticalKV(WindowPolicy):
         if layer.budget.covers_all:
             return
         window = queries.shape[2]
-        before = layer.tokens - window
-        votes = window_votes(queries, keys, layer.scaling)[..., :before] / window
-        scores = pooled(votes, layer.kv_heads, self.options.kernel, self.options.pooling)
-        layer.keep_top(self._two_stages(layer, scores, values[:, :, :before], window))
+        scores = prompt_scores(layer, queries, keys, self.options) / window
+        layer.keep_top(self._two_stages(layer, scores, values[:, :, : layer.tokens - window], window))
 
     def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
         """Score what is held by the latest queries, in two stages; the window stays."""
-        window, groups = held.queries.shape[2], held.keys.shape[1]
-        newest = held.newest(self.options.window)
-        votes = held_votes(held, layer.scaling) / window
-        gone = (newest | ~held.real).repeat_interleave(votes.shape[1] // groups, dim=1)
-        scores = pooled(votes.masked_fill(gone, 0), groups, self.options.kernel, self.options.pooling)
-        scores = scores.masked_fill(newest | ~held.real, -1)
+        scores, newest = held_scores(held, layer.scaling, self.options)
+        scores = (scores / held.queries.shape[2]).masked_fill(newest | ~held.real, -1)
         return self._two_stages(layer, scores, held.values, self.options.window).masked_fill(newest, torch.inf)
 
     def _two_stages(self, layer: Layer, scores: Tensor, values: Tensor, window: int) -> Tensor:

@@ -1,6 +1,6 @@
 """SnapKV (arXiv 2404.14469): keep what the prompt's last queries attend to."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, Field
@@ -47,6 +47,21 @@ def pooled(votes: Tensor, kv_heads: int, kernel: int, pooling: Literal["avg", "m
     return wide.view(votes.shape[0], kv_heads, -1, votes.shape[2]).mean(2)
 
 
+def prompt_scores(layer: Layer, queries: Tensor, keys: Tensor, options: Any) -> Tensor:
+    """SnapKV's scores [B, G, n − w] of the tokens before the prompt's last w queries, by its `kernel` and `pooling`."""
+    votes = window_votes(queries, keys, layer.scaling)[..., : layer.tokens - queries.shape[2]]
+    return pooled(votes, layer.kv_heads, options.kernel, options.pooling)
+
+
+def held_scores(held: HeldTokens, scaling: float, options: Any) -> tuple[Tensor, Tensor]:
+    """The same scores [B, G, t] of what is held, by the latest queries, and marks of the newest `window` tokens."""
+    votes, newest = held_votes(held, scaling), held.newest(options.window)
+    groups = held.keys.shape[1]
+    # the window has no part in the pooling, as where the prompt is scored
+    before = votes.masked_fill(newest.repeat_interleave(votes.shape[1] // groups, dim=1), 0)
+    return pooled(before, groups, options.kernel, options.pooling), newest
+
+
 class WindowPolicy(KVCachePolicy):
     """A policy that looks at the prompt's last queries, `window` of its options, and always keeps their tokens."""
 
@@ -78,19 +93,10 @@ class SnapKV(WindowPolicy):
 
     def prefill(self, layer: Layer, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Vote with the observation window's attention, pool, and keep the top of the budget."""
-        if layer.budget.covers_all:
-            return
-        before = layer.tokens - queries.shape[2]
-        votes = window_votes(queries, keys, layer.scaling)[..., :before]
-        layer.keep_top(pooled(votes, layer.kv_heads, self.options.kernel, self.options.pooling))
+        if not layer.budget.covers_all:
+            layer.keep_top(prompt_scores(layer, queries, keys, self.options))
 
     def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
         """Vote with the latest queries as with the prompt's; the window stays."""
-        queries, window = held.queries, self.options.window
-        summed = held_votes(held, layer.scaling)
-        newest = held.newest(window)
-        share = queries.shape[1] // held.keys.shape[1]
-        # the window has no part in the pooling, as where the prompt is scored
-        summed = summed.masked_fill(newest.repeat_interleave(share, dim=1), 0)
-        scores = pooled(summed, held.keys.shape[1], self.options.kernel, self.options.pooling)
+        scores, newest = held_scores(held, layer.scaling, self.options)
         return scores.masked_fill(newest, torch.inf)

@@ -23,9 +23,10 @@ class TriAttention(KVCachePolicy):
 
     A key at distance δ scores the mean over offsets Δ = 1, 2, 4, … of Σ_f |q̄_f||k_f| cos(ω_f(δ + Δ) + φ_f), which is
     the inner product with the mean query q̄ (before rotation) rotated Δ further, plus Σ_f (E|q_f| − |q̄_f|)|k_f| for
-    what the mean says nothing about. Scores are standardised for each query head; a group takes the largest. Mean and
-    norms are those of the prompt's queries, where the paper calibrates them offline. Its mode is `--compress-every
-    128`; without it the answer is kept.
+    what the mean says nothing about. Scores are standardised for each query head over the tokens that compete; a group
+    takes the largest. Mean and norms are those of the prompt's queries, where the paper calibrates them offline. The
+    paper's mode is `--compress-every 128`: the prompt stays, within the budget, and the answer is compressed. Without
+    it the prompt is cut down to the budget and the answer is kept.
     """
 
     name = "triattention"
@@ -40,6 +41,9 @@ class TriAttention(KVCachePolicy):
 
         furthest: int = Field(65536, ge=1, le=2**24, description="largest of the offsets 1, 2, 4, …")
         recent: int = Field(1, ge=1, description="most recent tokens, always kept")
+        keep_prompt: bool = Field(
+            True, description="with --compress-every: keep the whole prompt and compress the answer alone"
+        )
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The latest tokens."""
@@ -61,13 +65,29 @@ class TriAttention(KVCachePolicy):
             norms.append(_magnitudes(plain, found).mean(1))
         layer.state["mean"] = torch.stack(means, dim=1)
         layer.state["beside"] = torch.stack(norms, dim=1) - _magnitudes(layer.state["mean"], found)
+        if self._keeps_prompt(layer):
+            least = layer.tokens + self.options.recent
+            if layer.budget.least < least:
+                raise KVBenchError(
+                    f"Policy 'triattention' keeps the prompt, and the budget of layer {layer.number}, "
+                    f"{layer.budget.least} tokens, has no room for its {layer.tokens} tokens and {self.options.recent} "
+                    f"of the answer: give at least {least} with --tokens, or -o keep_prompt=false."
+                )
+            return
         scores = self._scores(layer, keys, layer.tokens, None)
         layer.keep_top(scores[..., : layer.tokens - self.options.recent])
 
+    def _keeps_prompt(self, layer: Layer) -> bool:
+        return bool(layer.budget.every and self.options.keep_prompt)
+
     def score_held(self, layer: Layer, held: HeldTokens) -> Tensor:
-        """Score what is held from its distances to the next positions; the latest tokens stay."""
-        scores = self._scores(layer, held.keys, held.tokens, held.real)
-        return scores.masked_fill(held.newest(self.options.recent), torch.inf)
+        """Score what is held from its distances to the next positions; the latest tokens stay, and the prompt does."""
+        spared = held.newest(self.options.recent)
+        prompt = held.real & (held.ids < layer.prompt_tokens)
+        competing = held.real
+        if self._keeps_prompt(layer):
+            spared, competing = spared | prompt, competing & ~prompt
+        return self._scores(layer, held.keys, held.tokens, competing).masked_fill(spared, torch.inf)
 
     @staticmethod
     def _pairs(layer: Layer, device: torch.device) -> Pairs:
@@ -80,7 +100,7 @@ class TriAttention(KVCachePolicy):
         return found
 
     def _scores(self, layer: Layer, keys: Tensor, tokens: int, real: Tensor | None) -> Tensor:
-        """Scores [B, G, t] of keys [B, G, t, d] in a context of `tokens` tokens."""
+        """Scores [B, G, t] of keys [B, G, t, d] in a context of `tokens` tokens; `real` bool [B, G, t] ones compete."""
         offsets = 2 ** torch.arange(self.options.furthest.bit_length())
         mean, beside = layer.state["mean"], layer.state["beside"]
         ahead = mean[:, :, None].expand(-1, -1, len(offsets), -1)

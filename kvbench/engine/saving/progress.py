@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kvbench.contract.reading import reading
-from kvbench.engine.cache import PolicyCache, PolicyCacheLayer
+from kvbench.engine.cache import PolicyCache
+from kvbench.engine.cached_layer import PolicyCacheLayer
 from kvbench.engine.saving.files import StateFile, damaged, write
 from kvbench.engine.saving.identify import about, check_same
 from kvbench.engine.saving.memory import Views, pack

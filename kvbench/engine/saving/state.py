@@ -14,7 +14,8 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.layer import Layer
 from kvbench.contract.reading import plain
 from kvbench.contract.storage import KVStore
-from kvbench.engine.cache import HybridCacheLayer, PolicyCache, PolicyCacheLayer
+from kvbench.engine.cache import PolicyCache
+from kvbench.engine.cached_layer import HybridCacheLayer, PolicyCacheLayer
 from kvbench.engine.governor import Governor
 from kvbench.engine.lanes import Lane
 from kvbench.engine.prompt import Attends

@@ -11,20 +11,17 @@ from kvbench import figures
 from kvbench.compare.wording import budget_text
 from kvbench.report.charts.chart import (
     MIB,
-    WIDTH,
     Chart,
-    base_row,
-    commands_of,
-    in_few_words,
+    Row,
     missing_chart,
     panel_height,
     percent,
     policy_legend,
     policy_styles,
-    portions,
+    setting_charts,
     setting_text,
 )
-from kvbench.report.collect import Collection, ReportRun, Setting, labels
+from kvbench.report.collect import Collection, ReportRun, Setting
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
@@ -76,36 +73,31 @@ def accuracy_latency_charts(found: Collection) -> list[Chart]:
 
 
 def _fronts(found: Collection, name: str, title: str, quantities: Sequence[_Quantity], lead: str) -> list[Chart]:
-    groups = found.settings()
-    scales = _scales(found, quantities)
-    result = []
-    for suffix, settings in portions(groups, MOST_SETTINGS):
-        rows, words = [], []
-        shown = {setting: groups[setting] for setting in settings}
-        for setting, runs in shown.items():
-            names = labels(runs)
-            for run in runs:
-                low, high = run.metrics["accuracy"]["ci95"]
-                rows.append({
-                    **base_row(run, names[id(run)]), "accuracy": run.accuracy, "low": low, "high": high,
-                    "examples": run.metrics["accuracy"]["n"],
-                    **{f"{tier}_bytes": value for tier, value in run.metrics["bytes"].items()},
-                    "total_bytes": run.total_bytes, "tpot_p50_s": run.metrics["tpot_s"]["p50"],
-                    "ttft_s": run.metrics["ttft_s"]["total"],
-                })  # fmt: skip
-            first = quantities[0]
-            words.append(f"{setting_text(setting, found)}: " + in_few_words(
-                f"{names[id(run)]} {percent(run.accuracy)}" + (
-                    f" at {value:.4g} {first.unit}" if (value := first.of(run)) is not None else "")
-                for run in runs) + ".")  # fmt: skip
-        heights = [panel_height(len({run.policy for run in runs})) for runs in shown.values()]
-        result.append(Chart(
-            f"{name}{suffix}", title, lead + _READ, rows, " ".join(words),
-            commands=commands_of(run for part in shown.values() for run in part),
-            paint=partial(_paint, groups=shown, found=found, quantities=quantities, scales=scales, heights=heights),
-            size=(WIDTH, 0.2 + 2 * sum(heights)),
-        ))  # fmt: skip
-    return result or [missing_chart(name, title, found)]
+    first = quantities[0]
+
+    def row(run: ReportRun) -> list[Row]:
+        low, high = run.metrics["accuracy"]["ci95"]
+        return [{
+            "accuracy": run.accuracy, "low": low, "high": high, "examples": run.metrics["accuracy"]["n"],
+            **{f"{tier}_bytes": value for tier, value in run.metrics["bytes"].items()},
+            "total_bytes": run.total_bytes, "tpot_p50_s": run.metrics["tpot_s"]["p50"],
+            "ttft_s": run.metrics["ttft_s"]["total"],
+        }]  # fmt: skip
+
+    def told(run: ReportRun, label: str) -> str:
+        value = first.of(run)
+        return f"{label} {percent(run.accuracy)}" + ("" if value is None else f" at {value:.4g} {first.unit}")
+
+    return setting_charts(
+        found, found.runs, Chart(name, title, lead + _READ), row=row, told=told, most=MOST_SETTINGS,
+        paint=partial(_paint, quantities=quantities, scales=_scales(found, quantities)),
+        height=lambda shown: 0.2 + 2 * sum(_heights(shown)),
+    ) or [missing_chart(name, title, found)]  # fmt: skip
+
+
+def _heights(groups: Mapping[Setting, list[ReportRun]]) -> list[float]:
+    """Inches of a panel of each setting."""
+    return [panel_height(len({run.policy for run in runs})) for runs in groups.values()]
 
 
 def _scales(found: Collection, quantities: Sequence[_Quantity]) -> dict[str, bool]:
@@ -118,13 +110,16 @@ def _scales(found: Collection, quantities: Sequence[_Quantity]) -> dict[str, boo
 
 def _paint(
     figure: FigureBase, groups: Mapping[Setting, list[ReportRun]], found: Collection, quantities: Sequence[_Quantity],
-    scales: Mapping[str, bool], heights: Sequence[float],
+    scales: Mapping[str, bool],
 ) -> None:  # fmt: skip
     from kvbench.report.charts.scatter import Point, scatter  # noqa: PLC0415 - imports matplotlib, slow
 
     styles = policy_styles(found.runs)
     grid = figure.subplots(
-        2 * len(groups), 1, squeeze=False, gridspec_kw={"height_ratios": [h for h in heights for _ in quantities]}
+        2 * len(groups),
+        1,
+        squeeze=False,
+        gridspec_kw={"height_ratios": [h for h in _heights(groups) for _ in quantities]},
     )
     for row, (setting, runs) in enumerate(groups.items()):
         for place, quantity in enumerate(quantities):

@@ -7,17 +7,7 @@ from functools import partial
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from kvbench.report.charts.chart import (
-    WIDTH,
-    Chart,
-    base_row,
-    commands_of,
-    in_few_words,
-    policy_styles,
-    portions,
-    run_styles,
-    setting_text,
-)
+from kvbench.report.charts.chart import Chart, policy_styles, run_styles, setting_charts, setting_text
 from kvbench.report.collect import Collection, ReportRun, Setting, labels
 
 if TYPE_CHECKING:
@@ -33,27 +23,20 @@ def answer_charts(found: Collection) -> list[Chart]:
     """The figures of tokens held and times over the answer; none where no cache was compressed over a long answer."""
     curves = {id(run): curve for run in found.runs if len(curve := _curve(run)) >= LONG}
     compressed = {run.setting for run in found.runs if id(run) in curves and any(row[1] for row in curves[id(run)])}
-    groups = found.settings([run for run in found.runs if id(run) in curves and run.setting in compressed])
-    result = []
-    for suffix, settings in portions(groups):
-        shown = {setting: groups[setting] for setting in settings}
-        rows, words = [], []
-        for setting, runs in shown.items():
-            names = labels(runs)
-            for run in runs:
-                rows += [{**base_row(run, names[id(run)]), "step": step, "held_tokens": held, "step_s": seconds,
-                          "examples": count} for step, held, seconds, count in curves[id(run)]]  # fmt: skip
-            words.append(f"{setting_text(setting, found)}: " + in_few_words(
-                _told(names[id(run)], curves[id(run)]) for run in runs) + ".")  # fmt: skip
-        result.append(Chart(
-            f"answers{suffix}", "The cache over the answer",
-            "Tokens a head that the cache holds after each step, the mean over heads, layers and the examples whose "
-            f"answers came so far, of runs with --compress-every; and the time of a step, the median in {WINDOWS} "
-            "windows of steps.",
-            rows, " ".join(words), commands=commands_of(run for part in shown.values() for run in part),
-            paint=partial(_paint, groups=shown, curves=curves, found=found), size=(WIDTH, 0.7 + 2.2 * len(settings)),
-        ))  # fmt: skip
-    return result
+    runs = [run for run in found.runs if id(run) in curves and run.setting in compressed]
+    chart = Chart(
+        "answers", "The cache over the answer",
+        "Tokens a head that the cache holds after each step, the mean over heads, layers and the examples whose "
+        f"answers came so far, of runs with --compress-every; and the time of a step, the median in {WINDOWS} "
+        "windows of steps.",
+    )  # fmt: skip
+    return setting_charts(
+        found, runs, chart,
+        row=lambda run: ({"step": step, "held_tokens": held, "step_s": seconds, "examples": count}
+                         for step, held, seconds, count in curves[id(run)]),
+        told=lambda run, name: _told(name, curves[id(run)]),
+        paint=partial(_paint, curves=curves), height=lambda shown: 0.7 + 2.2 * len(shown),
+    )  # fmt: skip
 
 
 Point = tuple[int, float | None, float, int]

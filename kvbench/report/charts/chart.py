@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbench import figures
 from kvbench.compare.wording import budget_text
-from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting
+from kvbench.report.collect import BASELINE, Collection, ReportRun, Setting, labels
 from kvbench.report.commands import run_command
 
 if TYPE_CHECKING:
@@ -86,6 +87,34 @@ def portions(groups: Mapping[Setting, Any], most: int = MOST_PANELS) -> Iterator
     keys = list(groups)
     for start in range(0, len(keys), most):
         yield "" if not start else f"-{start // most + 1}", keys[start : start + most]
+
+
+def setting_charts(
+    found: Collection, runs: Sequence[ReportRun], chart: Chart, *, most: int = MOST_PANELS,
+    row: Callable[[ReportRun], Iterable[Row]], told: Callable[[ReportRun, str], str],
+    paint: Callable[..., None], height: Callable[[Mapping[Setting, list[ReportRun]]], float],
+) -> list[Chart]:  # fmt: skip
+    """Copies of `chart` that show runs by setting, `most` settings in each figure, with their rows and words.
+
+    `row` gives what the CSV's rows of a run hold beside their beginning, `told` a run in words by its label; `paint` is
+    called with the figure, `groups` (the runs by setting) and `found`; `height` is that of such groups in inches.
+    """
+    groups = found.settings(runs)
+    result = []
+    for suffix, settings in portions(groups, most):
+        shown = {setting: groups[setting] for setting in settings}
+        rows, words = [], []
+        for setting, group in shown.items():
+            names = labels(group)
+            rows += [{**base_row(run, names[id(run)]), **more} for run in group for more in row(run)]
+            text = in_few_words(told(run, names[id(run)]) for run in group)
+            words.append(f"{setting_text(setting, found)}: {text}.")
+        result.append(replace(
+            chart, name=f"{chart.name}{suffix}", rows=rows, summary=" ".join(words),
+            commands=commands_of(run for group in shown.values() for run in group),
+            paint=partial(paint, groups=shown, found=found), size=(WIDTH, height(shown)),
+        ))  # fmt: skip
+    return result
 
 
 def panel_height(entries: int) -> float:

@@ -11,18 +11,14 @@ import numpy as np
 
 from kvbench.report.charts.chart import (
     NO_RECALL,
-    WIDTH,
     Chart,
-    base_row,
-    commands_of,
     commands_with,
-    in_few_words,
     missing_chart,
     panel_height,
     percent,
     policy_styles,
-    portions,
     run_styles,
+    setting_charts,
     setting_text,
     side_legend,
 )
@@ -49,36 +45,24 @@ def recall_charts(found: Collection) -> list[Chart]:
     lack = [run for run in found.runs if run not in have and run.policy != BASELINE]
     if not have:
         return [missing_chart("recall-scanned", title, found, NO_RECALL, lack, probes=())]  # fmt: skip
-    groups = found.settings(have)
-    result = []
-    for suffix, settings in portions(groups):
-        shown = {setting: groups[setting] for setting in settings}
-        rows, words = [], []
-        for setting, runs in shown.items():
-            names = labels(runs)
-            rows += [
-                {**base_row(run, names[id(run)]), "k": run.config["recall_k"],
-                 "probed_examples": run.metrics["probed_examples"], **{key: run.metrics.get(key) for key in _PROBED}}
-                for run in runs
-            ]  # fmt: skip
-            words.append(f"{setting_text(setting, found)}: " + in_few_words(
-                f"{names[id(run)]} recall {percent(run.metrics['recall_at_k'])}, recovered mass "
-                f"{percent(run.metrics['recovered_mass'])}, scanned {percent(run.metrics.get('scanned_fraction'))}"
-                for run in runs) + ".")  # fmt: skip
-        chart = Chart(
-            f"recall-scanned{suffix}", title,
-            "Recall@k against the exact top k by inner product, recovered attention mass, and the share of the keys "
-            "that finding them took; averages over decoding steps, layers and heads of the probed examples. Policies "
-            "that search nothing have no scanned share.",
-            rows, " ".join(words), commands=commands_of(run for part in shown.values() for run in part),
-            paint=partial(_paint_recall, groups=shown, found=found),
-            size=(WIDTH, 0.8 + sum(0.6 + 0.24 * len(runs) for runs in shown.values())),
-        )  # fmt: skip
-        if lack:
-            chart.missing = f"{len(lack)} of {len(found.runs)} runs measured no recall and are left out."
-            chart.remedy = commands_with(lack, ())
-        result.append(chart)
-    return result
+    chart = Chart(
+        "recall-scanned", title,
+        "Recall@k against the exact top k by inner product, recovered attention mass, and the share of the keys "
+        "that finding them took; averages over decoding steps, layers and heads of the probed examples. Policies "
+        "that search nothing have no scanned share.",
+        missing=f"{len(lack)} of {len(found.runs)} runs measured no recall and are left out." if lack else "",
+        remedy=commands_with(lack, ()),
+    )  # fmt: skip
+    return setting_charts(
+        found, have, chart,
+        row=lambda run: [{"k": run.config["recall_k"], "probed_examples": run.metrics["probed_examples"],
+                          **{key: run.metrics.get(key) for key in _PROBED}}],
+        told=lambda run, name: (
+            f"{name} recall {percent(run.metrics['recall_at_k'])}, recovered mass "
+            f"{percent(run.metrics['recovered_mass'])}, scanned {percent(run.metrics.get('scanned_fraction'))}"
+        ),
+        paint=_paint_recall, height=lambda shown: 0.8 + sum(0.6 + 0.24 * len(runs) for runs in shown.values()),
+    )  # fmt: skip
 
 
 def _paint_recall(figure: FigureBase, groups: Mapping[Setting, list[ReportRun]], found: Collection) -> None:
@@ -117,35 +101,27 @@ def step_charts(found: Collection) -> list[Chart]:
     lack = [run for run in found.runs if id(run) not in curves and run.policy != BASELINE]
     if not have:
         return [missing_chart("recall-steps", title, found, NO_RECALL, lack, probes=())]  # fmt: skip
-    groups = found.settings(have)
-    result = []
-    for suffix, settings in portions(groups):
-        shown = {setting: groups[setting] for setting in settings}
-        rows, words = [], []
-        for setting, runs in shown.items():
-            names = labels(runs)
-            for run in runs:
-                rows += [{**base_row(run, names[id(run)]), "step": step, "recall_at_k": value, "examples": count}
-                         for step, value, count in curves[id(run)]]  # fmt: skip
-            words.append(f"{setting_text(setting, found)}: " + in_few_words(
-                f"{names[id(run)]} {percent(curves[id(run)][0][1])} at the first step, "
-                f"{percent(curves[id(run)][-1][1])} at step {curves[id(run)][-1][0]}"
-                for run in runs) + ".")  # fmt: skip
-        chart = Chart(
-            f"recall-steps{suffix}", title,
-            "Recall@k at each decoding step, averaged over layers, heads and the probed examples that came so far. A "
-            "policy has one colour and marker in all figures; its budgets differ in their dashes, the smallest solid."
-            + (f" Beyond {MOST_STEPS} steps, means of as many windows." if any(len(curves[id(run)]) > MOST_STEPS
-               for runs in shown.values() for run in runs) else ""),
-            rows, " ".join(words), commands=commands_of(run for part in shown.values() for run in part),
-            paint=partial(_paint_steps, groups=shown, curves=curves, found=found),
-            size=(WIDTH, 0.7 + sum(panel_height(_entries(runs)) for runs in shown.values())),
-        )  # fmt: skip
-        if lack:
-            chart.missing = f"{len(lack)} of {len(found.runs)} runs have no trace of recall and are left out."
-            chart.remedy = commands_with(lack, ())
-        result.append(chart)
-    return result
+    windows = any(len(curve) > MOST_STEPS for curve in curves.values())
+    chart = Chart(
+        "recall-steps", title,
+        "Recall@k at each decoding step, averaged over layers, heads and the probed examples that came so far. A "
+        "policy has one colour and marker in all figures; its budgets differ in their dashes, the smallest solid."
+        + (f" Beyond {MOST_STEPS} steps, means of as many windows." if windows else ""),
+        missing=f"{len(lack)} of {len(found.runs)} runs have no trace of recall and are left out." if lack else "",
+        remedy=commands_with(lack, ()),
+    )  # fmt: skip
+
+    def told(run: ReportRun, name: str) -> str:
+        (_, first, _), (step, last, _) = curves[id(run)][0], curves[id(run)][-1]
+        return f"{name} {percent(first)} at the first step, {percent(last)} at step {step}"
+
+    return setting_charts(
+        found, have, chart, told=told,
+        row=lambda run: ({"step": step, "recall_at_k": value, "examples": count}
+                         for step, value, count in curves[id(run)]),
+        paint=partial(_paint_steps, curves=curves),
+        height=lambda shown: 0.7 + sum(panel_height(_entries(runs)) for runs in shown.values()),
+    )  # fmt: skip
 
 
 def _entries(runs: Sequence[ReportRun]) -> int:
