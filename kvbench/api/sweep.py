@@ -128,7 +128,7 @@ def execute(
             plans = plan_sweep(source, here=here, device=joined.device)
         if not any(plan.config.policy == "full" for plan in plans) and not any(folder.glob("full-*/run.json")):
             reporter.say(
-                "No run of `full`, exact attention, is among these: `kvbench recommend`, `compare` and `report` measure "
+                "No run of `full`, exact attention, is among these; `kvbench recommend`, `compare` and `report` set "
                 "the others against it. Add full to the file's policies."
             )
         plans = part.of_runs(plans)
