@@ -221,6 +221,8 @@ def test_a_step_is_cut_into_graphs_around_each_search(monkeypatch):
     with retrieving(tiny_model(pad_token_id=None)) as session, torch.inference_mode():
         session.model(torch.tensor([PROMPTS[0]]))
         decoder = session.fixed(torch.tensor([5]), 8, graph=False)
+        decoder.step()  # before a capture every search has answered: what was never written may be NaN
+        log.clear()
         segments = decoder._segments = fixed._Segments()
         decoder._cutting = True
         segments.begin()
@@ -232,4 +234,4 @@ def test_a_step_is_cut_into_graphs_around_each_search(monkeypatch):
         log.clear()
         decoder.step()
     assert log == ["replay", "record", "replay", "synchronize", "search"] * 3 + ["replay"]
-    assert defaultdict(float, decoder.parts[0])["wait"] >= 0
+    assert defaultdict(float, decoder.parts[-1])["wait"] >= 0
