@@ -6,19 +6,17 @@ Every kernel gives the same result for any number of threads.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core.caching import FunctionCache
 from numba.extending import intrinsic, overload
 from numpy.typing import NDArray
+
+from kvbench.indexes.compiled_cache import kernel_cache
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,30 +29,10 @@ Int64 = NDArray[np.int64]
 _FAST = {"reassoc", "contract", "nsz"}
 
 
-@cache
-def digest_of(folder: Path) -> str:
-    """SHA-256 of a folder's Python files."""
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-class _Cache(FunctionCache):
-    """numba's disk cache watches the file of the compiled function alone; its key here covers those it calls too."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        self._digest = digest_of(Path(function.__code__.co_filename).parent)
-
-    def _index_key(self, sig: Any, codegen: Any) -> tuple[Any, ...]:
-        return (*super()._index_key(sig, codegen), self._digest)
-
-
 def kernel(function: Callable[P, R]) -> Callable[P, R]:
     """Compile a function that holds no lock and is cached on disk until a file in its folder changes."""
-    compiled = numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")(function)
-    compiled._cache = _Cache(function)
+    compiled = numba.njit(nogil=True, fastmath=_FAST, error_model="numpy")(function)
+    compiled._cache = kernel_cache(function)
     return cast(Callable[P, R], compiled)
 
 

@@ -11,6 +11,9 @@ _THINKING = (
     ("<seed:think>", "</seed:think>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("[THINK]", "[/THINK]"),
+    ("<thought>", "</thought>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel>thought", "<channel|>"),
 )
 """How families of models mark the beginning and the end of their thinking."""
 

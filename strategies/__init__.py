@@ -29,6 +29,7 @@ from kvbench.strategies.evicting.expected_attention import ExpectedAttention
 from kvbench.strategies.evicting.h2o import H2O
 from kvbench.strategies.evicting.keydiff import KeyDiff
 from kvbench.strategies.evicting.knorm import KNorm
+from kvbench.strategies.evicting.kvzap import KVzap
 from kvbench.strategies.evicting.kvzip import KVzip
 from kvbench.strategies.evicting.lagkv import LagKV
 from kvbench.strategies.evicting.r_kv import RKV
@@ -59,7 +60,7 @@ def kvbench_policies(indexes: list[type[Index]]) -> list[type[KVCachePolicy]]:
     """Register the built-in policies, and a retrieval policy for every index that has none of its own."""
     return [
         Full, FullNoCache,
-        StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm, ExpectedAttention, KVzip, DuoAttention,
+        StreamingLLM, H2O, TOVA, SnapKV, KeyDiff, KNorm, ExpectedAttention, KVzip, KVzap, DuoAttention,
         LagKV, ChunkKV, CriticalKV, Compactor, RKV, TriAttention,
         Quest, InfLLM, InfiniGen, ShadowKV, SqueezedAttention, PQCache, MagicPIG, RetroInfer,
         DoubleSparsity, VAttention, Twilight, Kascade, RocketKV, ParisKV, MInference,

@@ -87,7 +87,7 @@ def twice(entry: Any) -> None:
 
 
 def main() -> int:
-    from tiny import small_options, tiny_model, tokens
+    from tiny import every_policy, small_options, tiny_model, tokens
 
     import kvbench
     from kvbench import kernels
@@ -95,6 +95,7 @@ def main() -> int:
     from kvbench.contract.errors import KVBenchError
     from kvbench.engine.generation import generate_batch
     from kvbench.kernels.cooccur import candidates, lists_of
+    from kvbench.kernels.detours import by_detours
     from kvbench.kernels.occlude import occlude
     from kvbench.plugins import registry
     from kvbench.strategies.compressing.kivi import KIVI
@@ -107,7 +108,7 @@ def main() -> int:
     # what searches an index steps alike with any, and oracle_future as all that keep some of the prompt
     alike = {name for name, policy in registry().classes["policy"].items() if hasattr(policy, "index")} - {"flat"}
     names = sys.argv[1:] or [
-        *sorted(registry().classes["policy"].keys() - alike - {"oracle_future", "full_no_cache"}), "pqcache hot=30",
+        *sorted(every_policy().keys() - alike - {"oracle_future", "full_no_cache"}), "pqcache hot=30",
     ]  # fmt: skip
     for name, *given in map(str.split, names):
         found = registry().find("policy", name)
@@ -129,6 +130,7 @@ def main() -> int:
         kernels.page_bounds(keys, torch.tensor([300], dtype=torch.int32), 16, low, high)
         knn = kernels.top_keys(queries[0], keys[0], 4, way="fused")
         links, scores = candidates(lists_of(knn[:1].clone().fill_(1), 300), 4, 16)
+        by_detours(knn, 2)
         occlude(keys[0, :1], links, scores, torch.full((1, 300), 4, dtype=torch.int32), 5)
     print("\n".join(sorted(compiled)))
     return 0

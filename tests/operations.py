@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
-from tiny import small_options, tiny_model, tokens
+from tiny import fitted_options, small_options, tiny_model, tokens
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -147,7 +147,8 @@ def _plain(layers: int) -> tuple[str, Counter]:
 def _measured(name: str, layers: int) -> tuple[str, Counter]:
     model, policy = tiny_model(num_hidden_layers=layers), registry().find("policy", name)
     budget = Budget(tokens=BUDGET) if policy.takes_budget else None
-    with kvbench.attach(model, policy=name, budget=budget, options=small_options(policy)) as session:
+    options = small_options(policy) | fitted_options(name, model)
+    with kvbench.attach(model, policy=name, budget=budget, options=options) as session:
         out = model(tokens(1, PROMPT), use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
         decoder = session.fixed(token[:, 0], STEPS, graph=False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import tiny_model
 from typer.testing import CliRunner
+from zoo import tiny
 
 import kvbench
 from kvbench.capture.files import load_capture
@@ -276,11 +277,26 @@ def test_texts_are_read_from_files_or_from_python_itself(tmp_path):
         read_text(str(tmp_path / "missing.txt"))
 
 
-def test_a_sliding_layer_is_refused_by_number(tmp_path):
-    model = tiny_model("gemma3")
+@pytest.mark.parametrize(
+    ("architecture", "seen"), [("gemma3", (1, 2)), ("falcon_h1", (0, 1, 2)), ("gemma3n_text", (1,))]
+)
+def test_all_layers_are_those_that_a_capture_sees_and_others_are_refused_before_it_runs(architecture, seen, tmp_path):
+    model = tiny_model(architecture) if architecture == "gemma3" else tiny(architecture)
     loaded = LoadedModel(model, Letters(), "tiny", "test", torch.device("cpu"), torch.float32, 4096)
-    with pytest.raises(KVBenchError, match="Layer 0 has no full attention"):
-        make(loaded, tmp_path / "c", layers="0,1")
+    made = make(loaded, tmp_path / "c", layers="all")
+    assert made.manifest.config.layers == seen
+    assert made.layer(seen[0]).prompt.keys.shape[1] == made.manifest.prompt_tokens
+    if len(seen) < 3:
+        with pytest.raises(KVBenchError, match=f"Layer 0 of tiny has no keys.*choose of {', '.join(map(str, seen))}, "):
+            plan_capture(loaded, TEXT, context_length=60, decode_tokens=10, layers="0,1")
+
+
+def test_a_model_of_which_nothing_can_be_captured_is_refused_before_it_runs():
+    loaded = LoadedModel(
+        tiny("deepseek_v32"), Letters(), "tiny", "test", torch.device("cpu"), torch.float32, 4096
+    )  # fmt: skip
+    with pytest.raises(KVBenchError, match=r"Deepseek.*so nothing of it can be captured"):
+        plan_capture(loaded, TEXT, context_length=60, decode_tokens=10)
 
 
 def test_a_batch_is_refused(loaded, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from language import save_model
-from tiny import ARCHITECTURES, of_each_kind, tiny_model
+from tiny import ARCHITECTURES, every_policy, of_each_kind, tiny_model
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -219,7 +219,7 @@ def test_a_policy_without_a_fault_passes_and_says_what_it_attended_to():
     assert report.checks[1].detail == "at most 57 tokens attended at a step, 57 allowed by a budget of 57"
 
 
-@pytest.mark.parametrize("policy", of_each_kind(sorted(registry().classes["policy"])))
+@pytest.mark.parametrize("policy", of_each_kind(every_policy()))
 def test_every_policy_conforms_and_says_why_where_it_is_never_exact(policy):
     made = registry().make("policy", policy, OPTIONS.get(policy, {}))
     report = Conformance(TINY).check_policy(made)

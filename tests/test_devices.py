@@ -4,7 +4,7 @@ import accelerate
 import pytest
 import torch
 from fake_devices import FakeDevices, spread
-from tiny import ALIKE, of_each_kind, small_options, tiny_model, tokens
+from tiny import ALIKE, every_policy, of_each_kind, small_options, tiny_model, tokens
 
 import kvbench
 from kvbench import kernels
@@ -18,7 +18,7 @@ PLACES = {
     "model.embed_tokens": "cuda:0", "model.rotary_emb": "cuda:0", "model.layers.0": "cuda:0",
     "model.layers.1": "cuda:1", "model.layers.2": "cuda:0", "model.norm": "cuda:1", "lm_head": "cuda:1",
 }  # fmt: skip
-POLICIES = of_each_kind(sorted(name for name, policy in registry().classes["policy"].items() if policy.cached))
+POLICIES = of_each_kind(name for name, policy in every_policy().items() if policy.cached)
 
 
 @pytest.fixture(autouse=True)

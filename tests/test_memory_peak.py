@@ -5,17 +5,16 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import of_each_kind, small_options, tiny_model, tokens
+from tiny import every_policy, of_each_kind, small_options, tiny_model, tokens
 from torch.profiler import ProfilerActivity, profile
 
 import kvbench
 from kvbench.contract.budget import Budget
 from kvbench.indexes import knn
-from kvbench.plugins import registry
 
 LENGTHS = (1024, 3072)
 TOKEN = 2 * 2 * 8 * 4  # bytes of a layer's keys and values
-CLASSES = registry().classes["policy"]
+CLASSES = every_policy()
 POLICIES = of_each_kind(sorted(name for name, policy in CLASSES.items() if policy.cached))
 
 

@@ -16,9 +16,11 @@ import pytest
 from language import loaded_model
 
 from kvbench import KVBenchError
+from kvbench.compare.leaderboard import query
 from kvbench.contract.budget import Budget
 from kvbench.contract.task import Example, Task
 from kvbench.plugins import registry
+from kvbench.report.collect import collect
 from kvbench.runs import results, runner
 from kvbench.runs.results import Run, RunConfig, find_runs, read, read_rows
 
@@ -315,6 +317,31 @@ def test_version_1_is_read_and_gets_the_fields_that_came_later(tmp_path):
         read(folder)
     with pytest.raises(KVBenchError, match="no run in"):
         find_runs(tmp_path / "nowhere")
+
+
+def test_no_folder_is_passed_over_without_a_word(tmp_path, monkeypatch):
+    good = write(tmp_path / "good").path
+    for name, target in (("loop", "run.json"), ("broken", "nowhere")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").symlink_to(target)
+    (tmp_path / "folder" / "run.json").mkdir(parents=True)
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def closing(path):
+        if Path(path).name == "closed":
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", closing)
+    bad = [tmp_path / name for name in ("broken", "closed", "folder", "loop")]
+    assert find_runs(tmp_path) == sorted([good, *bad])
+    problems = collect([tmp_path]).problems
+    left_out = query(tmp_path)[1]
+    for path in bad:
+        for told in (problems, left_out):
+            assert sum(f"{path}/run.json is no readable run" in sentence for sentence in told) == 1
+    assert len(problems) == len(left_out) == len(bad)
 
 
 class Short(Task):

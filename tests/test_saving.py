@@ -15,7 +15,7 @@ from saving_process import go_on, read, settings
 from saving_process import save as save_and_go_on
 from test_plugins import installed
 from test_session import padded_batch
-from tiny import ALIKE, of_each_kind, shared_model, tiny_model, tokens
+from tiny import ALIKE, every_policy, of_each_kind, shared_model, tiny_model, tokens
 
 import kvbench
 from kvbench.contract.errors import KVBenchError
@@ -25,7 +25,7 @@ from kvbench.plugins import registry
 pytestmark = pytest.mark.transformers
 
 HERE = Path(__file__).parent
-POLICIES = sorted(registry().classes["policy"])
+POLICIES = list(every_policy())
 CACHED = [name for name in POLICIES if registry().find("policy", name).cached and name not in ALIKE]
 
 

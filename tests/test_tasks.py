@@ -92,6 +92,7 @@ def test_without_a_template_a_tokenizer_without_bos_gets_none():
         (THINKS, "<think>\n"),
         (THINKS.replace("<think>\n", "<think>"), "<think>"),
         (THINKS.replace("<think>", "<seed:think>"), "<seed:think>\n"),
+        (THINKS.replace("<think>", "<|channel>thought"), "<|channel>thought\n"),
     ],
 )
 def test_a_turn_that_begins_inside_a_thinking_block_gets_no_answer_prefix(template, opened):

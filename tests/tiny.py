@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kvbench.engine.saving.identify import weights_fingerprint
 from kvbench.plugins import registry
+from kvbench.strategies.evicting.kvzap import Surrogate
 
 COMMON: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
@@ -82,9 +86,35 @@ def small_options(policy: type[Any]) -> dict[str, Any]:
     }
 
 
+FITTED = {"kvzap"}
+"""Policies that need a file fitted on the model: a test file of their own holds them to what holds for all."""
+
+
+def every_policy() -> dict[str, type[Any]]:
+    """The registered policies by name that can be made for any model."""
+    return {name: policy for name, policy in sorted(registry().classes["policy"].items()) if name not in FITTED}
+
+
+def fitted_options(name: str, model: Any) -> dict[str, Any]:
+    """What a policy of `FITTED` needs for a model, at random; nothing for others."""
+    if name not in FITTED:
+        return {}
+    config, random = model.config, torch.Generator().manual_seed(3)
+    layers = {
+        number: {
+            "weight": torch.randn(config.num_key_value_heads, config.hidden_size, generator=random),
+            "bias": torch.zeros(config.num_key_value_heads),
+        }
+        for number in range(config.num_hidden_layers)
+    }
+    file = Path(tempfile.mkdtemp()) / "surrogate.safetensors"
+    Surrogate("linear", layers, weights_fingerprint(model), type(model).__name__).save(file)
+    return {"surrogate": str(file)}
+
+
 def budgeted_policies() -> list[str]:
     """Every registered policy that takes a budget, so that none is forgotten in the tests that hold for all."""
-    return sorted(name for name, policy in registry().classes["policy"].items() if policy.takes_budget)
+    return sorted(name for name, policy in every_policy().items() if policy.takes_budget)
 
 
 def matrix_policies() -> list[str]:

@@ -29,6 +29,7 @@ from kvbench.capture.files import (
 from kvbench.capture.passing import Partial, Progress, read_through
 from kvbench.capture.probe import CaptureProbe
 from kvbench.contract.errors import KVBenchError
+from kvbench.engine.survey import survey
 from kvbench.models import LoadedModel, check_context
 
 
@@ -88,6 +89,24 @@ def parse_layers(text: str, count: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def _layers(text: str, loaded: LoadedModel) -> tuple[int, ...]:
+    """The layers of a list that a capture can see; `all` are all of these."""
+    config = loaded.model.config.get_text_config(decoder=True)
+    chosen, found = parse_layers(text, int(config.num_hidden_layers)), survey(loaded.model)
+    seen = sorted(found.layers)
+    if not seen:
+        why = found.refusal or f"{type(loaded.model).__name__} has no layer of full attention"
+        raise KVBenchError(f"{why}, so nothing of it can be captured: choose another model.")
+    if text.strip() == "all":
+        return tuple(seen)
+    if unseen := [layer for layer in chosen if layer not in found.layers]:
+        raise KVBenchError(
+            f"Layer {unseen[0]} of {loaded.name} has no keys of its own and full attention that a capture could see: "
+            f"choose of {', '.join(map(str, seen))}, or `all` for all of these."
+        )
+    return chosen
+
+
 def plan_capture(
     loaded: LoadedModel,
     text: SourceText,
@@ -124,7 +143,7 @@ def plan_capture(
         model=loaded.name, model_fingerprint=loaded.fingerprint,
         model_dtype=str(loaded.dtype).removeprefix("torch."), text=text.name, text_sha256=text.sha256,
         text_start=start, seed=seed, context_length=context_length, decode_tokens=decode_tokens, decoding=decoding,
-        layers=parse_layers(layers, int(config.num_hidden_layers)), dtype=store,  # type: ignore[arg-type]
+        layers=_layers(layers, loaded), dtype=store,  # type: ignore[arg-type]
         rope_scaling=rope_scaling if extended else None,
         rope_parameters=json.loads(json.dumps(rope)) if isinstance(rope, dict) else {},
     )  # fmt: skip

@@ -17,6 +17,7 @@ from kvbench.cli import (  # noqa: F401  importing them registers the commands
     compare,
     export,
     export_vectors,
+    fit,
     history,
     index,
     leaderboard,

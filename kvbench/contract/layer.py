@@ -75,6 +75,8 @@ class Layer:
     state: dict[str, Any] = field(default_factory=dict)
     prompt_queries: Tensor | None = None
     """During `prefill` only: the queries [B, H, m, d] that probes asked for (`Probe.query_window`)."""
+    prompt_hidden: Tensor | None = None
+    """During `prefill` only, with `KVCachePolicy.reads_hidden`: what `reduce_hidden` kept of each token [B, n, ...]."""
     exact_attention: Callable[[], Tensor] | None = None
     """Set for policies that keep everything: the model's own attention of this step, output [B, H, m, d]."""
     rotary: Rotation | None = None

@@ -126,12 +126,13 @@ def by_layer(name: str, find: Callable[[str], type[KVCachePolicy]]) -> type[KVCa
     for part in parts:
         if part.exact and governing and part.cached:
             continue
-        if not part.cached or not part.takes_budget or any(
+        if not part.cached or not part.takes_budget or part.reads_hidden or any(
             hasattr(part, hook) for hook in ("after_prompt", "attend_prompt")
         ):  # fmt: skip
             raise KVBenchError(
-                f"Policy '{name}': '{part.name}' takes no budget or looks at all layers at once, so it cannot be one "
-                "of several: choose policies that take a budget in each layer, and full for layers that stay exact."
+                f"Policy '{name}': '{part.name}' takes no budget or looks at all layers at once (or at the prompt's "
+                "hidden states), so it cannot be one of several: choose "
+                "policies that take a budget in each layer, and full for layers that stay exact."
             )
     if len(set(names)) < len(names) or not governing:
         raise KVBenchError(f"Policy '{name}' names a policy twice, or none that evicts or selects.")

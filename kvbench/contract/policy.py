@@ -42,6 +42,8 @@ class ModelView:
     tokenize: Callable[[str], list[int]] | None = None
     opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
+    fingerprint: Callable[[], str] = lambda: ""
+    """Tells the model's weights from others', whatever their number type, by a sample of each."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,11 @@ class KVCachePolicy(Pluggable):
     """False for a policy that draws random numbers for all rows at once: its examples run one by one."""
     uses_hidden: ClassVar[bool] = False
     """True for a policy that looks at the inputs of attention layers while decoding (`Layer.hidden`, `queries_for`)."""
+    reads_hidden: ClassVar[bool] = False
+    """True for a policy that looks at the inputs of attention layers over the prompt (`reduce_hidden`).
+
+    It reads every prompt itself: none is taken over from another policy's pass.
+    """
     grows: ClassVar[bool] = False
     """True for a policy that attends to all generated tokens in any case, so that long answers outgrow its budget."""
     head_budgets: ClassVar[bool] = False
@@ -247,6 +254,14 @@ class KVCachePolicy(Pluggable):
     def load_state(self, layer: Layer, state: dict[str, Any]) -> None:
         """Take over what `save_state` gave, in a new session; the layer has its store."""
         layer.state.update(state)
+
+    def reduce_hidden(self, number: int, hidden: Tensor) -> Tensor:
+        """What to keep of the inputs [B, m, D] of the attention of layer `number`, for each token: [B, m, ...].
+
+        With `reads_hidden`, called for the prompt, whole or part by part, padding included; `prefill` finds all of it,
+        without the padding, in `Layer.prompt_hidden`. What a policy keeps here takes memory until then.
+        """
+        raise NotImplementedError
 
     def begin(self, model: ModelView) -> None:
         """See the model once, when the session is entered, and raise KVBenchError if it does not fit."""

@@ -36,6 +36,9 @@ def rows_of(part: Part) -> Sequence[int]:
 class Inputs(Protocol):
     """The inputs of a step's attention layers, for policies with `uses_hidden`."""
 
+    def at(self, number: int) -> Tensor:
+        """The input [B, 1, D] of layer `number`."""
+
     def before(self, number: int) -> Tensor | None:
         """The input [B, 1, D] of the full-attention layer before layer `number`; None for the first."""
 
@@ -112,8 +115,9 @@ class SplitStep(FixedStep):
     """One layer's decoding step with the host in its middle, such as a search in the host's memory.
 
     The device's parts are captured as CUDA graphs of their own. For each layer in turn the engine runs `before` and
-    `beside`, waits for `before` alone, runs `search` on the host, and goes on with `after`. `between` is called before
-    the warm-up steps, too: it must bear to be called for the same step again. Call the parts, not the step.
+    `beside`, waits for `before` alone, runs `search` on the host, and goes on with `after`; while the device is at the
+    next layer, the host runs `ahead`. `between` is called before the warm-up steps, too: it must bear to be called for
+    the same step again. Call the parts, not the step.
     """
 
     @abstractmethod
@@ -131,6 +135,9 @@ class SplitStep(FixedStep):
     @abstractmethod
     def after(self) -> Tensor:
         """On the device: fetch what the host found and give the output [B, H, 1, d] in the queries' dtype."""
+
+    def ahead(self) -> None:
+        """On the host, once the device is at the next layer: do what the next step's search would have to wait for."""
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """All parts in turn, for a device whose work is done when a call returns."""

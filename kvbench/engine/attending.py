@@ -37,7 +37,7 @@ class Attending(Governor):
 
     def _note_call(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         decoding = self.cache is not None and self.cache.complete
-        if decoding and not capturing() and self._replay is None:
+        if (decoding or self.policy.reads_hidden) and not capturing() and self._replay is None:
             self._calls[module] = args, kwargs
 
     def _project(self, module: Any, lane: Lane, now: slice, hidden: Tensor) -> Tensor:
@@ -54,6 +54,10 @@ class Attending(Governor):
             else capture(module, (), {**kwargs, "hidden_states": inputs})
         )
         return lane.take(found.query)[:, :, now]
+
+    def at(self, number: int) -> Tensor:
+        """The input [B, 1, D] of layer `number` at this step."""
+        return _hidden(*self._calls[self.survey.layers[number].modules[0]])
 
     def before(self, number: int) -> Tensor | None:
         """The input [B, 1, D] of the full-attention layer before layer `number` at this step; None for the first."""
@@ -126,6 +130,10 @@ class Attending(Governor):
     def _prompt_attended(self, cached: PolicyCacheLayer, attends: Attends, query: Tensor) -> None:
         """Keep of the prompt's queries what the policy needs; the prompt may end here."""
         cached.attended += query.shape[2]
+        if self.policy.reads_hidden:
+            inputs = _hidden(*self._calls.pop(attends.module))
+            with self.named_errors("reduce_hidden", None):
+                cached.reduced.append(self.policy.reduce_hidden(cached.number, inputs))
         window = self.query_window(cached.number)
         if window is None:
             cached.prompt_queries.append(query)

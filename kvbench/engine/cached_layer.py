@@ -84,6 +84,8 @@ class PolicyCacheLayer(CacheLayerMixin):
         """The layers of other attention modules that read this layer's tokens."""
         self.prompt_states: dict[tuple[int, ...] | None, dict[str, Any]] = {}
         """What the policy keeps between chunks of the prompt, by the rows of a group."""
+        self.reduced: list[Tensor] = []
+        """What the policy keeps of the prompt's hidden states, call by call."""
         self.hidden: list[Tensor] = []
         """What the allocator keeps of the prompt's hidden states, call by call."""
 
@@ -224,7 +226,8 @@ class PolicyCacheLayer(CacheLayerMixin):
                 budget = allocate_heads(session.allocator, self._prompt_layer(lane), request, budget)
             budgets.append(budget)
         self.cache.index_s += session.now() - start
-        self.prompt, self.prompt_queries, self.waiting, self.hidden = None, [], None, []
+        reduced = torch.cat(self.reduced, dim=1) if self.reduced else None
+        self.prompt, self.prompt_queries, self.waiting, self.hidden, self.reduced = None, [], None, [], []
         for lane, budget in zip(self.cache.lanes, budgets, strict=True):
             held = lane.take(keys, padded=True), lane.take(values, padded=True)
             lane_keys, lane_values = self.decode(*held)
@@ -237,12 +240,14 @@ class PolicyCacheLayer(CacheLayerMixin):
             self.by_lane.append(layer)
             if session.query_window(self.number, policy=False) != 0:
                 layer.prompt_queries = lane_queries
+            if reduced is not None:
+                layer.prompt_hidden = (reduced if lane.rows is None else reduced[lane.rows])[:, lane.padding :]
             asked = session.policy.query_window
             policy_queries = lane_queries if asked is None else last_queries(lane_queries, min(asked, tokens))
             start = session.now()
             session.call("prefill", layer=layer, queries=policy_queries, keys=lane_keys, values=lane_values)
             self.cache.index_s += session.now() - start
-            layer.prompt_queries = None
+            layer.prompt_queries = layer.prompt_hidden = None
 
     def new_layer(
         self, attends: Attends, budget: LayerBudget, rows: int, kv_heads: int, head_dim: int, tokens: int

@@ -282,7 +282,8 @@ def check_compression(policy: KVCachePolicy, every: int) -> None:
     if type(policy).score_held is KVCachePolicy.score_held:
         raise KVBenchError(
             f"Policy '{policy.name}' does not compress while decoding (it has no score_held): choose one that does "
-            "(snapkv, h2o, tova, knorm, keydiff, expected_attention, streaming_llm), or leave --compress-every out."
+            "(snapkv, h2o, tova, knorm, keydiff, expected_attention, streaming_llm, r_kv, triattention, ...), or leave "
+            "--compress-every out."
         )
     window = max(policy.static_tokens(2**20)[1], policy.query_window or 0)
     if every < window:

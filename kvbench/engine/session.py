@@ -30,6 +30,7 @@ from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache, Replayer, ends_of
 from kvbench.engine.residual import watch_residual
 from kvbench.engine.saving.context import Attributes, load_context, save_context
+from kvbench.engine.saving.identify import weights_fingerprint
 from kvbench.engine.summary import SessionSummary, summarise
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Session(Attending):
         yield self.model.register_forward_hook(self._ended, always_call=True)
         if self.allocator is not None and self.allocator.reads_hidden:
             yield from watch_residual(self.model, self.numbers, self._hidden)
-        if self.policy.uses_hidden:
+        if self.policy.uses_hidden or self.policy.reads_hidden:
             for module in {module for layer in self.survey.layers.values() for module in layer.modules}:
                 yield module.register_forward_pre_hook(self._note_call, with_kwargs=True)
 
@@ -124,6 +125,7 @@ class Session(Attending):
             tokenize=None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False),
             opening=tuple(tokenizer.encode(opening, add_special_tokens=False)) if opening else (),
             closing=tuple(tokenizer.encode(closing, add_special_tokens=False)) if closing else (),
+            fingerprint=lambda: weights_fingerprint(self.model),
         )
 
     def _without_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -222,6 +224,11 @@ class Session(Attending):
             raise KVBenchError(
                 f"Policy '{self.policy.name}' computes the prompt's attention itself (attend_prompt), so it cannot "
                 "take over a prompt that was computed without it: let it read the prompt."
+            )
+        if self.policy.reads_hidden:
+            raise KVBenchError(
+                f"Policy '{self.policy.name}' looks at the prompt's hidden states, which a prompt that was computed "
+                "before does not have: let it read the prompt."
             )
         whole = prompt.ids.shape[1]
         count = whole if tokens is None else tokens

@@ -164,14 +164,19 @@ def collect(folders: Sequence[Path]) -> Collection:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """Files `run.json`, and other `.json` files outside of runs, in sorted order; hidden folders are left out."""
-    for parent, folders, files in os.walk(folder):
-        if "run.json" in files:
+    """Files `run.json`, and other `.json` files outside of runs, in sorted order; hidden folders are left out.
+
+    Of a folder that cannot be listed, `run.json` is given: reading it says why.
+    """
+    closed: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=lambda error: closed.append(Path(error.filename))):
+        if "run.json" in (*folders, *files):
             folders.clear()
             yield Path(parent) / "run.json"
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(parent) / name for name in sorted(files) if name.endswith(".json"))
+    yield from (parent / "run.json" for parent in closed)
 
 
 def _add_run(found: Collection, path: Path) -> None:

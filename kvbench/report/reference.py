@@ -14,7 +14,7 @@ from kvbench.contract.errors import KVBenchError
 from kvbench.contract.reading import reading
 from kvbench.runs.commit import standing
 from kvbench.runs.packed import read_scores
-from kvbench.runs.results import find_runs, read
+from kvbench.runs.results import read, run_folders
 from kvbench.statistics import PairedDifference, paired_difference
 
 FAMILIES = {
@@ -40,6 +40,8 @@ class PackedRun:
         self.policy, self.task = str(self.config["policy"]), str(self.config["task"])
         self.allocator = str(budget.get("allocator", ""))
         self.size = next((f"{budget[key]:g} {key}" for key in ("tokens", "ratio", "bytes") if budget.get(key)), "")
+        if budget.get("compress_every"):
+            self.size += f" every {budget['compress_every']}"
 
     @property
     def setting(self) -> tuple[Any, ...]:
@@ -90,7 +92,7 @@ def page(results: Path, published: Path, root: Path) -> str:
 
 def packed_runs(results: Path, root: Path) -> list[PackedRun]:
     """All runs below `results`, none where there are none; KVBenchError for one that cannot be read."""
-    return [PackedRun(folder, root) for folder in (find_runs(results) if any(results.rglob("run.json")) else ())]
+    return [PackedRun(folder, root) for folder in run_folders(results)]
 
 
 def provenance(runs: Sequence[PackedRun]) -> list[str]:

@@ -86,7 +86,8 @@ def plan(request: Request, loaded: LoadedModel) -> RunConfig:
     _check_prefix(request, policy, forced, batch_size)
     wanted = batch_size == 1 and not forced if request.share_prefill is None else request.share_prefill
     own_prompt = hasattr(policy, "attend_prompt")
-    share_prefill = wanted and policy.cached and not own_prompt and request.prefix == "none"
+    reads_itself = own_prompt or policy.reads_hidden
+    share_prefill = wanted and policy.cached and not reads_itself and request.prefix == "none"
     if budget is not None:
         allocator = found.make("budget", budget.allocator, budget.options)
         check_head_budgets(policy, allocator)

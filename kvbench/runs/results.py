@@ -274,13 +274,24 @@ def finished_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def find_runs(root: Path) -> list[Path]:
-    """Folders of runs at or below `root`, sorted; raises KVBenchError where there is none."""
-    with reading(lambda reason: f"{root} cannot be searched for runs ({reason}): give a folder of runs."):
-        files = root.rglob("run.json") if root.is_dir() else []
-        found = sorted(file.parent for file in files if REPLACED not in file.relative_to(root).parts)
+    """As `run_folders`; raises KVBenchError where there is none."""
+    found = run_folders(root)
     if not found:
         raise KVBenchError(f"There is no run in {root}: give a folder that `kvbench run --output` wrote to.")
     return found
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Folders of runs at or below `root`, sorted.
+
+    Those that cannot be listed, and those whose `run.json` is no file, are among them: whoever reads them says what is
+    wrong.
+    """
+    closed: list[Path] = []
+    with reading(lambda reason: f"{root} cannot be searched for runs ({reason}): give a folder of runs."):
+        walk = os.walk(root, onerror=lambda error: closed.append(Path(error.filename))) if root.is_dir() else ()
+        folders = [Path(parent) for parent, within, files in walk if "run.json" in (*within, *files)]
+        return sorted(folder for folder in [*folders, *closed] if REPLACED not in folder.relative_to(root).parts)
 
 
 def _sync_folder(path: Path) -> None:

@@ -17,7 +17,7 @@ _NAMES = ("o_proj", "out_proj", "dense", "c_proj", "wo", "out_lin", "attn_out", 
 """What models call an attention module's output projection."""
 
 
-def output_projection(layer: Layer, width: int) -> Tensor:
+def output_projection(layer: Layer, width: int, whose: str = "Policy 'criticalkv'") -> Tensor:
     """A layer's output projection as [H, `width`, D], for values of `width` channels; KVBenchError for none."""
     for name in _NAMES:
         found = getattr(layer.module, name, None)
@@ -27,7 +27,7 @@ def output_projection(layer: Layer, width: int) -> Tensor:
             if inward.shape[0] == layer.heads * width:
                 return inward.detach().reshape(layer.heads, width, -1)
     raise KVBenchError(
-        f"Policy 'criticalkv' needs the output projection of layer {layer.number}, and its module "
+        f"{whose} needs the output projection of layer {layer.number}, and its module "
         f"{type(layer.module).__name__} has none of {layer.heads} × {width} inputs by a known name "
         f"({', '.join(_NAMES)}): choose another policy for this model."
     )

@@ -1,5 +1,7 @@
 """KVzip (arXiv 2505.23416): keep the keys that the model needs to repeat the prompt."""
 
+from collections.abc import Callable
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -11,6 +13,10 @@ from kvbench.contract.policy import KVCachePolicy, ModelView, Replay
 
 _QUERIES = 256
 """Queries scored at a time, at most; their weights take no more memory than the layer's keys and values."""
+
+
+Weigh = Callable[[Tensor, int], Tensor]
+"""Changes weights [B, G, H / G, m, n] of the replay's queries from the `first` one on."""
 
 
 class KVzip(KVCachePolicy):
@@ -68,6 +74,20 @@ class KVzip(KVCachePolicy):
         """Score every key by the replay of its chunk and evict the least important ones."""
         if all(layer.budget.covers_all for layer in layers):
             return
+        tokens, system = ids.shape[1], self.score(layers, ids, replay)
+        for layer in layers:
+            importance = layer.state.pop("importance")
+            if layer.budget.heads is not None:
+                layer.keep_top(importance, system)
+            elif not layer.budget.covers_all:
+                room = max(layer.budget.tokens - system, 0) * layer.kv_heads
+                best = importance.flatten(1).topk(room, dim=-1).indices
+                kept = torch.zeros_like(importance.flatten(1), dtype=torch.bool).scatter_(1, best, True)
+                kept = kept.view(layer.rows, layer.kv_heads, tokens - system)
+                layer.store.keep(torch.cat([kept.new_ones(*kept.shape[:2], system), kept], dim=2))
+
+    def score(self, layers: list[Layer], ids: Tensor, replay: Replay) -> int:
+        """Put the importance [B, G, n − s] of all but the prompt's first s tokens in `layer.state`; gives s."""
         chunk, tokens, system = self.options.chunk, ids.shape[1], self._system_tokens(ids)
         for layer in layers:
             layer.static = system, 0
@@ -84,20 +104,11 @@ class KVzip(KVCachePolicy):
             more = torch.cat([text, tail, closing, ids[:, start:stop]], dim=1)
 
             def observe(layer: Layer, queries: Tensor, keys: Tensor, start: int = start, stop: int = stop) -> None:
-                found = self._importance(layer, queries, keys, start, stop, system)
+                found = self.importance(layer, queries, keys, start, stop, system)
                 layer.state["importance"][:, :, start - system : stop - system] = found
 
             replay(more, observe)
-        for layer in layers:
-            importance = layer.state.pop("importance")
-            if layer.budget.heads is not None:
-                layer.keep_top(importance, system)
-            elif not layer.budget.covers_all:
-                room = max(layer.budget.tokens - system, 0) * layer.kv_heads
-                best = importance.flatten(1).topk(room, dim=-1).indices
-                kept = torch.zeros_like(importance.flatten(1), dtype=torch.bool).scatter_(1, best, True)
-                kept = kept.view(layer.rows, layer.kv_heads, tokens - system)
-                layer.store.keep(torch.cat([kept.new_ones(*kept.shape[:2], system), kept], dim=2))
+        return system
 
     def _system_tokens(self, ids: Tensor) -> int:
         """How many tokens of the prompts [B, n] stand before the user's message; none where they are no chats.
@@ -109,9 +120,16 @@ class KVzip(KVCachePolicy):
         equal = int(same.long().cumprod(0).sum())
         return equal if len(self._opening) - 1 <= equal < ids.shape[1] else 0
 
-    @staticmethod
-    def _importance(layer: Layer, queries: Tensor, replayed: Tensor, start: int, stop: int, system: int) -> Tensor:
+    def importance(self, layer: Layer, queries: Tensor, replayed: Tensor, start: int, stop: int, system: int) -> Tensor:
         """Highest weights [B, G, stop − start] that the replay's queries give to the prompt's keys from start on."""
+        return self.highest(layer, queries, replayed, (start, stop, system), None)
+
+    @staticmethod
+    def highest(
+        layer: Layer, queries: Tensor, replayed: Tensor, span: tuple[int, int, int], weigh: Weigh | None
+    ) -> Tensor:
+        """The same for the `span` start, stop and system, of weights that `weigh` has changed where it is given."""
+        start, stop, system = span
         stored = layer.store.static_parts()[0][0]
         keys = torch.cat([stored[:, :, start:stop], stored[:, :, :system], replayed], dim=2)
         count, size = queries.shape[2], stop - start
@@ -125,5 +143,8 @@ class KVzip(KVCachePolicy):
             rows = torch.arange(first, first + part.shape[2], device=keys.device)
             future = (columns > size + system + rows[:, None]).repeat(layer.heads // layer.kv_heads, 1)
             weights = logits.masked_fill_(future, -torch.inf).softmax(-1)[..., :size]
+            if weigh is not None:
+                shape = layer.rows, layer.kv_heads, -1, part.shape[2], size
+                weights = weigh(weights.reshape(shape), first).flatten(2, 3)
             highest = torch.maximum(highest, weights.amax(2))
         return highest

@@ -177,8 +177,8 @@ class PolicyChecks:
 
 
 def _begin(session: Session, prompt: Prefill) -> None:
-    """Let a policy take over the prompt, or read it where it computes the prompt's attention itself."""
-    if session.own_prompt:
+    """Let a policy take over the prompt, or read it where it looks at more than attention's vectors."""
+    if session.own_prompt or session.policy.reads_hidden:
         with torch.no_grad():
             forward(session, prompt.ids, prompt.mask, 0)
     else:

@@ -149,8 +149,17 @@ def fingerprint(model: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sample(weight: Tensor) -> bytes:
+def weights_fingerprint(model: Any) -> str:
+    """The same of the weights alone, in bfloat16's precision: whatever type they have, and however it is stretched."""
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, weight in model.named_parameters():
+        digest.update(f"\n{name} {list(weight.shape)} ".encode())
+        digest.update(_sample(weight.detach(), torch.bfloat16))
+    return digest.hexdigest()[:16]
+
+
+def _sample(weight: Tensor, dtype: torch.dtype | None = None) -> bytes:
     if weight.is_meta or not weight.numel():
         return b""
     places = torch.linspace(0, weight.numel() - 1, SAMPLED, dtype=torch.float64).long().to(weight.device)
-    return weight.flatten()[places].contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return weight.flatten()[places].to(dtype or weight.dtype).contiguous().view(torch.uint8).cpu().numpy().tobytes()

@@ -26,8 +26,8 @@ from kvbench.engine.validation import named
 REBUILT = {
     "index", "count", "number", "heads", "kv_heads", "head_dim", "scaling", "rows", "store", "budget", "static",
     "prompt_tokens", "module", "softcap", "sink_logits", "state", "rotary", "previous", "ungoverned", "most_attended",
-    "apart", "prompt_queries", "exact_attention", "hidden", "hidden_before", "project", "begun", "static_attention",
-    "selection",
+    "apart", "prompt_queries", "prompt_hidden", "exact_attention", "hidden", "hidden_before", "project",
+    "begun", "static_attention", "selection",
 }  # fmt: skip
 """What of a layer follows from the model and the policy, is saved apart, or lasts no longer than a step."""
 
