@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_results import Short
 
+from kvbench.compare.comparison import describe
 from kvbench.contract.errors import KVBenchError
 from kvbench.plugins import registry
 from kvbench.runs import examples as measuring
@@ -88,7 +89,11 @@ def test_a_sweep_runs_every_combination_once_and_continues(kvbench, write, tmp_p
 def test_a_policy_may_have_an_interval_of_its_own(write):
     own = "{name: snapkv, options: {window: 8}, compress_every: %d}"
     file = write(policies=f"[quest, {own % 8}]", budgets="[{tokens: 100}]", tasks="[short]", seeds="[1]")
-    found = {planned.config.policy: planned.config.budget for planned in sweep.plan_sweep(file)}
+    plans = sweep.plan_sweep(file)
+    assert [describe(p.config.model_dump(mode="json")).split(" window")[0] for p in plans] == [
+        "quest tokens 100 uniform", "snapkv tokens 100 uniform every 8",
+    ]  # fmt: skip
+    found = {planned.config.policy: planned.config.budget for planned in plans}
     assert {name: budget.compress_every for name, budget in found.items()} == {"quest": None, "snapkv": 8}
     with pytest.raises(KVBenchError, match=r"policies\[0\]: --compress-every 7 is smaller than the window of 8"):
         sweep.plan_sweep(write(policies=f"[{own % 7}]", tasks="[short]"))

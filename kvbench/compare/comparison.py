@@ -170,7 +170,9 @@ def describe(config: dict[str, Any]) -> str:
     if config["budget"]:
         budget = config["budget"]
         size = next(f"{name} {budget[name]:g}" for name in budget if isinstance(budget[name], (int, float)))
-        words += [size, budget["allocator"], *(f"{key}={value}" for key, value in sorted(budget["options"].items()))]
+        every = [f"every {budget['compress_every']}"] if budget.get("compress_every") else []
+        given = [f"{key}={value}" for key, value in sorted(budget["options"].items())]
+        words += [size, budget["allocator"], *every, *given]
     return " ".join([*words, *options])
 
 

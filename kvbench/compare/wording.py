@@ -43,4 +43,5 @@ def budget_text(budget: dict[str, Any] | None, *, options: bool = False) -> str:
         size = f"{budget['bytes'] / 2**20:g} MiB"
     given = sorted((budget.get("options") or {}).items()) if options else ()
     told = "".join(f" {key}={value}" for key, value in given)
-    return size if budget["allocator"] == "uniform" else f"{size} {budget['allocator']}{told}"
+    every = f", every {budget['compress_every']}" if budget.get("compress_every") else ""
+    return (size if budget["allocator"] == "uniform" else f"{size} {budget['allocator']}{told}") + every

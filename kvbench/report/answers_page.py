@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from kvbench.compare.wording import budget_text
 from kvbench.report.reference import WEAK, PackedRun, markdown_table, packed_runs, percent, provenance
 from kvbench.statistics import mean_interval, paired_difference
 
@@ -85,7 +86,7 @@ def _row(run: PackedRun, exact: PackedRun | None) -> list[str]:
     parts = [row["step_s_parts"] for row in run.rows if row.get("step_s_parts")]
     times = (fmean(part[place] for part in parts) for place in (0, -1)) if parts else ()
     return [
-        run.policy + (" †" if run.standing else ""), budget_text(run.config["budget"]),
+        run.policy + (" †" if run.standing else ""), _budget(run),
         percent(_mean(run, "accuracy")) + ("" if low is None else f" ({100 * low:.0f}–{100 * high:.0f})"),
         "–" if exact is None or exact is run else _difference(exact.scores, run.scores)[0],
         percent(_mean(run, "whole_answer")), percent(_mean(run, "before_error")),
@@ -107,19 +108,15 @@ def _findings(setting: tuple[Any, ...], runs: Sequence[PackedRun]) -> list[list[
             told, low, high = _longer(theirs, ours) if name == "answer_length" else _difference(theirs, ours)
             there, not_there = (low > 0, high <= 0) if rises else (high < 0, low >= 0)
             verdict = "holds" if there else "does not hold" if not_there else "undecided"
-            label = f"{run.policy} {budget_text(run.config['budget'])}".removesuffix(" –")
+            if not rises and fmean(theirs.values()) < WEAK:
+                verdict = "cannot be judged: exact attention fails, too"
+            label = run.policy if run.config["budget"] is None else f"{run.policy} {_budget(run)}"
             found.append([text, f"{model}, {task}, {length}", label, told, verdict])
     return found
 
 
-def budget_text(budget: Mapping[str, Any] | None) -> str:
-    """A budget's size and interval in words."""
-    if budget is None:
-        return "–"
-    size = next(f"{budget[key]:g} {key}" for key in ("tokens", "ratio", "bytes") if budget.get(key))
-    every = budget.get("compress_every")
-    allocator = "" if budget["allocator"] == "uniform" else f" {budget['allocator']}"
-    return size + allocator + (f", every {every}" if every else "")
+def _budget(run: PackedRun) -> str:
+    return "–" if run.config["budget"] is None else budget_text(run.config["budget"])
 
 
 def _exact(runs: Sequence[PackedRun]) -> PackedRun | None:

@@ -40,6 +40,8 @@ class PackedRun:
         self.policy, self.task = str(self.config["policy"]), str(self.config["task"])
         self.allocator = str(budget.get("allocator", ""))
         self.size = next((f"{budget[key]:g} {key}" for key in ("tokens", "ratio", "bytes") if budget.get(key)), "")
+        if budget.get("compress_every"):
+            self.size += f" every {budget['compress_every']}"
 
     @property
     def setting(self) -> tuple[Any, ...]:
