@@ -321,7 +321,7 @@ def test_guidance_keeps_a_cache_of_its_own():
     with (
         kvbench.attach(model, policy="snapkv", budget=20),
         pytest.raises(
-            kvbench.KVBenchError, match="larger than the context of 1 tokens.*guidance_scale.*negative_prompt_ids"
+            kvbench.KVBenchError, match=r"larger than the context of 1 tokens.*guidance_scale.*negative_prompt_ids"
         ),
     ):
         model.generate(ids, **given)
