@@ -12,10 +12,8 @@ from torch import Tensor
 
 from kvbench.indexes.graph import rows_of
 from kvbench.indexes.vamana import Vamana, VamanaOptions
+from kvbench.kernels.detours import by_detours
 from kvbench.kernels.top_keys import top_keys
-
-LOOKUPS = 2**24
-"""Numbers of the tables that the pruning holds at a time on the CPU; sixteen times as many on a GPU."""
 
 
 class Cagra(Vamana):
@@ -69,7 +67,7 @@ def build(keys: Tensor, intermediate: int, degree: int) -> Tensor:
     if not intermediate:
         return torch.full((*keys.shape[:2], degree), -1, dtype=torch.int32, device=keys.device)
     near = nearest_others(keys, intermediate)
-    return torch.stack([_with_links_back(_by_detours(graph, degree), degree) for graph in near])
+    return torch.stack([_with_links_back(graph, degree) for graph in by_detours(near, degree)])
 
 
 def nearest_others(keys: Tensor, count: int) -> Tensor:
@@ -81,27 +79,6 @@ def nearest_others(keys: Tensor, count: int) -> Tensor:
     # of many equal keys a key may not find itself: then the last one goes
     itself[..., -1] |= ~itself.any(-1)
     return found[~itself].view(*found.shape[:2], count)
-
-
-def _by_detours(near: Tensor, degree: int) -> Tensor:
-    """The first `degree` of each key's links [n, c], best first, by how many detours they have, equal ones by rank."""
-    n, c = near.shape
-    device = near.device
-    rank = torch.arange(c, dtype=torch.int16, device=device)
-    room = max((LOOKUPS * 16 if near.is_cuda else LOOKUPS) // max(n, c * c), 1)
-    parts = []
-    for nodes in torch.split(torch.arange(n, device=device), room):
-        mine = near[nodes].long()
-        places = torch.full((len(nodes), n), c, dtype=torch.int16, device=device)
-        places.scatter_(1, mine, rank.expand(mine.shape))
-        # the place that a neighbour's neighbour has among the key's own links; c: none
-        place = places.gather(1, near[mine].long().view(len(nodes), -1)).view(-1, c, c)
-        detour = (torch.maximum(rank[:, None], rank) < place) & (place < c)
-        counts = torch.zeros(len(nodes), c + 1, dtype=torch.int32, device=device)
-        counts.scatter_add_(1, place.long().flatten(1), detour.int().flatten(1))
-        order = counts[:, :c].sort(dim=-1, stable=True).indices[:, :degree]
-        parts.append(mine.gather(1, order).int())
-    return torch.cat(parts)
 
 
 def _with_links_back(links: Tensor, degree: int) -> Tensor:

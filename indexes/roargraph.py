@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kvbench.contract.host import host_empty
 from kvbench.indexes import device_graph
-from kvbench.indexes.base import State, expect_finite, expect_ids
+from kvbench.indexes.base import State, expect, expect_finite, expect_ids
+from kvbench.indexes.compiled import decode
 from kvbench.indexes.graph import GraphIndex, GraphOptions, rows_of, starts
-from kvbench.indexes.insertion import LEAST_NEIGHBORS, find_worst, insert_heads
+from kvbench.indexes.insertion import LEAST_NEIGHBORS, count_lists, insert_heads, sort_lists
 from kvbench.indexes.knn import draw, drawn, nearest_keys
 from kvbench.indexes.links import move_links
 from kvbench.indexes.projection import build_by_cooccurrence, build_by_pivots
@@ -67,9 +68,10 @@ class RoarGraph(GraphIndex):
         shared: bool = Field(True, description="one graph for the query heads of a group, from the queries of all")
         entries: int = Field(16, ge=1, description="keys where a search enters: those nearest to most queries")
 
-    queries: NDArray[np.float32]
+    queries: NDArray[np.int16]
     knn: NDArray[np.int32]
     _worst: NDArray[np.float32] | None
+    _frequency: NDArray[np.uint16]
     _spare: ClassVar[int] = _SPARE
 
     @property
@@ -77,7 +79,7 @@ class RoarGraph(GraphIndex):
         """Bytes of links, entry points and codes, and of the queries and lists kept for insertion."""
         if not self.keys.n:
             return 0
-        worst = 0 if self._worst is None else self._worst.nbytes
+        worst = 0 if self._worst is None else self._worst.nbytes + self._frequency.nbytes
         return int(super().nbytes + self.queries.nbytes + self.knn.nbytes + worst)
 
     @property
@@ -144,8 +146,8 @@ class RoarGraph(GraphIndex):
         return -(-queries // min(max(self.keys.n // _KEYS_PER_KEPT, _LEAST_KEPT), _MOST_KEPT))
 
     def _keep(self, queries: NDArray[np.float32], knn: NDArray[np.int32]) -> None:
-        """Keep queries [S, m, d] and their lists for insertion, and code the keys."""
-        self.queries = np.ascontiguousarray(queries)
+        """Keep queries [S, m, d], as the bits of bfloat16, and their lists for insertion, and code the keys."""
+        self.queries = _bits(queries)
         self.knn = np.full((*queries.shape[:2], _KEPT_NEIGHBORS), -1, np.int32)
         self.knn[:, :, : knn.shape[2]] = knn
         self._worst = None
@@ -183,7 +185,8 @@ class RoarGraph(GraphIndex):
         self._reserve()
         keys = self.keys
         if self._worst is None:
-            self._worst = self._find_worst()
+            self._sort_lists()
+        self._count_lists()
         on_threads(
             insert_heads,
             self.graphs,
@@ -192,9 +195,10 @@ class RoarGraph(GraphIndex):
             keys.groups,
             first,
             keys.n,
-            self.queries,
+            self.queries.reshape(-1, keys.d),
             self.knn,
             self._worst,
+            self._frequency,
             self._eager,
             self._degree,
             self.links,
@@ -203,19 +207,34 @@ class RoarGraph(GraphIndex):
 
     def _state(self) -> State:
         worst = {} if self._worst is None else {"worst": self._worst}
-        return super()._state() | {"queries": self.queries, "knn": self.knn, **worst}
+        return super()._state() | {"queries": self.queries.view(np.uint16), "knn": self.knn, **worst}
 
-    def _find_worst(self) -> NDArray[np.float32]:
-        """The smallest inner product of each query with the keys in its list, [H, m]."""
-        keys, worst = self.keys, np.empty(self.knn.shape[:2], np.float32)
-        on_threads(find_worst, self.heads, keys.rows, keys.stride, keys.groups, self.queries, self.knn, worst)
-        return worst
+    def _sort_lists(self) -> None:
+        """Order the lists, and find the smallest inner product of each query with the keys in its own."""
+        keys, self._worst = self.keys, np.empty(self.knn.shape[:2], np.float32)
+        self._frequency = np.zeros((self.graphs, 0), np.uint16)
+        rows = self.queries.reshape(-1, keys.d)
+        on_threads(sort_lists, self.graphs, keys.rows, keys.stride, keys.groups, rows, self.knn, self._worst)
+
+    def _count_lists(self) -> None:
+        """Make room in the counts of the lists that each key is in, as much as the links have."""
+        known, room = self._frequency.shape[1], self.start.shape[1] - 1
+        if not known:
+            self._frequency = np.zeros((self.graphs, room), np.uint16)
+            count_lists(self.knn, self._frequency)
+        elif known < room:
+            self._frequency = np.pad(self._frequency, ((0, 0), (0, room - known)))
 
     def _restore(self, state: State) -> None:
         super()._restore(state)
         if np.any(np.diff(self.start, axis=1) < 1):
             raise ValueError("start")
-        self.queries = expect_finite(state, "queries", (self.graphs, None, self.keys.d))
+        coded = state["queries"].dtype == np.uint16
+        if coded:
+            self.queries = expect(state, "queries", np.uint16, (self.graphs, None, self.keys.d)).view(np.int16)
+            expect_finite({"queries": decode(self.queries)}, "queries", self.queries.shape)
+        else:  # float32, as they were once kept
+            self.queries = _bits(expect_finite(state, "queries", (self.graphs, None, self.keys.d)))
         self.knn = expect_ids(state, "knn", (self.graphs, self.queries.shape[1], _KEPT_NEIGHBORS), self.keys.n)
         # `enlist` counts on lists that hold a key or more, none twice, with -1 at their ends alone.
         filled = self.knn >= 0
@@ -225,6 +244,16 @@ class RoarGraph(GraphIndex):
             raise ValueError("knn")
         if twice.any():
             raise ValueError("knn")
-        self._worst = self._find_worst() if "worst" in state else None
-        if self._worst is not None and not np.array_equal(self._worst, state["worst"]):
-            raise ValueError("worst")
+        self._worst = None
+        if "worst" in state:
+            worst = expect_finite(state, "worst", self.knn.shape[:2])
+            lists = self.knn.copy()
+            self._sort_lists()
+            if coded:
+                self.knn, self._worst = lists, worst
+
+
+def _bits(queries: NDArray[np.float32]) -> NDArray[np.int16]:
+    """The bits of float32 numbers rounded to bfloat16."""
+    found: NDArray[np.int16] = torch.from_numpy(np.ascontiguousarray(queries)).bfloat16().view(torch.int16).numpy()
+    return found

@@ -95,6 +95,7 @@ def main() -> int:
     from kvbench.contract.errors import KVBenchError
     from kvbench.engine.generation import generate_batch
     from kvbench.kernels.cooccur import candidates, lists_of
+    from kvbench.kernels.detours import by_detours
     from kvbench.kernels.occlude import occlude
     from kvbench.plugins import registry
     from kvbench.strategies.compressing.kivi import KIVI
@@ -129,6 +130,7 @@ def main() -> int:
         kernels.page_bounds(keys, torch.tensor([300], dtype=torch.int32), 16, low, high)
         knn = kernels.top_keys(queries[0], keys[0], 4, way="fused")
         links, scores = candidates(lists_of(knn[:1].clone().fill_(1), 300), 4, 16)
+        by_detours(knn, 2)
         occlude(keys[0, :1], links, scores, torch.full((1, 300), 4, dtype=torch.int32), 5)
     print("\n".join(sorted(compiled)))
     return 0

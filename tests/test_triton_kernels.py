@@ -659,3 +659,22 @@ def test_candidates_near_a_kept_one_are_passed_over(dtype, c):
         kept = kept[: min(abs(limit), degree)]
         assert links[graph, node].tolist() == kept + [-1] * (degree - len(kept))
         assert lengths[graph, node] == len(kept)
+
+
+@pytest.mark.parametrize(("n", "c", "degree"), [(20, 6, 4), (40, 16, 16), (9, 3, 5)])
+def test_links_come_by_their_detours(n, c, degree):
+    from kvbench.kernels.detours import by_detours
+
+    near = torch.stack([
+        torch.stack([torch.tensor([j for j in torch.randperm(n).tolist() if j != node][:c]) for node in range(n)])
+        for _ in range(2)
+    ])  # fmt: skip
+    found = by_detours(near.int().to(DEVICE), degree)
+    for graph, node in itertools.product(range(2), range(n)):
+        lists = near[graph].tolist()
+        mine = lists[node]
+        detours = [
+            sum(mine[place] in lists[mine[middle]][:place] for middle in range(place)) for place in range(c)
+        ]  # fmt: skip
+        expected = sorted(range(c), key=lambda place: (detours[place], place))[:degree]
+        assert found[graph, node].tolist() == [mine[place] for place in expected]

@@ -115,8 +115,9 @@ class SplitStep(FixedStep):
     """One layer's decoding step with the host in its middle, such as a search in the host's memory.
 
     The device's parts are captured as CUDA graphs of their own. For each layer in turn the engine runs `before` and
-    `beside`, waits for `before` alone, runs `search` on the host, and goes on with `after`. `between` is called before
-    the warm-up steps, too: it must bear to be called for the same step again. Call the parts, not the step.
+    `beside`, waits for `before` alone, runs `search` on the host, and goes on with `after`; while the device is at the
+    next layer, the host runs `ahead`. `between` is called before the warm-up steps, too: it must bear to be called for
+    the same step again. Call the parts, not the step.
     """
 
     @abstractmethod
@@ -134,6 +135,9 @@ class SplitStep(FixedStep):
     @abstractmethod
     def after(self) -> Tensor:
         """On the device: fetch what the host found and give the output [B, H, 1, d] in the queries' dtype."""
+
+    def ahead(self) -> None:
+        """On the host, once the device is at the next layer: do what the next step's search would have to wait for."""
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """All parts in turn, for a device whose work is done when a call returns."""

@@ -104,15 +104,21 @@ class _Segments:
     def replay(self) -> float:
         """Take a step; the seconds that the host waited for the device."""
         waited = 0.0
+        searched: SplitStep | None = None
         for before, beside, step in self._pieces:
             before.replay()
             self._arrived.record()
             beside.replay()
+            if searched is not None:
+                searched.ahead()
             began = time.perf_counter()
             wait(self._arrived)
             waited += time.perf_counter() - began
             step.search()
+            searched = step
         self._last.replay()
+        if searched is not None:
+            searched.ahead()
         return waited
 
 
@@ -249,6 +255,8 @@ class FixedDecoder:
             self._graph.replay()
         else:
             self._forward()
+            for step in self._split:
+                step.ahead()
         return 0.0
 
     def device_s(self) -> list[float]:

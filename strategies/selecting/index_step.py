@@ -121,7 +121,7 @@ class IndexStep(AsideStep, SplitStep):
         if self._first:
             clock.shared[key] = Numbers(self._turns, self._rows, self.batch, self.sinks, longest, self._ring, device)
         self._numbers: Numbers = clock.shared[key]
-        self._taken = 1
+        self._taken, self._last = 1, clock.new_tokens
         shape, dim = (self.batch, self.heads), self.values.shape[3]
         most = max(min(int(self.start.budget.max()) - self.sinks - self.recent, self.capacity), 1)
         self.on_host = where != "device"  # docs/gpu.md has the measurement
@@ -173,6 +173,12 @@ class IndexStep(AsideStep, SplitStep):
         for part, turns, rows in zip(self._parts, self._turns, self._rows, strict=True):
             answers = tuple(answer[rows] for answer in self._answers)
             part.search(self._asked[rows], *turns.at(self._taken), answers, self.on_host, self.scaling, self._spent)
+
+    def ahead(self) -> None:
+        """Insert what leaves the window at the next step, if there is one; its keys are in the host's store."""
+        if self._taken < self._last:
+            for part, turns in zip(self._parts, self._turns, strict=True):
+                part.insert(turns.at(self._taken + 1)[1], turns.at(self._taken)[0] - self.sinks, self._spent)
 
     def after(self) -> Tensor:
         """Merge the static set's attention with that over the found tokens."""
@@ -235,15 +241,20 @@ class _Searched:
         )  # fmt: skip
         self._budgets = each.reshape(-1).astype(np.int64)
 
+    def insert(self, aside: int, stored: int, spent: dict[str, float]) -> None:
+        """Take in those of the first `aside` tokens that the index lacks, where their keys are `stored`."""
+        known = self.index.keys.n
+        if known < aside <= stored:
+            began = time.perf_counter()
+            self.index.insert(self._keys[:, known:aside], storage=self._keys[:, :aside])
+            _lap(spent, "insertion", began)
+
     def search(
         self, queries: NDArray[np.float32], tokens: int, aside: int, answers: tuple[NDArray[Any], ...], on_host: bool,
         scaling: float, spent: dict[str, float],
     ) -> None:  # fmt: skip
+        self.insert(aside, aside, spent)
         began = time.perf_counter()
-        known = self.index.keys.n
-        if aside > known:
-            self.index.insert(self._keys[:, known:aside], storage=self._keys[:, :aside])
-            began = _lap(spent, "insertion", began)
         static = tokens - aside
         heads, dim = len(self._budgets), queries.shape[-1]
         flat = queries.reshape(heads, dim)

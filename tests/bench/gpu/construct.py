@@ -90,6 +90,48 @@ def parts(tokens: int, heads: int, groups: int, dim: int) -> dict[str, float | N
     return found
 
 
+def graph_parts(tokens: int, groups: int, dim: int, queries: int = 4096) -> dict[str, float | None]:
+    """Times of the steps that the graphs of `retrieval` and `cagra` are made in, for one layer."""
+    from kvbench.indexes import cagra
+    from kvbench.indexes import device_graph as graphs
+    from kvbench.indexes.roargraph import RoarGraph
+    from kvbench.kernels.cooccur import candidates, lists_of
+    from kvbench.kernels.detours import by_detours
+    from kvbench.kernels.occlude import occlude
+    from kvbench.kernels.top_keys import top_keys
+
+    options = RoarGraph.Options()
+    keys, asked = (torch.randn(groups, n, dim, device="cuda", dtype=torch.bfloat16) for n in (tokens, queries))
+    knn = top_keys(asked, keys, options.neighbors)
+    lists = lists_of(knn, tokens)
+    ids, scores = candidates(lists, graphs.LISTS, graphs.CANDIDATES)
+    unlisted = lists.frequency == 0
+    most = torch.where(unlisted, -graphs.FEW, options.degree).int()
+    links, lengths = occlude(keys, ids, scores, most, options.degree)
+    graph = graphs.Graph(links, lengths, ids.new_zeros(groups, 1))
+    names: dict[str, Callable[[], Any]] = {
+        "lists of each key": lambda: lists_of(knn, tokens),
+        "candidates": lambda: candidates(lists, graphs.LISTS, graphs.CANDIDATES),
+        "cells": lambda: graphs._cells(keys, graphs.CELL),
+        "occlusion": lambda: occlude(keys, ids, scores, most, options.degree),
+        "links back": lambda: graphs._link_back(graphs.Graph(*(x.clone() for x in graph)), unlisted),
+        "repair": lambda: graphs._repair(graphs.Graph(*(x.clone() for x in graph)), options.eager),
+        "packing": lambda: graphs.packed(graph, 4),
+        "all of retrieval's graphs": lambda: graphs.build(
+            keys, knn, degree=options.degree, eager=options.eager, entries=options.entries
+        ),
+    }  # fmt: skip
+    found = {f"graph, {name}": show(f"retrieval: {name}", work, rounds=1) for name, work in names.items()}
+    near = torch.randint(tokens, (groups, tokens, 64), device="cuda", dtype=torch.int32)
+    chosen = by_detours(near, 32)
+    found["cagra, detours"] = show("cagra: detours", lambda: by_detours(near, 32), rounds=1)
+    found["cagra, links back"] = show(
+        "cagra: links back", lambda: [cagra._with_links_back(graph, 32) for graph in chosen], rounds=1
+    )
+    found["cagra, neighbours"] = show("cagra: nearest others", lambda: cagra.nearest_others(keys, 64), rounds=1)
+    return found
+
+
 def read(model: Any, ids: torch.Tensor, chunk: int | None) -> Any:
     """The cache after a prompt, in one call or in chunks; the prompt's own tensors are free then."""
     past = None
@@ -145,11 +187,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--chunk", type=int)
     parser.add_argument("--parts", action="store_true", help="time the kernels alone, too")
+    parser.add_argument("--graph-parts", action="store_true", help="time the steps of building graphs alone, too")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "layers": arguments.layers, "rows": []}
     if arguments.parts:
         found["parts"] = parts(arguments.tokens, 32, 8, 128)
+    if arguments.graph_parts:
+        found["graph_parts"] = graph_parts(arguments.tokens, 8, 128)
     model = llama_shaped(arguments.layers)
     plain = plain_peak(model, arguments.tokens, arguments.chunk)
     found["plain_peak_gib"] = plain / 2**30

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -128,14 +129,16 @@ def measure(
         }
     row = {
         "policy": name, "options": options, "budget": budget, "mode": decoder.mode, "layers": layers,
-        "tokens": prompt.ids.shape[1], "capture_s": capture, "p50_ms": 1e3 * statistics.median(seconds),
-        "p95_ms": 1e3 * sorted(seconds)[int(0.95 * len(seconds))], "us_a_layer": means,
+        "tokens": prompt.ids.shape[1], "capture_s": capture, "mean_ms": 1e3 * statistics.mean(seconds),
+        "p50_ms": 1e3 * statistics.median(seconds), "p95_ms": 1e3 * sorted(seconds)[int(0.95 * len(seconds))],
+        "us_a_layer": means,
     }  # fmt: skip
     told = " ".join(f"{part} {value:.0f}" for part, value in means.items())
     a_layer = 1e3 * row["p50_ms"] / layers
     print(
-        f"{name:10} {options.get('attention', ''):6} {budget:5} {row['mode']} p50 {row['p50_ms']:.2f} p95 "
-        f"{row['p95_ms']:.2f} ms, {a_layer:.0f} us a layer: {told} (capture {capture:.1f} s)", flush=True,
+        f"{name:10} {options.get('attention', ''):6} {budget:5} every {options['insert_every']} {row['mode']} mean "
+        f"{row['mean_ms']:.2f} p50 {row['p50_ms']:.2f} p95 {row['p95_ms']:.2f} ms, "
+        f"{a_layer:.0f} us a layer: {told} (capture {capture:.1f} s)", flush=True,
     )  # fmt: skip
     return row
 
@@ -149,6 +152,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--steps", type=int, default=48)
     parser.add_argument("--attention", default="host,device")
+    parser.add_argument("--insert-every", default="16", help="0 inserts nothing: what the insertion adds is the rest")
     parser.add_argument("--iterations", type=int, default=1, help="k-means rounds")
     parser.add_argument("--no-check", action="store_true")
     parser.add_argument("--output", type=Path)
@@ -162,8 +166,8 @@ def main() -> None:
     prompt, rows, known = prompt_of(model, arguments.tokens), [], {}
     for name in arguments.policies.split(","):
         for budget in map(int, arguments.budgets.split(",")):
-            for where in arguments.attention.split(","):
-                options: dict[str, Any] = {"preset": "published", "attention": where}
+            for where, every in itertools.product(arguments.attention.split(","), arguments.insert_every.split(",")):
+                options: dict[str, Any] = {"preset": "published", "attention": where, "insert_every": int(every)}
                 if name in ("ivf", "ivfpq"):
                     options["iterations"] = arguments.iterations
                 try:
