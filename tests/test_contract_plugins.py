@@ -503,7 +503,7 @@ def test_kivi_holds_what_other_policies_select_and_everything_selected_is_kivi_i
 def test_compositions_from_the_command_line(python, model, tmp_path):
     done, _ = run(
         python, model, tmp_path, "--policy", "quest+halves,quest", "--tokens", 100, "-o", "quest.page_size=8", "-o",
-        "page_size=8", "-o", "halves.kind=bfloat16",
+        "page_size=8", "-o", "halves.kind=bfloat16", "--probe-examples", 0,
     )  # fmt: skip
     ours, plain = done["quest+halves"], done["quest"]
     assert ours["config"]["policy_options"] == {"quest": {"page_size": 8}, "halves": {"kind": "bfloat16"}}
@@ -597,7 +597,18 @@ def test_pages_are_attended_to_in_place_by_their_numbers(python, model, tmp_path
     assert (hooks.mode, fixed.mode) == ("eager", "fixed")
     assert fixed.tokens == hooks.tokens
     done, _ = run(
-        python, model, tmp_path, "--policy", "pages_by_mean", "--tokens", 100, "--decoding", "fixed", "--no-baseline"
+        python,
+        model,
+        tmp_path,
+        "--policy",
+        "pages_by_mean",
+        "--tokens",
+        100,
+        "--decoding",
+        "fixed",
+        "--no-baseline",
+        "--probe-examples",
+        0,
     )
     ours = done["pages_by_mean"]
     assert ours["metrics"]["mode"] == "fixed"
