@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from language import make_tokenizer
+from language import make_tokenizer, save_model
 from safetensors.torch import load_file
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_fixed import PROMPTS, logits
@@ -211,10 +211,15 @@ def test_the_command_fits_and_a_run_uses_it(kvbench, model_folder, tmp_path):  #
     task = ("--task", "infinitebench_passkey", "--no-baseline", "--probe-examples", 1, "--ratio", 0.5)
     code, _, err = kvbench(*run, *task, "--policy", "kvzap", "-o", f"surrogate={file}", "-o", "window=8")
     assert code == 0, err
+    other = save_model(tmp_path / "other", num_hidden_layers=2)
     for arguments, told in (
         (("fit", "kvzap", "--model", model_folder, "--output", file, "--kind", "deep"), "--kind deep is no surrogate"),
         (("fit", "kvzap", "--model", model_folder, "--output", tmp_path), "name a file in a folder that exists"),
         (("fit", "kvzap", "--model", model_folder, "--output", file, *small[:2], "--length", 4000), "tokens"),
+        (
+            (*run, *task, "--policy", "kvzap", "-o", f"surrogate={file}", "-o", "window=8", "--model", other),
+            f"Error: The surrogate {file} was fitted on another model",
+        ),
         ((*run, *task, "--policy", "kvzap"), "needs a surrogate that was fitted on the model"),
         ((*run, *task, "--policy", "kvzap", "-o", f"surrogate={text}"), "cannot be read"),
         ((*run, *task, "--policy", "kvzap", "-o", "surrogate=nowhere"), "cannot be read"),
