@@ -336,6 +336,9 @@ def test_a_compiled_model_gives_the_same_tokens(policy):
     with kvbench.attach(model, policy=policy, budget=16):
         model.forward = torch.compile(model.forward, backend="eager")
         assert torch.equal(model.generate(ids, **given), expected)
+    compiled = torch.compile(tiny_model(), backend="eager")
+    with kvbench.attach(compiled, policy=policy, budget=16):
+        assert torch.equal(compiled.generate(ids, **given), expected)
 
 
 @pytest.mark.parametrize("policy", ["full", "snapkv"])
