@@ -22,7 +22,7 @@ from kvbench.strategies.selecting.tiers import SelectingPolicy
 
 HELD_OUT = 32
 """Last queries of the prompt, at most, that set the effort and train no index."""
-MISSED = 0.8
+MISSED = 0.6
 """The part of the allowed misses that these queries may use up: the answer's queries find a little less."""
 BEST = 100
 """The exact best keys of which a part must be found, where the budget leaves as many."""
