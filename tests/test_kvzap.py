@@ -228,6 +228,15 @@ def test_the_command_fits_and_a_run_uses_it(kvbench, model_folder, tmp_path):  #
         assert (code, told in " ".join(err.split())) == (2, True), err
 
 
+def test_all_policies_are_checked_without_it(kvbench, model_folder, monkeypatch):  # noqa: F811
+    classes = registry().classes
+    some = {name: classes["policy"][name] for name in ("full", "quest", "kvzap")}
+    monkeypatch.setattr(registry(), "classes", {**classes, "policy": some})
+    code, out, err = kvbench("check", "--model", model_folder, "--policy", "all", "-o", "page_size=8")
+    assert (code, "quest" in out, "Left out: Policy 'kvzap' needs a surrogate" in err) == (0, True, True), (out, err)
+    assert kvbench("check", "--model", model_folder, "--policy", "kvzap")[0] == 2
+
+
 def test_a_surrogate_of_another_model_is_refused(tmp_path):
     model = tiny_model(pad_token_id=None)
     options = fitted_options("kvzap", tiny_model(pad_token_id=None, seed=1))
