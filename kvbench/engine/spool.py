@@ -81,7 +81,7 @@ def _room() -> Iterator[None]:
     except OSError as error:
         raise NoRoomError(
             "The prompt that policies share is held in a temporary file, which cannot be written "
-            f"({error.strerror or error}): free some space, set TMPDIR to another folder, or use --no-share-prefill."
+            f"({error.strerror or error}): free some space, or set TMPDIR to a folder that has some."
         ) from None
 
 
