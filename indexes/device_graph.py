@@ -126,7 +126,8 @@ class _Reached:
             weights = self._weights.expand(targets.shape)[there]
             targets = (targets + nodes[:, None] // self._n * self._n)[there]
             self.counts.scatter_add_(0, targets, weights)
-            nodes = targets[(self.counts[targets] >= 2) & ~self.marks[targets]].unique()  # type: ignore[no-untyped-call]
+            # all that are reached and not marked: without sorting the targets, which are as many as links
+            nodes = ((self.counts >= 2) & ~self.marks).nonzero().flatten()
             self.marks[nodes] = True
 
 

@@ -93,9 +93,12 @@ def drawing(folder: Path, name: str, size: tuple[float, float] = (6.0, 3.8)) -> 
     with styled(name):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
+        if (engine := figure.get_layout_engine()) is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)  # an engine, even one that is done, makes each savefig draw twice
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        figure.set_layout_engine("none")  # laid out by now; once is enough
-        figure.savefig(folder / f"{name}.png", dpi=min(DPI, (MOST_PIXELS / (size[0] * size[1])) ** 0.5))
+        dpi = min(DPI, (MOST_PIXELS / (size[0] * size[1])) ** 0.5)
+        figure.savefig(folder / f"{name}.png", dpi=dpi, pil_kwargs={"compress_level": 3})  # 4% larger, twice as fast
 
 
 def logarithmic(axes: Axes, which: Literal["x", "y"] = "x") -> None:

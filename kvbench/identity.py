@@ -224,6 +224,10 @@ def _module(origin: str, member: str) -> str:
     return inner if _spec(inner) is not None else origin
 
 
+_STATEMENTS = (ast.stmt, ast.excepthandler, ast.match_case)
+"""Parts of a tree that can hold imports: to look into expressions would take five times as long."""
+
+
 @cache
 def _imports(content: bytes, module: str, package: bool) -> Sequence[tuple[str, str]]:
     """What a module's source imports, but for type checkers: pairs of a module and, after `from`, its member."""
@@ -247,5 +251,5 @@ def _imports(content: bytes, module: str, package: bool) -> Sequence[tuple[str, 
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
             waiting += node.orelse
         else:
-            waiting += ast.iter_child_nodes(node)
+            waiting += [part for part in ast.iter_child_nodes(node) if isinstance(part, _STATEMENTS)]
     return found

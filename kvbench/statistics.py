@@ -89,8 +89,8 @@ def paired_difference(a: Scores, b: Scores, *, seed: int = 0) -> PairedDifferenc
     The interval is the bias-corrected and accelerated bootstrap over examples (Efron 1987). Where every difference is
     the same, and no resample can vary, it is what the exact bound (Clopper & Pearson 1934) on the share of examples
     that would differ allows. The p-value, two-sided, is McNemar's exact test (1947) where every observation is 0 or 1,
-    else the paired permutation test of the mean (Fisher 1935; exact up to 13 observations). `seed` draws the resamples.
-    Raises KVBenchError where the two have no example in common.
+    else the paired permutation test of the mean (Fisher 1935; exact where up to 13 observations differ). `seed` draws
+    the resamples. Raises KVBenchError where the two have no example in common.
     """
     keys_a, keys_b = _keys(a), _keys(b)
     pairs = sorted(keys_a & keys_b)
@@ -214,17 +214,15 @@ def _mcnemar(wins: int, losses: int) -> float:
 def _permutation(
     left: NDArray[np.float64], right: NDArray[np.float64], seed: int, weights: NDArray[np.float64] | None = None
 ) -> float:
-    if len(left) < 2 or not (left != right).any():
+    change = right - left
+    differs = change != 0
+    if differs.sum() < 2:
         return 1.0
-
-    def mean_difference(x: NDArray[np.float64], y: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-        if weights is None:
-            return np.asarray((y - x).mean(axis=axis), np.float64)
-        return np.asarray(np.moveaxis(y - x, axis, -1) @ weights, np.float64)
-
-    found = stats.permutation_test(
-        (left, right), mean_difference, permutation_type="samples", vectorized=True, rng=np.random.default_rng(seed)
-    )
+    shares = np.full(len(change), 1 / len(change)) if weights is None else weights
+    found = stats.permutation_test(  # of one sample: flips signs, which is to swap the sides of a pair
+        (change[differs],), lambda x, axis: np.moveaxis(x, axis, -1) @ shares[differs], permutation_type="samples",
+        vectorized=True, rng=np.random.default_rng(seed),
+    )  # fmt: skip
     return float(found.pvalue)
 
 

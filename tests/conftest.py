@@ -34,8 +34,8 @@ KINDS = {
 tokens and blocks; rotation undone; hidden states and the model's weights; storage in codes."""
 
 LONG = (
-    "test_triton_compiles", "test_real", "test_contract_plugins", "test_sweep", "test_results", "test_triton_kernels",
-    "test_fixed", "test_indexes", "test_saving", "test_reading", "test_report",
+    "test_types", "test_triton_compiles", "test_real", "test_contract_plugins", "test_sweep", "test_results",
+    "test_triton_kernels", "test_fixed", "test_indexes", "test_saving", "test_reading", "test_report",
 )  # fmt: skip
 """Files that take long: they come first, so that no worker waits for another's last file at the end."""
 

@@ -318,6 +318,13 @@ def test_guidance_keeps_a_cache_of_its_own():
     for policy, budget in (("full", None), ("snapkv", 1.0)):
         with kvbench.attach(model, policy=policy, budget=budget):
             assert torch.equal(model.generate(ids, **given), expected)
+    with (
+        kvbench.attach(model, policy="snapkv", budget=20, options={"window": 8}),
+        pytest.raises(
+            kvbench.KVBenchError, match=r"larger than the context of 1 tokens.*guidance_scale.*negative_prompt_ids"
+        ),
+    ):
+        model.generate(ids, **given)
 
 
 @pytest.mark.parametrize("policy", ["full", "streaming_llm"])
@@ -329,6 +336,9 @@ def test_a_compiled_model_gives_the_same_tokens(policy):
     with kvbench.attach(model, policy=policy, budget=16):
         model.forward = torch.compile(model.forward, backend="eager")
         assert torch.equal(model.generate(ids, **given), expected)
+    compiled = torch.compile(tiny_model(), backend="eager")
+    with kvbench.attach(compiled, policy=policy, budget=16):
+        assert torch.equal(compiled.generate(ids, **given), expected)
 
 
 @pytest.mark.parametrize("policy", ["full", "snapkv"])

@@ -324,7 +324,7 @@ def test_a_budget_takes_its_size_with_its_allocator(run):
 @pytest.mark.parametrize(
     ("budget", "given"),
     [
-        ("pyramid:0", {}), ("pyramid:", {}), ("pyramid:101%", {}), ("uniform:0.1", {}),
+        ("pyramid:0", {}), ("pyramid:", {}), ("pyramid:101%", {}), ("uniform:0.1", {}), ("pyramid:512k", {}),
         ("uniform", {}), ("12MiB", {"bytes": 12 * 2**20}), ("ada:1.5 GB", {"bytes": 1_500_000_000}),
     ],
 )  # fmt: skip

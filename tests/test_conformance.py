@@ -1,6 +1,8 @@
 """The conformance check passes what is right, and names every planted fault: in a policy, in a model, in a session."""
 
+import errno
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from kvbench.engine.conformance import checks
 from kvbench.engine.conformance.checks import Conformance
 from kvbench.engine.fixed import FixedDecoder
 from kvbench.engine.interface import attached
+from kvbench.engine.spool import Spool
 from kvbench.plugins import registry
 
 pytestmark = pytest.mark.transformers
@@ -598,3 +601,17 @@ def test_a_run_holds_what_was_proven_and_a_failure_stops_it(kvbench, model_folde
     assert stopped["status"] == "failed"
     assert [report["passed"] for report in stopped["conformance"]] == [True, False]
     assert not (folder / "examples.jsonl").exists()
+
+
+def test_a_full_disk_says_nothing_of_a_policy(monkeypatch):
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    file = SimpleNamespace(seek=lambda _: None, write=full)
+    monkeypatch.setattr("kvbench.engine.spool.tempfile.TemporaryFile", lambda **_: file)
+    said = r"^The prompt that policies share .* cannot be written \(No space left on device\): free some space"
+    with pytest.raises(KVBenchError, match=said):
+        kvbench.attach(tiny_model(), policy="quest", budget=1.0, check=True)
+    monkeypatch.setattr("kvbench.engine.spool.tempfile.TemporaryFile", lambda **_: full(file))
+    with pytest.raises(KVBenchError, match=said):
+        Spool()

@@ -13,7 +13,7 @@ from language import save_model
 from prepared import Prepared
 from test_plugins import installed
 from test_session import generate, padded_batch
-from tiny import small_options, tiny_model, tokens
+from tiny import shared_model, small_options, tiny_model, tokens
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -22,6 +22,7 @@ import kvbench
 from kvbench.contract import attend
 from kvbench.contract.composition import compose
 from kvbench.contract.errors import KVBenchError
+from kvbench.engine.generation import generate as generate_once
 from kvbench.engine.generation import generate_batch
 from kvbench.engine.prefill import prefill
 from kvbench.plugins import registry
@@ -502,7 +503,7 @@ def test_kivi_holds_what_other_policies_select_and_everything_selected_is_kivi_i
 def test_compositions_from_the_command_line(python, model, tmp_path):
     done, _ = run(
         python, model, tmp_path, "--policy", "quest+halves,quest", "--tokens", 100, "-o", "quest.page_size=8", "-o",
-        "page_size=8", "-o", "halves.kind=bfloat16",
+        "page_size=8", "-o", "halves.kind=bfloat16", "--probe-examples", 0,
     )  # fmt: skip
     ours, plain = done["quest+halves"], done["quest"]
     assert ours["config"]["policy_options"] == {"quest": {"page_size": 8}, "halves": {"kind": "bfloat16"}}
@@ -584,3 +585,33 @@ def test_policies_by_layer_and_allocators_on_top_from_the_command_line(python, m
     assert ours["metrics"].get("over_budget") is None
     assert ours["metrics"]["bytes"]["index"] < done["quest+halves"]["metrics"]["bytes"]["index"]
     assert "must say which layers" in refused(python, model, tmp_path, "--policy", "snapkv~quest", "--tokens", 100)
+
+
+# -- a selection that names blocks -----------------------------------------------------------------------------------
+
+
+def test_pages_are_attended_to_in_place_by_their_numbers(python, model, tmp_path):
+    with kvbench.attach(shared_model(), policy=plugins.PagesByMean(), budget=24) as session:
+        prompt = tokens(1, 61)[0].tolist()
+        hooks, fixed = (generate_once(session, prompt, max_new_tokens=14, decoding=way) for way in ("eager", "fixed"))
+    assert (hooks.mode, fixed.mode) == ("eager", "fixed")
+    assert fixed.tokens == hooks.tokens
+    done, _ = run(
+        python,
+        model,
+        tmp_path,
+        "--policy",
+        "pages_by_mean",
+        "--tokens",
+        100,
+        "--decoding",
+        "fixed",
+        "--no-baseline",
+        "--probe-examples",
+        0,
+    )
+    ours = done["pages_by_mean"]
+    assert ours["metrics"]["mode"] == "fixed"
+    assert {"selection", "budget", "exact when covering"} <= {
+        check["name"] for report in ours["conformance"] for check in report["checks"] if check["status"] == "passed"
+    }

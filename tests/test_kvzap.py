@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from language import make_tokenizer
+from language import make_tokenizer, save_model
 from safetensors.torch import load_file
 from test_cli import model_folder  # noqa: F401  a fixture
 from test_fixed import PROMPTS, logits
@@ -191,10 +191,14 @@ def test_a_fit_predicts_texts_that_it_has_not_seen(loaded, kind, tmp_path, monke
 
 def test_a_linear_fit_is_the_ridge_regression():
     torch.manual_seed(0)
-    x, true = torch.randn(500, 6), torch.randn(2, 6)
-    weight, bias = fitting._linear(x, x @ true.T + 3, 0)
-    torch.testing.assert_close(weight, true, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(bias, torch.full((2,), 3.0), rtol=1e-2, atol=1e-2)
+    """By its normal equations with an intercept of no penalty, of inputs that differ in size."""
+    x, y = torch.randn(200, 6).double() * torch.tensor([1, 100, 1, 1, 0.1, 1]) + 2, torch.randn(200, 2).double()
+    weight, bias = fitting._linear(x, y, 0)
+    wide = torch.cat([(x - x.mean(0)) / x.std(0), torch.ones(200, 1)], dim=1)
+    penalty = torch.diag(torch.tensor([0.1 * 200] * 6 + [0.0])).double()
+    expected = torch.linalg.solve(wide.T @ wide + penalty, wide.T @ y)
+    torch.testing.assert_close(weight.T.double(), expected[:6] / x.std(0)[:, None], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(x @ weight.T.double() + bias.double(), wide @ expected, rtol=1e-3, atol=1e-4)
 
 
 def test_the_command_fits_and_a_run_uses_it(kvbench, model_folder, tmp_path):  # noqa: F811
@@ -207,16 +211,30 @@ def test_the_command_fits_and_a_run_uses_it(kvbench, model_folder, tmp_path):  #
     task = ("--task", "infinitebench_passkey", "--no-baseline", "--probe-examples", 1, "--ratio", 0.5)
     code, _, err = kvbench(*run, *task, "--policy", "kvzap", "-o", f"surrogate={file}", "-o", "window=8")
     assert code == 0, err
+    other = save_model(tmp_path / "other", num_hidden_layers=2)
     for arguments, told in (
         (("fit", "kvzap", "--model", model_folder, "--output", file, "--kind", "deep"), "--kind deep is no surrogate"),
         (("fit", "kvzap", "--model", model_folder, "--output", tmp_path), "name a file in a folder that exists"),
         (("fit", "kvzap", "--model", model_folder, "--output", file, *small[:2], "--length", 4000), "tokens"),
+        (
+            (*run, *task, "--policy", "kvzap", "-o", f"surrogate={file}", "-o", "window=8", "--model", other),
+            f"Error: The surrogate {file} was fitted on another model",
+        ),
         ((*run, *task, "--policy", "kvzap"), "needs a surrogate that was fitted on the model"),
         ((*run, *task, "--policy", "kvzap", "-o", f"surrogate={text}"), "cannot be read"),
         ((*run, *task, "--policy", "kvzap", "-o", "surrogate=nowhere"), "cannot be read"),
     ):
         code, _, err = kvbench(*arguments)
         assert (code, told in " ".join(err.split())) == (2, True), err
+
+
+def test_all_policies_are_checked_without_it(kvbench, model_folder, monkeypatch):  # noqa: F811
+    classes = registry().classes
+    some = {name: classes["policy"][name] for name in ("full", "quest", "kvzap")}
+    monkeypatch.setattr(registry(), "classes", {**classes, "policy": some})
+    code, out, err = kvbench("check", "--model", model_folder, "--policy", "all", "-o", "page_size=8")
+    assert (code, "quest" in out, "Left out: Policy 'kvzap' needs a surrogate" in err) == (0, True, True), (out, err)
+    assert kvbench("check", "--model", model_folder, "--policy", "kvzap")[0] == 2
 
 
 def test_a_surrogate_of_another_model_is_refused(tmp_path):

@@ -107,6 +107,7 @@ def test_a_mutated_gguf_is_a_result_or_one_sentence(copied, run):
     [
         ("config.json", '"num_hidden_layers": 3', '"num_hidden_layers": 2000000', "hidden_layers=2000000: expected"),
         ("config.json", '"max_position_embeddings": 1024', '"max_position_embeddings": -4', "=-4: expected a whole"),
+        ("config.json", '"hidden_act": "silu"', '"hidden_act": "llama"', r"could not be loaded \(it lacks llama\)"),
         ("config.json", '"model_type": "llama"', '"model_type": "t5"', "is an encoder-decoder model"),
         ("chat_template.jinja", "{%", "{% nothing %}{%", "The chat template of .* cannot be rendered"),
         ("generation_config.json", '"bos_token_id": 1', '"eos_token_id": {"a": 1}', "eos_token_id"),

@@ -213,8 +213,9 @@ def test_a_folder_of_any_name_is_read_itself_and_no_other(kvbench, tmp_path, nam
     assert [entry["policy"] for entry in json.loads(out)["rows"]] == ["full", "quest"]
     assert "quest" in (tmp_path / "out.md").read_text()
     assert kvbench("compare", full, folder)[0] == 0
-    code, out, err = kvbench("report", folder, "--format", "md,html", "--output", tmp_path / "out")
-    assert code == 0 and "2 runs" in out, err
+    if name in ("a*", "[/x]", b"\xff\xfe"):  # of each kind one: patterns, markup, bytes
+        code, out, err = kvbench("report", folder, "--format", "md,html", "--output", tmp_path / "out")
+        assert code == 0 and "2 runs" in out, err
 
 
 def test_names_with_brackets_and_colons_are_shown_as_they_are(kvbench, tmp_path):
@@ -226,7 +227,7 @@ def test_names_with_brackets_and_colons_are_shown_as_they_are(kvbench, tmp_path)
 
 
 quick = settings(
-    max_examples=150, deadline=None, derandomize=True, database=None,
+    max_examples=80, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 JUNK = st.sampled_from(

@@ -150,6 +150,8 @@ def test_the_command_prints_a_decision_and_a_document(kvbench, runs):
     for text in ("within", "cannot tell", "Shown within 2 points of exact attention and 2 GiB in all: quest at 10%"):
         assert (text in out) == (text != "cannot tell"), out
     assert "cannot tell" in kvbench("recommend", runs, "--max-drop", "2", "--all")[1]
+    some = kvbench("recommend", runs, "--max-drop", "2", "--all", "--where", "policy=snapkv")[1]
+    assert "within" in some and "snapkv at 50%" in some and "quest at" not in some  # exact attention is still there
     document = json.loads(kvbench("recommend", runs, "--max-drop", "2", "--json")[1])
     assert document["scopes"][0]["choices"][0]["name"] == "quest at 10%"
     for arguments, message in (

@@ -201,6 +201,15 @@ def test_a_dry_run_lists_and_runs_nothing(kvbench, write, tmp_path):
     assert len(json.loads(out)["planned"]) == 4
 
 
+def test_a_sweep_without_exact_attention_says_what_it_will_lack(kvbench, write, tmp_path):
+    file, output = write(policies="[streaming_llm]"), tmp_path / "out"
+    lacks = "No run of `full`"
+    assert lacks in kvbench("sweep", file, "--output", output, "--dry-run")[2]
+    (output / "full-niah_single_1-512-0").mkdir(parents=True)
+    (output / "full-niah_single_1-512-0/run.json").write_text("{}")
+    assert lacks not in kvbench("sweep", file, "--output", output, "--dry-run")[2]
+
+
 def test_options_of_the_engine_are_checked(kvbench, write):
     assert "neither 'local' nor 'ray'" in kvbench("sweep", write(), "--engine", "slurm")[2]
     assert "need --engine ray" in kvbench("sweep", write(), "--workers", "2")[2]

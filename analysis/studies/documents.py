@@ -40,7 +40,7 @@ def analyse_capture(
     notes = [f"{reasons.total()} of {len(tables['rows'])} heads could not be measured"] if reasons else []
     if reasons:
         told = [
-            f"{reason.rstrip('.')}{f' ({count} heads)' if len(reasons) > 1 else ''}"
+            reason.rstrip(".") + (f" ({count} head{'s' * (count != 1)})" if len(reasons) > 1 else "")
             for reason, count in reasons.most_common(MOST_REASONS)
         ]
         more = len(reasons) - len(told)

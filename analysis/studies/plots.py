@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def with_spread(axis: Axes, groups: Mapping[int, Sequence[float]], look: figures.Style, label: str) -> None:
     """Draw the median of each x's values as a line, and shade their middle half (bars where there is one x only)."""
     xs = [x for x, values in groups.items() if len(values)]
-    low, middle, high = np.quantile(np.array([groups[x] for x in xs]), (0.25, 0.5, 0.75), axis=1)
+    low, middle, high = np.array([np.quantile(np.array(groups[x]), (0.25, 0.5, 0.75)) for x in xs]).T
     if len(xs) == 1:
         axis.errorbar(xs, middle, yerr=(middle - low, high - middle), color=look.color, linestyle="none", label="_")
     else:

@@ -36,7 +36,7 @@ def allocation(text: str) -> tuple[str, dict[str, Any]]:
         return name, {"tokens": int(size)}
     if re.fullmatch(r"[0-9]+(\.[0-9]+)?%", size) and 0 < float(size[:-1]) <= 100:
         return name, {"ratio": float(size[:-1]) / 100}
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)? ?[A-Za-z]+", size):
+    if re.fullmatch(r"[0-9]+(\.[0-9]+)? ?[A-Za-z]*[Bb]", size):  # 512k would be tokens to some, bytes to others
         return name, {"bytes": byte_size("--budget", size)}
     raise KVBenchError(
         f"--budget {text} has a size that is none: give tokens (512), a share of the context (10%) or bytes (64MiB), "

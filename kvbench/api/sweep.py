@@ -126,6 +126,11 @@ def execute(
         else:
             here = 0 if address else joined.workers(joined.device)[0]
             plans = plan_sweep(source, here=here, device=joined.device)
+        if not any(plan.config.policy == "full" for plan in plans) and not any(folder.glob("full-*/run.json")):
+            reporter.say(
+                "No run of `full`, exact attention, is among these; `kvbench recommend`, `compare` and `report` set "
+                "the others against it. Add full to the file's policies."
+            )
         plans = part.of_runs(plans)
         outcomes: list[Outcome] = []
         if dry_run is None:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvbench.api.run import policy_options
-from kvbench.cli.common import Device, Dtype, Json, Model, app, interruptible, listed, load_registry, out, pairs
+from kvbench.cli.common import Device, Dtype, Json, Model, app, err, interruptible, listed, load_registry, out, pairs
 from kvbench.contract.errors import KVBenchError
 
 if TYPE_CHECKING:
@@ -42,12 +42,21 @@ def check(
             f"--policy '{policy[0]}' names no policy: `kvbench policies` lists them; without it the model alone is "
             "checked."
         )
-    if names == ["all"]:
+    every = names == ["all"]
+    if every:
         names = list(found.classes["policy"])
     options = pairs(option)
     if options and not names:
         raise KVBenchError("--option belongs to a policy: give --policy too.")
-    made = [found.make("policy", name, policy_options(found, name, names, options)) for name in names]
+    made = []
+    for name in names:
+        own = policy_options(found, name, names, options)
+        try:
+            made.append(found.make("policy", name, own))
+        except KVBenchError as error:  # one that needs a file which was not given
+            if not every:
+                raise
+            err.print(f"Left out: {error}", highlight=False, markup=False, soft_wrap=True)
 
     from kvbench.models import load_model  # noqa: PLC0415  torch takes seconds to import
     from kvbench.runs.proofs import checker  # noqa: PLC0415

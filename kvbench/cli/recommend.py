@@ -42,12 +42,13 @@ def recommend(
 ) -> None:
     """Say which policy and budget to use: within a limit of exact attention, with interval, bytes and latency."""
     load_registry()
+    from kvbench.compare.recommend import BASELINE  # noqa: PLC0415
     from kvbench.compare.recommend import recommend as decide  # noqa: PLC0415  scipy takes seconds to import
 
     if where:
         from kvbench.compare.leaderboard import select  # noqa: PLC0415
 
-        folders = [run for root in folders for run in select(root, where)]
+        folders = [run for root in folders for run in select(root, where, beside=BASELINE)]
     found = decide(
         folders, max_drop=max_drop, max_kl=max_kl, bytes=byte_size("--bytes", size),
         device_bytes=byte_size("--device-bytes", device_size), context_length=context_length, task=listed(task),

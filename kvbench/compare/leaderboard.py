@@ -74,6 +74,9 @@ COLUMNS: dict[str, tuple[str, str]] = {
 }
 """Name -> type, and place in `run.json` or, for the folder and what is derived, beside what it holds."""
 
+SETTING = ("model", "task", "context_length", "question", "seed", "device", "dtype")
+"""Columns that say what was run, on what, not with which policy, nor what came of it."""
+
 SHOWN = (
     "model", "policy", "allocator", "ratio", "tokens", "budget_bytes", "task", "context_length", "seed", "examples",
     "accuracy", "accuracy_low", "accuracy_high", "recall_at_k", "density", "over_budget", "ttft_s", "tpot_p50_s",
@@ -154,16 +157,21 @@ def is_grouped(sort: Sequence[str], *, mixed: bool) -> bool:
     return not mixed and first in COLUMNS and COLUMNS[first][1].split(".")[0] in ("metrics", "derived")
 
 
-def select(root: Path, where: Sequence[str]) -> list[Path]:
-    """The folders of the runs at or below `root` for which all conditions hold; see `query`."""
+def select(root: Path, where: Sequence[str], *, beside: str | None = None) -> list[Path]:
+    """The folders of the runs at or below `root` for which all conditions hold; see `query`.
+
+    Runs of the policy `beside` come, too: of the conditions they need meet those alone that say what was run.
+    """
     if not where:
         return find_runs(root)
     places = {shown(folder): folder for folder in find_runs(root)}
-    found, _ = query(root, where=where, columns=["folder"])
-    folders = [places[name] for (name,) in found.fetchall()]
-    if not folders:
+    wanted = [list(where)]
+    if beside is not None:
+        wanted.append([*(text for text in where if _condition(text)[0] in SETTING), f"policy={beside}"])
+    found = [query(root, where=part, columns=["folder"])[0].fetchall() for part in wanted]
+    if not found[0]:
         raise KVBenchError(f"No run below {root} meets {' and '.join(where)}.")
-    return folders
+    return [places[name] for name in dict.fromkeys(name for part in found for (name,) in part)]
 
 
 def _document(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,10 @@ class KVBenchError(Exception):
     """Bad input or an unusable environment: one sentence that names the value, what was expected and what to do."""
 
 
+class NoRoomError(KVBenchError):
+    """A disk is full or closed, which says nothing of a model or a policy."""
+
+
 def unwritable(path: Path, error: OSError | str, option: str = "--output") -> str:
     """Say why nothing can be written to `path`, given with `option`, and what to do."""
     code = error.errno if isinstance(error, OSError) else None

@@ -51,6 +51,8 @@ def attach(
             raise KVBenchError(f"The budget ratio {budget} is not between 0 and 1.")
         budget = Budget(ratio=budget)
     made = [registry().make("probe", probe) if isinstance(probe, str) else probe for probe in probes]
+    if type(model).__name__ == "OptimizedModule":  # torch.compile's, whose calls and `generate` reach the model in it
+        model = model._orig_mod
     session = Session(model, chosen, budget, made, prompt_tokens, tokenizer, dense_layers)
     if check:
         session.conformance = Conformance(model, tokenizer=tokenizer).prove(chosen)

@@ -167,7 +167,15 @@ class Governor:
         if self.allocator is None or self.budget is None:
             return None, [LayerBudget(tokens, covers_all=True)] * len(numbers)
         sinks, window = static_tokens(self.policy, tokens)
-        size = self.budget.size(tokens, token_bytes(self.model, numbers))
+        try:
+            size = self.budget.size(tokens, token_bytes(self.model, numbers))
+        except KVBenchError as error:
+            if tokens > 1:
+                raise
+            raise KVBenchError(
+                f"{str(error).rstrip('.')} (a prompt of one token is what `guidance_scale` gives its unguided pass: "
+                "there, give a ratio, or `negative_prompt_ids` of more tokens than the budget)."
+            ) from None
         request = BudgetRequest(
             layers=len(numbers),
             tokens=size,

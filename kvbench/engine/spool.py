@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
+
+from kvbench.contract.errors import NoRoomError
 
 SHARE = 4
 """A spool takes at most this part of the room on the disk, and of the memory, which a temporary folder may lie in."""
@@ -25,7 +29,8 @@ class Spool:
     """A file of tensors, without a name, gone with the object."""
 
     def __init__(self) -> None:
-        self._file: Any = tempfile.TemporaryFile(prefix="kvbench-", buffering=0)  # noqa: SIM115  open as long as this
+        with _room():
+            self._file: Any = tempfile.TemporaryFile(prefix="kvbench-", buffering=0)  # noqa: SIM115  open as long as this
         self._size = 0
 
     def put(self, tensor: Tensor) -> Spooled:
@@ -34,8 +39,9 @@ class Spool:
         self._file.seek(begin)
         for part in tensor.flatten(0, 1) if tensor.numel() else ():
             data = _bytes(part.cpu().contiguous())
-            while data:
-                data = data[self._file.write(data) :]
+            with _room():
+                while data:
+                    data = data[self._file.write(data) :]
         self._size += tensor.numel() * tensor.element_size()
         return Spooled(self, begin, tuple(tensor.shape), tensor.dtype, tensor.device)
 
@@ -65,6 +71,18 @@ class Spooled:
         if prod(self.shape):
             self.spool._read(self.begin, host)
         return host.to(self.device)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Raise what a full or closed disk raises as NoRoomError."""
+    try:
+        yield
+    except OSError as error:
+        raise NoRoomError(
+            "The prompt that policies share is held in a temporary file, which cannot be written "
+            f"({error.strerror or error}): free some space, or set TMPDIR to a folder that has some."
+        ) from None
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -32,8 +32,8 @@ Kind = Literal["linear", "mlp"]
 Progress = Callable[[str, int, int], None]
 LEAST = 1e-9
 """Scores below it count as it: their logarithm is to be finite."""
-RIDGE = 1e-4
-"""Weight of the penalty on a linear surrogate's weights, by the inputs' mean square."""
+RIDGE = 0.1
+"""Weight of the penalty on a linear surrogate's weights, for inputs of variance 1: some channels are far larger."""
 UNITS, EPOCHS, BATCH, RATE = 512, 15, 512, 5e-3
 """An MLP's hidden units, and how it is trained, as by the authors' code."""
 
@@ -158,11 +158,11 @@ def _pieces(tokenizer: Any, text: SourceText, count: int, length: int, seed: int
 def _linear(inputs: Tensor, scores: Tensor, seed: int) -> Sequence[Tensor]:
     """Ridge regression in float64: weight [G, D] and bias [G]."""
     x, y = inputs.double(), scores.double()
-    mean, middle = x.mean(0), y.mean(0)
-    x, y = x - mean, y - middle
+    mean, scale, middle = x.mean(0), x.std(0).clamp_min(1e-6), y.mean(0)
+    x, y = (x - mean) / scale, y - middle
     gram = x.T @ x
-    gram.diagonal().add_(RIDGE * len(x) * float(x.square().mean()))
-    weight = torch.linalg.solve(gram, x.T @ y).T
+    gram.diagonal().add_(RIDGE * len(x))
+    weight = torch.linalg.solve(gram, x.T @ y).T / scale
     return weight.float(), (middle - weight @ mean).float()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.reading import plain
+from kvbench.contract.reading import reason as told
 from kvbench.models.cards import DEFAULT_MODEL, MODELS
 from kvbench.models.embedded import CONVERSION_VERSION, GGUF_SHA256, embedded_model
 from kvbench.models.local import locate
@@ -200,6 +200,6 @@ def _readable_errors(name: str) -> Iterator[None]:
             ) from error
         names = ", ".join(MODELS)
         raise KVBenchError(
-            f"The model {name} could not be loaded ({plain(reason)}): give a name from `kvbench models` ({names}), a "
+            f"The model {name} could not be loaded ({told(error)}): give a name from `kvbench models` ({names}), a "
             "local folder or a Hugging Face id."
         ) from error

@@ -94,7 +94,7 @@ def _columns(found: Collection, names: Mapping[int, str]) -> list[Column]:
         return len({run.config[key] for run in found.runs}) > 1
 
     def mib(value: float) -> str:
-        return f"{value / MIB:.1f}" if value >= 10 * MIB or not value else f"{value / MIB:.3g}"
+        return f"{value / MIB:.1f}" if value >= 10 * MIB or not value else f"{value / MIB:#.3g}"
 
     columns = [Column("policy", "Policy", "Policy and what tells it from others of its name",
                       lambda run: Cell(unmarked(names[id(run)], run), names[id(run)]), "text",

@@ -9,6 +9,9 @@ from pydantic import Field
 
 import kvbench
 from kvbench.contract.storage import Storage
+from kvbench.kernels.attention import Segment, attend
+from kvbench.kernels.insert import insert
+from kvbench.kernels.steps import GrowingStep
 
 
 class EveryOther(kvbench.KVCachePolicy):
@@ -241,7 +244,86 @@ class LongestValues(kvbench.KVCachePolicy):
         return held.values.norm(dim=-1).masked_fill(held.newest(1), torch.inf)
 
 
+class PagesByMean(kvbench.KVCachePolicy):
+    """Selects whole pages of the prompt by the mean of their keys, as blocks where steps have fixed shapes."""
+
+    name = "pages_by_mean"
+    summary = "Pages of the prompt whose mean key a query meets best; new tokens stay."
+    query_window = 0
+    grows = True
+
+    class Options(kvbench.Options):
+        """Options of the policy."""
+
+        page_size: int = Field(4, ge=1, description="tokens in a page")
+
+    def static_tokens(self, context):
+        """The last page, and what is left of the prompt behind it."""
+        return 0, min(context, self.options.page_size + context % self.options.page_size)
+
+    def prefill(self, layer, queries, keys, values):
+        """Set the pages aside, with the mean of each."""
+        size, paged = self.options.page_size, layer.tokens - layer.static[1]
+        layer.store.set_aside(0, paged, offload=False)
+        layer.state["means"] = keys[:, :, :paged].unflatten(2, (-1, size)).mean(3)
+        layer.state["pages"] = min(layer.budget.beside(layer.static[1], paged), paged) // size
+
+    def best(self, layer, queries, means):
+        """The best pages of each query head, [B, H, p]."""
+        grouped = queries.reshape(layer.rows, layer.kv_heads, -1, layer.head_dim)
+        scores = (grouped @ means.transpose(-1, -2)).view(layer.rows, layer.heads, -1)
+        return scores.topk(layer.state["pages"], dim=-1).indices
+
+    def select(self, layer, queries, budget):
+        """Name the tokens of the best pages."""
+        best, size = self.best(layer, queries, layer.state["means"]), self.options.page_size
+        ids = best[..., None] * size + torch.arange(size, device=best.device)
+        return kvbench.Selection(ids.flatten(-2), evaluations=float(layer.state["means"].shape[2]))
+
+    def fixed_step(self, parts, clock):
+        """A step for rows of equal length."""
+        return PagesStep(self, parts, clock) if len(parts) == 1 else "policy 'pages_by_mean' takes rows of equal length"
+
+
+class PagesStep(GrowingStep):
+    """Attends to the pages in place, by their numbers, and to what is behind them."""
+
+    def __init__(self, policy, parts, clock):
+        layer = parts[0].layer
+        self.policy, self.layer, self.means = policy, layer, layer.state["means"]
+        self.keys, self.values = layer.store.aside_keys, layer.store.aside_values
+        super().__init__(parts, clock)
+
+    def __call__(self, queries, keys, values):
+        """Append, choose and attend."""
+        insert(self.held.keys, self.held.values, keys, values, self.held.lengths)
+        self.held.lengths.add_(1)
+        best = self.policy.best(self.layer, queries, self.means).int()
+        pages = Segment(self.keys, self.values, ids=best, unit=self.policy.options.page_size)
+        behind = Segment(self.held.keys, self.held.values, lengths=self.held.lengths)
+        return attend(queries, pages, behind, scaling=self.scaling, dtype=queries.dtype)[0]
+
+    def bytes(self):
+        """The pages, too, and their means."""
+        held = super().bytes()
+        return {
+            **held,
+            "resident": held["resident"] + self.keys.nbytes + self.values.nbytes,
+            "index": self.means.nbytes,
+        }
+
+
 @kvbench.hookimpl
 def kvbench_policies():
     """Register the policies."""
-    return [EveryOther, BlockSparse, TopInBlocks, Searching, Halves, HalvesOfPages, RecentHalves, LongestValues]
+    return [
+        EveryOther,
+        BlockSparse,
+        TopInBlocks,
+        Searching,
+        Halves,
+        HalvesOfPages,
+        RecentHalves,
+        LongestValues,
+        PagesByMean,
+    ]

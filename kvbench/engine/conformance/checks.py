@@ -16,11 +16,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from kvbench.contract.budget import Budget
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.engine.conformance.of_model import model_checks
 from kvbench.engine.conformance.of_policy import PolicyChecks
 from kvbench.engine.conformance.report import Check, Report
 from kvbench.engine.conformance.trial import Trial, full
+from kvbench.engine.session import Session
 
 
 class Memory(Protocol):
@@ -84,10 +86,17 @@ class Conformance:
         return replace(known[key], model=self.name)
 
     def check(self, policy: KVCachePolicy) -> list[Report]:
-        """Check the model, and where it is sound the policy on it; `full` is the model's check alone."""
+        """Check the model, and where it is sound the policy on it; `full` is the model's check alone.
+
+        Raises KVBenchError, in the policy's own words, for one that does not fit the model (`KVCachePolicy.begin`).
+        """
         reports = [self.check_model()]
         if reports[0].failure is None and (self.fixed or type(policy) is not type(full())):
             reports.append(self.check_policy(policy))
+            if policy.cached and reports[-1].failure is not None:
+                budget = Budget(ratio=1.0) if policy.takes_budget else None
+                with Session(self.trial.model, policy, budget, tokenizer=self.trial.tokenizer):
+                    pass
         return reports
 
     def prove(self, policy: KVCachePolicy) -> tuple[Report, ...]:

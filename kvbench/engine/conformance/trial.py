@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from kvbench.contract.errors import KVBenchError, one_line
+from kvbench.contract.errors import KVBenchError, NoRoomError, one_line
 from kvbench.contract.policy import KVCachePolicy
 from kvbench.contract.probe import Probe
 from kvbench.engine.conformance.report import Check
@@ -160,8 +160,8 @@ def centred(logits: Tensor) -> Tensor:
 
 
 def clause(error: Exception) -> str:
-    """An error as a clause; a lack of memory says nothing of the model and is raised."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    """An error as a clause; a lack of memory or disk says nothing of the model and is raised."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError | NoRoomError):
         raise error
     text = one_line(error, 500).rstrip(".")
     return text if isinstance(error, KVBenchError) else f"{type(error).__name__}: {text}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from kvbench import figures, spreadsheet
@@ -20,12 +21,18 @@ __all__ = ["MIB", "Chart", "Row", "charts", "model_text", "percent", "setting_te
 
 
 def charts(found: Collection) -> list[Chart]:
-    """Every figure of the report, in its order, not yet drawn."""
-    return [
+    """Every figure of the report, in its order, not yet drawn; those of one title are numbered."""
+    drawn = [
         *accuracy_charts(found), *accuracy_latency_charts(found), *recall_charts(found),
         *needle_charts(found), *latency_charts(found), *prefix_charts(found), *step_charts(found),
         *answer_charts(found), *ood_charts(found), *analysis_charts(found),
     ]  # fmt: skip
+    count, seen = Counter(chart.title for chart in drawn), Counter[str]()
+    for chart in drawn:
+        if count[title := chart.title] > 1:
+            seen[title] += 1
+            chart.title = f"{title} ({seen[title]} of {count[title]})"
+    return drawn
 
 
 def write(chart: Chart, folder: Path) -> list[Path]:

@@ -92,6 +92,7 @@ def parts(tokens: int, heads: int, groups: int, dim: int) -> dict[str, float | N
 
 def graph_parts(tokens: int, groups: int, dim: int, queries: int = 4096) -> dict[str, float | None]:
     """Times of the steps that the graphs of `retrieval` and `cagra` are made in, for one layer."""
+    from kvbench.contract.host import host_empty
     from kvbench.indexes import cagra
     from kvbench.indexes import device_graph as graphs
     from kvbench.indexes.roargraph import RoarGraph
@@ -109,6 +110,7 @@ def graph_parts(tokens: int, groups: int, dim: int, queries: int = 4096) -> dict
     most = torch.where(unlisted, -graphs.FEW, options.degree).int()
     links, lengths = occlude(keys, ids, scores, most, options.degree)
     graph = graphs.Graph(links, lengths, ids.new_zeros(groups, 1))
+    packed, _ = graphs.packed(graph, 4)
     names: dict[str, Callable[[], Any]] = {
         "lists of each key": lambda: lists_of(knn, tokens),
         "candidates": lambda: candidates(lists, graphs.LISTS, graphs.CANDIDATES),
@@ -117,6 +119,7 @@ def graph_parts(tokens: int, groups: int, dim: int, queries: int = 4096) -> dict
         "links back": lambda: graphs._link_back(graphs.Graph(*(x.clone() for x in graph)), unlisted),
         "repair": lambda: graphs._repair(graphs.Graph(*(x.clone() for x in graph)), options.eager),
         "packing": lambda: graphs.packed(graph, 4),
+        "links to pinned memory": lambda: host_empty(packed.shape, torch.int32, packed.device).copy_(packed),
         "all of retrieval's graphs": lambda: graphs.build(
             keys, knn, degree=options.degree, eager=options.eager, entries=options.entries
         ),
