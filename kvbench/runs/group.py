@@ -42,8 +42,9 @@ class Group:
         folder.enter_context(run.writing())
 
     def close(self, run: Run) -> None:
-        """Finish a run."""
-        self._folders.pop(run.config.hash).close()
+        """Finish a run, unless that was done before."""
+        if (folder := self._folders.pop(run.config.hash, None)) is not None:
+            folder.close()
 
     @contextmanager
     def alone(self, run: Run) -> Iterator[None]:

@@ -160,6 +160,8 @@ def _together(
             try:
                 extend(run, loaded, task, batch, prompt)
                 progress(run.config, len(run.rows), run.config.examples, "")
+                if len(run.rows) == run.config.examples:
+                    group.close(run)  # whatever becomes of the others
             except Exception as error:
                 left = sizing.less(batch, chunk) if out_of_memory(error) else None
                 if left is None:
