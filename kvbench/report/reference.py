@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from kvbench.contract.errors import KVBenchError
-from kvbench.contract.reading import reading
+from kvbench.contract.reading import read_bytes, reading
 from kvbench.runs.commit import standing
 from kvbench.runs.packed import read_scores
 from kvbench.runs.results import read, run_folders
@@ -79,7 +79,7 @@ def page(results: Path, published: Path, root: Path) -> str:
             raise ValueError("it has no list of claims")
     runs = packed_runs(results, root)
     lines = ["# Reference results", "", MADE, ""]
-    lines += provenance(runs)
+    lines += provenance(runs) + _note(results)
     settings: dict[tuple[Any, ...], list[PackedRun]] = defaultdict(list)
     for run in runs:
         settings[run.setting].append(run)
@@ -88,6 +88,15 @@ def page(results: Path, published: Path, root: Path) -> str:
     lines += _claims(runs, figures)
     lines += _tables(runs, figures)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _note(results: Path) -> list[str]:
+    """What whoever committed the results says of them, from the folder's `NOTE.md`."""
+    file = results / "NOTE.md"
+    if not file.is_file():
+        return []
+    with reading(lambda reason: f"{file} cannot be read ({reason}): it is a note in Markdown beside the runs."):
+        return [read_bytes(file).decode("utf-8").strip(), ""]
 
 
 def packed_runs(results: Path, root: Path) -> list[PackedRun]:
