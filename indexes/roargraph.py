@@ -79,8 +79,10 @@ class RoarGraph(GraphIndex):
         """Bytes of links, entry points and codes, and of the queries and lists kept for insertion."""
         if not self.keys.n:
             return 0
-        worst = 0 if self._worst is None else self._worst.nbytes + self._frequency.nbytes
-        return int(super().nbytes + self.queries.nbytes + self.knn.nbytes + worst)
+        grown = 0
+        if self._worst is not None:  # a loaded index counts its lists again with the next insertion
+            grown = self._worst.nbytes + self.graphs * self.keys.n * self._frequency.itemsize
+        return int(super().nbytes + self.queries.nbytes + self.knn.nbytes + grown)
 
     @property
     def graphs(self) -> int:
