@@ -151,10 +151,11 @@ def test_hidden_states_are_projected_to_the_queries_of_their_own_step(kind, padd
     assert seen and all(seen)
 
 
-@pytest.mark.parametrize("policy", ["shadowkv", "infllm"])
-def test_policies_that_need_keys_before_rotation_say_so_for_latents(policy):
+@pytest.mark.parametrize("policy", ["compactor", "expected_attention", "infllm", "shadowkv", "triattention"])
+def test_policies_that_need_keys_before_rotation_say_so_for_latents_before_the_model_runs(policy):
+    session = kvbench.attach(tiny("deepseek_v3"), policy=policy, budget=0.5)
     with pytest.raises(kvbench.KVBenchError, match="no rotary embedding that can be undone"):
-        latents(tiny("deepseek_v3"), policy, budget=0.5)
+        session.__enter__()
 
 
 # Layers that share keys, layers that run several times

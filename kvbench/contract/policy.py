@@ -44,6 +44,8 @@ class ModelView:
     closing: tuple[int, ...] = ()
     fingerprint: Callable[[], str] = lambda: ""
     """Tells the model's weights from others', whatever their number type, by a sample of each."""
+    require_rotary: Callable[[], None] = lambda: None
+    """Raises KVBenchError where keys cannot be had as they were before rotation (`Layer.unrotate`)."""
 
 
 @dataclass(frozen=True)

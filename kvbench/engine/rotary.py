@@ -32,6 +32,10 @@ class Rotary:
         self._model, self._config, self._module, self._number = model, config, module, number
         self._latent = latent
 
+    def check(self) -> None:
+        """Raise KVBenchError where the model has no rotary embedding that can be undone."""
+        _ = self._function, self._source
+
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `x` [..., n, d] to `positions` [n]; raises KVBenchError where the model has no such embedding."""
         cos, sin = self._angles(positions)

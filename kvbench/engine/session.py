@@ -29,6 +29,7 @@ from kvbench.engine.lanes import Lane, last_queries
 from kvbench.engine.prompt import Prefill
 from kvbench.engine.replay import ReplayCache, Replayer, ends_of
 from kvbench.engine.residual import watch_residual
+from kvbench.engine.rotary import Rotary
 from kvbench.engine.saving.context import Attributes, load_context, save_context
 from kvbench.engine.saving.identify import weights_fingerprint
 from kvbench.engine.summary import SessionSummary, summarise
@@ -126,7 +127,13 @@ class Session(Attending):
             opening=tuple(tokenizer.encode(opening, add_special_tokens=False)) if opening else (),
             closing=tuple(tokenizer.encode(closing, add_special_tokens=False)) if closing else (),
             fingerprint=lambda: weights_fingerprint(self.model),
+            require_rotary=self._require_rotary,
         )
+
+    def _require_rotary(self) -> None:
+        for number in self.numbers:
+            layer = self.survey.layers[number]
+            Rotary(self.model, self.config, layer.modules[0], number, latent=layer.expand is not None).check()
 
     def _without_cache(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("past_key_values") is not None or kwargs.get("use_cache"):

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from kvbench.contract import extension
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.policy import KVCachePolicy, ModelView
 
 
 def leverage(keys: Tensor, sketch: Tensor, ridge: float) -> Tensor:
@@ -74,6 +74,10 @@ class Compactor(KVCachePolicy):
         )
         ridge: float = Field(1e-2, ge=0, description="added to the diagonal of the sketched keys' Gram matrix")
         seed: int = Field(0, ge=0, description="seed of the sketch")
+
+    def begin(self, model: ModelView) -> None:
+        """Refuse a model whose keys cannot be had before rotation, before it computes anything."""
+        model.require_rotary()
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Sinks and latest tokens."""

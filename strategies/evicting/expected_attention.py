@@ -7,7 +7,7 @@ from torch import Tensor
 from kvbench.contract import extension
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.policy import KVCachePolicy, ModelView
 
 
 class ExpectedAttention(KVCachePolicy):
@@ -43,6 +43,10 @@ class ExpectedAttention(KVCachePolicy):
         )
         covariance: bool = Field(True, description="use the covariance, not the mean alone")
         epsilon: float = Field(0.0, ge=0, description="added to the expected weights before the value's norm")
+
+    def begin(self, model: ModelView) -> None:
+        """Refuse a model whose keys cannot be had before rotation, before it computes anything."""
+        model.require_rotary()
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The sinks."""

@@ -8,7 +8,7 @@ from kvbench.contract import extension
 from kvbench.contract.errors import KVBenchError
 from kvbench.contract.held import HeldTokens
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.policy import KVCachePolicy, ModelView
 from kvbench.strategies.selecting.rotations import Pairs, pairs
 
 
@@ -44,6 +44,10 @@ class TriAttention(KVCachePolicy):
         keep_prompt: bool = Field(
             True, description="with --compress-every: keep the whole prompt and compress the answer alone"
         )
+
+    def begin(self, model: ModelView) -> None:
+        """Refuse a model whose keys cannot be had before rotation, before it computes anything."""
+        model.require_rotary()
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The latest tokens."""

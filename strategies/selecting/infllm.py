@@ -10,7 +10,7 @@ from kvbench.contract.budget import LayerBudget
 from kvbench.contract.extension import Options
 from kvbench.contract.host import host_empty
 from kvbench.contract.layer import Layer, Rotation
-from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.policy import KVCachePolicy, ModelView
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part, lengths_at
 from kvbench.contract.storage import TokenBuffer
@@ -98,6 +98,10 @@ class InfLLM(KVCachePolicy):
             block = max(8, min(128, context // 128)) if self.block_size is None else self.block_size
             share = max((budget - init - block + 1) * 2 // 3, context // 64, 1)
             return init, min(4096, share) if self.local is None else self.local, block
+
+    def begin(self, model: ModelView) -> None:
+        """Refuse a model whose keys cannot be had before rotation, before it computes anything."""
+        model.require_rotary()
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """Initial tokens, and the smallest local window with a block that is not full yet."""

@@ -10,7 +10,7 @@ from kvbench.contract.budget import LayerBudget
 from kvbench.contract.extension import Options
 from kvbench.contract.host import host_empty
 from kvbench.contract.layer import Layer
-from kvbench.contract.policy import KVCachePolicy
+from kvbench.contract.policy import KVCachePolicy, ModelView
 from kvbench.contract.selection import Selection
 from kvbench.contract.step import Clock, FixedStep, Part, lengths_at
 from kvbench.contract.storage import Storage, pick
@@ -131,6 +131,10 @@ class ShadowKV(KVCachePolicy):
             None, ge=0, description="chunks kept exact; by default 48, at most a sixth of the budget, at least one"
         )
         local: int = Field(32, ge=1, description="most recent tokens of the prompt, always attended")
+
+    def begin(self, model: ModelView) -> None:
+        """Refuse a model whose keys cannot be had before rotation, before it computes anything."""
+        model.require_rotary()
 
     def static_tokens(self, context: int) -> tuple[int, int]:
         """The local window."""
