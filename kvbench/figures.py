@@ -93,7 +93,7 @@ def drawing(folder: Path, name: str, size: tuple[float, float] = (6.0, 3.8)) -> 
     with styled(name):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        if (engine := figure.get_layout_engine()) is not None:
+        if figure.axes and (engine := figure.get_layout_engine()) is not None:
             engine.execute(figure)
             figure.set_layout_engine(None)  # an engine, even one that is done, makes each savefig draw twice
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

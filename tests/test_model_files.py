@@ -13,6 +13,7 @@ from tiny import tiny_model
 
 from kvbench.contract.errors import KVBenchError, check_output
 from kvbench.models import load_model
+from kvbench.runs.commit import commit
 
 pytestmark = pytest.mark.transformers
 
@@ -43,6 +44,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def run(kvbench, tmp_path, monkeypatch):
     monkeypatch.setenv("KVBENCH_CACHE", str(tmp_path / "cache"))
+    commit()  # asks git once in a process, where kvbench runs from its checkout
 
     def command(folder):
         """The exit code and the sentence of a run of this model."""

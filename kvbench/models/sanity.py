@@ -25,7 +25,13 @@ def check_config(name: str, config: Any) -> None:
 
 
 def check_tokenizer(name: str, tokenizer: Any) -> None:
-    """Raise KVBenchError for a chat template that cannot be rendered for one message of a user."""
+    """Raise KVBenchError for a tokenizer that fails at a word, or whose chat template fails at a user's message."""
+    try:
+        tokenizer.decode(tokenizer.encode("Hello", add_special_tokens=False))
+    except Exception as error:
+        raise KVBenchError(
+            f"The tokenizer of {name} cannot encode a word ({reason(error)}): mend its files, or get them anew."
+        ) from error
     if not tokenizer.chat_template:
         return
     message = [{"role": "user", "content": "Hello"}]
