@@ -82,7 +82,7 @@ class _Files:
         return self._folder / f"{self._start}.{name[:16]}.nbc"
 
     def load(self, key: tuple[Any, ...]) -> Any:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ImportError, AttributeError):  # a module that is gone, too
             content = self._file(key).read_bytes()
             checksum, data = content[:32], content[32:]
             if hashlib.sha256(data).digest() == checksum:

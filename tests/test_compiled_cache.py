@@ -2,6 +2,7 @@
 
 import errno
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,6 +18,8 @@ SOURCE = "def scaled(x):\n    return x * {}\n"
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's own cache tells sources of one second by size
+    monkeypatch.setitem(sys.modules, "module", None)
     compiled_cache._warn.cache_clear()
     return tmp_path / "cache"
 
@@ -28,6 +31,7 @@ def compiled(folder, factor):
     compiled_cache.digest_of.cache_clear()
     spec = importlib.util.spec_from_file_location("module", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["module"] = module  # as that of an imported kernel is: its code finds its globals by the name
     spec.loader.exec_module(module)
     return kernel(module.scaled)
 
