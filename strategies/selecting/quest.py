@@ -20,6 +20,15 @@ from kvbench.kernels.select import select_top
 from kvbench.kernels.steps import GrowingStep
 
 
+def note_pages(layer: Layer, keys: Tensor, size: int) -> None:
+    """Add to `low` and `high` of the layer's state the bounds of keys [B, G, n, d] in pages of `size`, n a multiple."""
+    low, high = keys.reshape(*keys.shape[:2], -1, size, keys.shape[3]).aminmax(dim=3)
+    if "low" in layer.state:
+        low, high = torch.cat([layer.state["low"], low], dim=2), torch.cat([layer.state["high"], high], dim=2)
+    layer.state["low"], layer.state["high"] = low, high
+    layer.store.index_bytes = low.nbytes + high.nbytes
+
+
 class Quest(KVCachePolicy):
     """Selects, per query head, the pages whose channel-wise minima and maxima allow the highest score.
 
@@ -52,11 +61,7 @@ class Quest(KVCachePolicy):
         self._note_pages(layer, keys[:, :, :full])
 
     def _note_pages(self, layer: Layer, keys: Tensor) -> None:
-        low, high = keys.reshape(*keys.shape[:2], -1, self.options.page_size, keys.shape[3]).aminmax(dim=3)
-        if "low" in layer.state:
-            low, high = torch.cat([layer.state["low"], low], dim=2), torch.cat([layer.state["high"], high], dim=2)
-        layer.state["low"], layer.state["high"] = low, high
-        layer.store.index_bytes = low.nbytes + high.nbytes
+        note_pages(layer, keys, self.options.page_size)
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Close the current page once it is full and a further token has come, the first of a block (`at_once`)."""

@@ -22,6 +22,7 @@ from kvbench.kernels.insert import insert
 from kvbench.kernels.select import select_top
 from kvbench.kernels.steps import GrowingStep
 from kvbench.strategies.evicting.snapkv import pooled, window_votes
+from kvbench.strategies.selecting.quest import note_pages
 
 
 class Kept(Storage):
@@ -166,19 +167,12 @@ class RocketKV(KVCachePolicy):
             scores[..., : min(before, first)] = votes[..., :first]
             ids = scores.topk(full, dim=-1).indices.sort(-1).values
         layer.store.set_aside(0, first, offload=False, storage=partial(Kept, ids))
-        self._note_pages(layer, gathered(keys, ids))
-
-    def _note_pages(self, layer: Layer, keys: Tensor) -> None:
-        low, high = keys.reshape(*keys.shape[:2], -1, self.options.page_size, keys.shape[3]).aminmax(dim=3)
-        if "low" in layer.state:
-            low, high = torch.cat([layer.state["low"], low], dim=2), torch.cat([layer.state["high"], high], dim=2)
-        layer.state["low"], layer.state["high"] = low, high
-        layer.store.index_bytes = low.nbytes + high.nbytes
+        note_pages(layer, gathered(keys, ids), size)
 
     def insert(self, layer: Layer, keys: Tensor, values: Tensor) -> None:
         """Close the current page once it is full and a further token has come."""
         if "low" in layer.state and layer.store.static_tokens > self.options.page_size:
-            self._note_pages(layer, layer.store.advance(self.options.page_size)[0])
+            note_pages(layer, layer.store.advance(self.options.page_size)[0], self.options.page_size)
 
     def channels(self, dim: int) -> int:
         """How many channels pages are scored on."""
