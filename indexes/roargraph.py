@@ -246,13 +246,16 @@ class RoarGraph(GraphIndex):
             raise ValueError("knn")
         if twice.any():
             raise ValueError("knn")
-        self._worst = None
-        if "worst" in state:
-            worst = expect_finite(state, "worst", self.knn.shape[:2])
-            lists = self.knn.copy()
-            self._sort_lists()
-            if coded:
-                self.knn, self._worst = lists, worst
+        if "worst" not in state:
+            self._worst = None
+            return
+        worst, lists = expect_finite(state, "worst", self.knn.shape[:2]), self.knn.copy()
+        self._sort_lists()
+        if coded:
+            assert self._worst is not None
+            if not np.array_equal(self._worst, worst):
+                raise ValueError("worst")
+            self.knn = lists  # in the order of equals that they came in
 
 
 def _bits(queries: NDArray[np.float32]) -> NDArray[np.int16]:
